@@ -1,0 +1,1 @@
+"""The splitserve command, one file per subcommand."""

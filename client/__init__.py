@@ -1,0 +1,1 @@
+"""The gRPC SDK, sync and async; needs neither torch nor ray."""

@@ -1,0 +1,1 @@
+"""Errors, requests, sampling parameters, model geometry, events, configuration."""

@@ -1,0 +1,92 @@
+"""Names of every metric, and the process's Prometheus registry; a name lives here or nowhere."""
+
+from __future__ import annotations
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    start_http_server,
+)
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class WorkerMetrics:
+    """Metrics of one worker process (prefill, decode or colocated)."""
+
+    def __init__(self, registry: CollectorRegistry, role: str) -> None:
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"splitserve_{name}", text, ["role"], registry=registry).labels(role)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"splitserve_{name}", text, ["role"], registry=registry).labels(role)
+
+        def seconds(name: str, text: str) -> Histogram:
+            full = f"splitserve_{name}_seconds"
+            return Histogram(full, text, ["role"], buckets=_SECONDS, registry=registry).labels(role)
+
+        self.blocks_total = gauge("kv_blocks", "KV blocks of the pool")
+        self.blocks_free = gauge("kv_blocks_free", "KV blocks that hold nothing")
+        self.blocks_cached = gauge("kv_blocks_cached", "KV blocks held by the prefix cache alone")
+        self.blocks_live = gauge("kv_blocks_live", "KV blocks held by live sequences")
+        self.blocks_granted = gauge("kv_blocks_granted", "KV blocks reserved for incoming transfers")
+        self.blocks_orphaned = gauge("kv_blocks_orphaned", "KV blocks nobody owns; must stay 0")
+        self.running = gauge("running_sequences", "Sequences in the running batch")
+        self.waiting = gauge("waiting_sequences", "Sequences waiting for the engine")
+        self.held = gauge("held_sequences", "Prefilled sequences whose KV waits to be fetched")
+        self.steps = counter("steps", "Engine steps finished")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens computed")
+        self.cached_tokens = counter("cached_prompt_tokens", "Prompt tokens served by the prefix cache")
+        self.output_tokens = counter("output_tokens", "Tokens sampled")
+        self.preemptions = counter("preemptions", "Sequences preempted by recompute")
+        self.recomputed_prompt_tokens = counter(
+            f"{role}_recomputed_prompt_tokens",
+            "Prompt tokens this worker computed although KV should have come; 0",
+        )
+        self.transfer_bytes = counter("transfer_bytes", "KV bytes moved (sent by prefill, received by decode)")
+        self.transfers = counter("transfers", "KV transfers committed")
+        self.transfer_failures = counter("transfer_failures", "KV transfers that failed")
+        self.stale_messages = counter("stale_messages", "Messages dropped because no live grant matches them")
+        self.step_seconds = seconds("step", "One engine step")
+        self.transfer_seconds = seconds("transfer", "First KV byte ready to commit")
+        self.transfer_exposed_seconds = seconds("transfer_exposed", "End of prefill to commit")
+
+
+class RouterMetrics:
+    """Metrics of one router process."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter("splitserve_requests", "Requests ended", ["outcome"], registry=registry)
+        self.live = Gauge("splitserve_live_requests", "Requests not ended yet", registry=registry)
+        self.queued = Gauge("splitserve_queued_requests", "Requests waiting for dispatch", registry=registry)
+        self.retries = Counter("splitserve_retries", "Attempts after the first", registry=registry)
+        self.tokens = Counter("splitserve_streamed_tokens", "Tokens streamed to clients", registry=registry)
+        self.duplicate_tokens = Counter(
+            "splitserve_duplicate_tokens", "Token messages dropped as already seen", registry=registry
+        )
+        self.workers = Gauge("splitserve_ready_workers", "Workers ready", ["role"], registry=registry)
+        self.ttft_seconds = Histogram(
+            "splitserve_ttft_seconds", "Arrival to first token", buckets=_SECONDS, registry=registry
+        )
+        self.tpot_seconds = Histogram(
+            "splitserve_tpot_seconds",
+            "(End to end - TTFT) / (tokens - 1)",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+
+
+def new_registry() -> CollectorRegistry:
+    """A registry of its own, so that two roles in one process (tests) never collide."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def serve(registry: CollectorRegistry, host: str, port: int) -> int:
+    """Serve `/metrics` in a daemon thread; returns the bound port."""
+    server, _ = start_http_server(port, addr=host, registry=registry)
+    return int(server.server_port)

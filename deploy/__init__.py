@@ -1,0 +1,1 @@
+"""Ray starts, watches and stops the processes of a cluster."""

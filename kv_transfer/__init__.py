@@ -1,0 +1,1 @@
+"""Moves KV cache from prefill to decode workers, fenced and verified."""

@@ -1,0 +1,1 @@
+"""Pure scheduling logic; time is an argument, nothing here does I/O."""
