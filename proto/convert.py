@@ -1,0 +1,95 @@
+"""Protobuf messages to core dataclasses and back: messages never travel further in than this."""
+
+from __future__ import annotations
+
+from ..core.errors import InvalidRequest, ProtocolMismatch, SplitserveError, from_code
+from ..core.request import FinishReason, Request, SamplingParams
+from . import inference_pb2, worker_pb2
+
+PROTOCOL_VERSION = 1
+
+_REASON_TO_PROTO = {
+    None: inference_pb2.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+}
+_REASON_FROM_PROTO = {value: reason for reason, value in _REASON_TO_PROTO.items()}
+
+_SAMPLING_FIELDS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+)
+
+
+def check_protocol(version: int, peer: str) -> None:
+    """Raises: ProtocolMismatch: the peer speaks a newer protocol than this build (0, unset, reads as 1)."""
+    if version > PROTOCOL_VERSION:
+        raise ProtocolMismatch(
+            f"{peer} speaks protocol version {version}, this build speaks {PROTOCOL_VERSION}; upgrade this side first"
+        )
+
+
+def reason_to_proto(reason: FinishReason | None) -> inference_pb2.FinishReason:
+    return _REASON_TO_PROTO[reason]
+
+
+def reason_from_proto(reason: inference_pb2.FinishReason) -> FinishReason | None:
+    return _REASON_FROM_PROTO[reason]
+
+
+def sampling_from_proto(message: inference_pb2.SamplingParams) -> SamplingParams:
+    """Unset fields take the dataclass's defaults. Raises: InvalidRequest: a value is out of range."""
+    present = {name: getattr(message, name) for name in _SAMPLING_FIELDS if message.HasField(name)}
+    return SamplingParams(**present)
+
+
+def sampling_to_proto(params: SamplingParams) -> inference_pb2.SamplingParams:
+    return inference_pb2.SamplingParams(**{name: getattr(params, name) for name in _SAMPLING_FIELDS})
+
+
+def request_to_proto(request: Request, timeout_s: float) -> worker_pb2.WorkRequest:
+    """`timeout_s`: seconds left until the deadline, as of now."""
+    return worker_pb2.WorkRequest(
+        request_id=request.request_id,
+        attempt=request.attempt,
+        prompt_token_ids=request.prompt_token_ids,
+        output_token_ids=request.output_token_ids,
+        max_tokens=request.max_tokens,
+        sampling=sampling_to_proto(request.sampling),
+        stop_token_ids=sorted(request.stop_token_ids),
+        priority=request.priority,
+        timeout_s=timeout_s,
+        tenant=request.tenant,
+    )
+
+
+def request_from_proto(message: worker_pb2.WorkRequest) -> Request:
+    """Raises: InvalidRequest: it names no request or a value is out of range."""
+    if not message.request_id or message.attempt < 1:
+        raise InvalidRequest("a work request needs a request_id and an attempt from 1")
+    return Request(
+        request_id=message.request_id,
+        attempt=message.attempt,
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        output_token_ids=tuple(message.output_token_ids),
+        max_tokens=message.max_tokens,
+        sampling=sampling_from_proto(message.sampling),
+        stop_token_ids=frozenset(message.stop_token_ids),
+        priority=message.priority,
+        timeout_s=message.timeout_s,
+        tenant=message.tenant,
+    )
+
+
+def failure_to_proto(error: SplitserveError) -> worker_pb2.Failure:
+    return worker_pb2.Failure(code=error.code, message=error.message, retry_after_s=error.retry_after_s or 0.0)
+
+
+def failure_from_proto(failure: worker_pb2.Failure) -> SplitserveError:
+    return from_code(failure.code, failure.message, retry_after_s=failure.retry_after_s or None)
