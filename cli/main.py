@@ -1,0 +1,118 @@
+"""The `splitserve` command: finds the subcommand, imports only that one, and turns typed errors into exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import time
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from .. import __version__
+from ..core.errors import (
+    ConfigError,
+    InvalidRequest,
+    ModelLoadFailed,
+    ModelNotFound,
+    ModelUnsupported,
+    SplitserveError,
+)
+
+# Subcommand -> what it does. Each is `command` in the file of its name (with _ for -), imported when it is called.
+SUBCOMMANDS = {
+    "up": "Start a cluster on Ray and watch it.",
+    "status": "Show the workers and requests of a running cluster.",
+    "down": "Stop the cluster that `up` started.",
+    "generate": "Send one prompt and print the answer.",
+    "chat": "Talk with the model, turn by turn.",
+    "bench": "Load a router and report latencies, throughput and goodput.",
+    "demo": "Start a small cluster, answer eight prompts, stop it.",
+    "router": "Run a router process.",
+    "prefill-worker": "Run a prefill worker process.",
+    "decode-worker": "Run a decode (or colocated) worker process.",
+}
+
+_BAD_INPUT = (InvalidRequest, ConfigError, ModelNotFound, ModelUnsupported, ModelLoadFailed)
+
+
+class LazyGroup(TyperGroup):
+    """Lists every subcommand from the table; imports one only in order to run it or to show its own help."""
+
+    def __init__(self, **attrs: Any) -> None:
+        super().__init__(**attrs)
+        self.commands.update({name: TyperCommand(name, help=text) for name, text in SUBCOMMANDS.items()})
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, _load(name) if name else command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SplitserveError as error:
+            typer.secho(f"error: {error.message}", fg="red", err=True)
+            raise typer.Exit(2 if isinstance(error, _BAD_INPUT) else 1) from error
+
+
+def _load(name: str) -> Any:
+    module = importlib.import_module(f".{name.replace('-', '_')}", __package__)
+    single = typer.Typer(rich_markup_mode="rich", add_completion=False)
+    single.command(name)(module.command)
+    return typer.main.get_command(single)
+
+
+app = typer.Typer(cls=LazyGroup, rich_markup_mode="rich", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"splitserve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, help="Log more: -v information, -vv details.")
+    ] = 0,
+    log_json: Annotated[bool, typer.Option(help="Log one JSON object a line.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Serve large language models with prefill and decode split over two pools of workers.
+
+    $ splitserve up
+    $ splitserve generate "The capital of France is"
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if log_json else logging.Formatter(_LOG_FORMAT))
+    logger = logging.getLogger("splitserve")
+    logger.handlers = [handler]
+    logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+
+
+_LOG_FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a record: time (UTC), level, logger, message and, for failures, the traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        row = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            row["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(row)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
