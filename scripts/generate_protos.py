@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -17,8 +18,11 @@ IMPORT_ROOT = ROOT / "typings"  # shows proto/ as splitserve/proto, so that the 
 def generate(out: Path) -> None:
     """Write the stubs of every .proto file to `out`/splitserve/proto."""
     (out / "splitserve" / "proto").mkdir(parents=True, exist_ok=True)
+    plugins = Path(sysconfig.get_path("scripts"))  # of this interpreter, active environment or not
     arguments = [
         "protoc",
+        f"--plugin={plugins / 'protoc-gen-mypy'}",
+        f"--plugin={plugins / 'protoc-gen-mypy_grpc'}",
         f"-I{IMPORT_ROOT}",
         f"-I{Path(grpc_tools.__file__).parent / '_proto'}",
         f"--python_out={out}",
@@ -28,7 +32,7 @@ def generate(out: Path) -> None:
         *(str(path) for path in sorted((IMPORT_ROOT / "splitserve" / "proto").glob("*.proto"))),
     ]
     if protoc.main(arguments) != 0:
-        sys.exit("protoc failed; is protoc-gen-mypy (pip install mypy-protobuf) on the PATH?")
+        sys.exit("protoc failed; its message is above")
 
 
 def stale() -> list[str]:
