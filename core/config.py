@@ -1,0 +1,228 @@
+"""The cluster's YAML file and every flag that overrides it: names, types, defaults and what they mean."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigError
+
+_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def parse_size(value: object) -> object:
+    """Bytes of "1.5GiB", "512MiB" or "2GB"; anything else is left for pydantic to judge."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", value.lower())
+    if match is None:
+        raise ValueError("a size is bytes or a number with KiB, MiB or GiB, such as 512MiB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Role = Literal["router", "prefill", "decode", "colocated"]
+WorkerRole = Literal["prefill", "decode", "colocated"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EngineConfig(_Section):
+    """`engine`: the model runner of every worker."""
+
+    dtype: Dtype | None = Field(default=None, description="Number type of weights and KV; empty: float32 on CPU")
+    block_size: int = Field(default=16, ge=1, description="Tokens in a KV block")
+    num_kv_blocks: int | None = Field(
+        default=None, ge=2, description="KV blocks of the pool; empty: what kv_memory holds"
+    )
+    kv_memory: Size = Field(
+        default=1 << 30, gt=0, description="Memory of the KV pool of each worker: bytes, or 512MiB, 2GiB"
+    )
+    max_model_len: int | None = Field(
+        default=None, ge=2, description="Most tokens of prompt and answer together; empty: the model's own limit"
+    )
+    max_running: int = Field(default=64, ge=1, description="Sequences in the running batch")
+    max_waiting: int = Field(default=1024, ge=1, description="Sequences waiting for the engine; more are refused")
+    max_step_tokens: int = Field(default=256, ge=1, description="Prefill tokens of one step: the chunk size")
+    decode_headroom_tokens: int = Field(default=64, ge=0, description="Tokens reserved past the prompt by a grant")
+    prefix_cache: bool = Field(default=True, description="Keep KV of finished prompts for prompts that begin alike")
+    self_check: bool = Field(default=True, description="Compare logits with plain transformers before serving")
+
+
+class RouterConfig(_Section):
+    """`router`: the front door."""
+
+    replicas: int = Field(default=1, ge=1, le=64, description="Routers to start, on consecutive ports")
+    host: str = Field(
+        default="127.0.0.1", description="Address that clients connect to; loopback unless you say otherwise"
+    )
+    port: int = Field(default=50051, ge=0, le=65535, description="Port of the first router; 0 takes a free one")
+    max_queued: int = Field(default=256, ge=1, description="Requests waiting for dispatch; more are refused")
+    prefill_bound_s: float = Field(
+        default=0.2, gt=0, description="Seconds of prefill work that a prefill worker may have outstanding"
+    )
+    max_attempts: int = Field(default=3, ge=1, description="Attempts at a request before its error goes to the client")
+    default_timeout_s: float = Field(
+        default=600.0, gt=0, description="Seconds until a request without a deadline fails"
+    )
+
+
+class PoolConfig(_Section):
+    """`prefill`, `decode`, `colocated`: one pool of workers."""
+
+    replicas: int | None = Field(
+        default=None,
+        ge=0,
+        le=1024,
+        description="Workers; empty: 1 prefill and 1 decode, or none if there are colocated ones",
+    )
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of each; empty: the host's cores shared out"
+    )
+    gpus: int = Field(default=0, ge=0, description="GPUs of each")
+    labels: dict[str, str] = Field(
+        default_factory=dict, description="Ray node labels that its node must have, such as splitserve/role: decode"
+    )
+    drain_timeout_s: float = Field(
+        default=10.0, ge=0, description="Seconds that running requests get when it is stopped"
+    )
+    lease_s: float = Field(default=30.0, gt=0, description="Seconds that finished KV waits to be fetched")
+
+
+class RayConfig(_Section):
+    """`ray`: where workers are placed."""
+
+    address: str | None = Field(
+        default=None, description="host:port of a Ray cluster to join; empty: a local one is started"
+    )
+    namespace: str = Field(default="splitserve", min_length=1, description="Ray namespace; one cluster in each")
+
+
+class RestartConfig(_Section):
+    """`restart`: what happens when a process dies."""
+
+    max_restarts: int = Field(
+        default=5, ge=0, description="Restarts of one process within window_s; then it stays down"
+    )
+    window_s: float = Field(default=600.0, gt=0, description="Seconds after which a restart no longer counts")
+    backoff_s: float = Field(
+        default=0.5, ge=0, description="Wait before the second restart in a row; doubles, up to 30 s"
+    )
+
+
+class ClusterConfig(_Section):
+    """A whole cluster."""
+
+    model: str = Field(
+        default="smollm2-135m",
+        min_length=1,
+        description="smollm2-135m (built in), a directory, a .gguf file or a hub id",
+    )
+    transport: Literal["auto", "grpc", "shared-memory"] = Field(
+        default="auto", description="How KV moves; auto: shared memory within a host, else gRPC"
+    )
+    worker_host: str | None = Field(
+        default=None,
+        description="Address that workers listen on; empty: loopback, or the node's address on a joined Ray",
+    )
+    trace_dir: Path | None = Field(
+        default=None, description="Directory for step records and request events as JSON lines"
+    )
+    log_dir: Path | None = Field(
+        default=None, description="Directory for the processes' logs; empty: beside the state file"
+    )
+    startup_timeout_s: float = Field(default=300.0, gt=0, description="Seconds for a process to serve")
+    engine: EngineConfig = Field(default_factory=EngineConfig, description="The model runner of every worker")
+    router: RouterConfig = Field(default_factory=RouterConfig, description="The front door")
+    prefill: PoolConfig = Field(default_factory=PoolConfig, description="Workers that compute prompts")
+    decode: PoolConfig = Field(default_factory=PoolConfig, description="Workers that stream answers")
+    colocated: PoolConfig = Field(default_factory=PoolConfig, description="Workers that do both")
+    ray: RayConfig = Field(default_factory=RayConfig, description="Where workers are placed")
+    restart: RestartConfig = Field(default_factory=RestartConfig, description="What happens when a process dies")
+
+    @model_validator(mode="after")
+    def _serves_something(self) -> Self:
+        prefill, decode, colocated = (self.replicas(role) for role in ("prefill", "decode", "colocated"))
+        if decode + colocated == 0 or (decode > 0 and prefill + colocated == 0):
+            raise ValueError(
+                f"{prefill} prefill, {decode} decode and {colocated} colocated workers cannot serve a request; "
+                "start at least one prefill and one decode worker, or one colocated worker"
+            )
+        return self
+
+    def pool(self, role: WorkerRole) -> PoolConfig:
+        return {"prefill": self.prefill, "decode": self.decode, "colocated": self.colocated}[role]
+
+    def replicas(self, role: WorkerRole) -> int:
+        """Workers of a pool; 1 prefill and 1 decode if nothing was said."""
+        stated = self.pool(role).replicas
+        if stated is not None:
+            return stated
+        return 0 if role == "colocated" or self.colocated.replicas else 1
+
+
+def fields(model: type[BaseModel] = ClusterConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key by its dotted path, with pydantic's field: ("engine.block_size", FieldInfo)."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def load_config(path: Path | None, overrides: Mapping[str, object]) -> ClusterConfig:
+    """The file's keys with `overrides` (dotted path to value, None means unset) laid over them.
+
+    Raises: ConfigError: the file is missing or not YAML, or a key or value is wrong.
+    """
+    tree = _read_yaml(path) if path is not None else {}
+    for key, value in overrides.items():
+        if value is None:
+            continue
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{path}: {section}: got {place!r}, wanted keys and values")
+        place[name] = value
+    try:
+        return ClusterConfig.model_validate(tree)
+    except ValidationError as error:
+        where = f"{path}: " if path is not None else ""
+        raise ConfigError(where + "; ".join(_explain(row) for row in error.errors())) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: got {type(tree).__name__}, wanted keys and values; see docs/configuration.md")
+    return tree
+
+
+def _explain(row: Mapping[str, Any]) -> str:
+    """One pydantic error as: key path, what was got, what was wanted."""
+    key = ".".join(str(part) for part in row["loc"])
+    if row["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, [name for name, _ in fields()], n=1)
+        return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "; see docs/configuration.md")
+    wanted = row["msg"].removeprefix("Value error, ")
+    if not key:
+        return str(wanted)
+    return f"{key}: got {row['input']!r}, wanted: {wanted.removeprefix('Input should be ')}"
