@@ -1,0 +1,83 @@
+"""The decode worker's gRPC edge, and the process around it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import grpc.aio
+
+from ..core.errors import SplitserveError
+from ..proto import worker_pb2, worker_pb2_grpc
+from ..worker.edge import open_session, sequence_from_proto
+from ..worker.options import Ready, WorkerOptions
+from .worker import DecodeSession, DecodeWorker
+
+__all__ = ["DecodeServer", "Ready", "WorkerOptions", "serve"]
+
+
+class DecodeServer(worker_pb2_grpc.DecodeWorkerServicer):
+    """Turns messages into calls of DecodeWorker."""
+
+    def __init__(self, options: WorkerOptions) -> None:
+        self.worker = DecodeWorker(options)
+        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, self.worker.host.rpc.server)
+
+    async def DecodeSession(self, request_iterator: object, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
+        host = self.worker.host
+        session: DecodeSession = await open_session(
+            context,
+            host,
+            hello=worker_pb2.DecodeSessionResponse(hello=host.info()),
+            status=lambda: worker_pb2.DecodeSessionResponse(status=host.status()),
+        )
+        try:
+            await session.run(context, lambda message: self._handle(session, message))
+        finally:
+            host.sessions.discard(session)
+            self.worker.session_ended(session)
+
+    def _handle(self, session: DecodeSession, message: worker_pb2.DecodeSessionRequest) -> None:
+        match message.WhichOneof("message"):
+            case "grant":
+                self._grant(session, message.grant)
+            case "run":
+                self._run(session, message.run.request)
+            case "cancel":
+                self.worker.cancel(message.cancel.request_id, message.cancel.attempt)
+            case _:  # a message of a newer minor version: safe to ignore
+                self.worker.host.metrics.stale_messages.inc()
+
+    def _grant(self, session: DecodeSession, message: worker_pb2.RequestGrant) -> None:
+        work = message.request
+        try:
+            request = sequence_from_proto(work)
+        except SplitserveError as error:
+            self.worker.refuse(session, work.request_id, work.attempt, error)
+            return
+        self.worker.grant(session, work.request_id, request, message.kv_address, message.prefill_boot_id)
+
+    def _run(self, session: DecodeSession, work: worker_pb2.WorkRequest) -> None:
+        try:
+            request = sequence_from_proto(work)
+        except SplitserveError as error:
+            self.worker.refuse(session, work.request_id, work.attempt, error)
+            return
+        self.worker.run_local(session, work.request_id, request)
+
+
+async def serve_async(options: WorkerOptions, ready: Callable[[Ready], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; `ready` is called once the address answers."""
+    server = DecodeServer(options)
+    try:
+        told = await server.worker.host.start()
+        if ready is not None:
+            ready(told)
+        await server.worker.host.run_until_signalled()
+    finally:
+        await server.worker.stop()
+
+
+def serve(options: WorkerOptions, ready: Callable[[Ready], None] | None = None) -> None:
+    """Run a decode or colocated worker in this process. Raises: SplitserveError: it cannot start."""
+    asyncio.run(serve_async(options, ready))

@@ -1,0 +1,275 @@
+"""The decode role: grants blocks, fetches KV into them, streams tokens; colocated, it prefills for itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+from ..core.errors import DeadlineExceeded, EngineFailed, SplitserveError
+from ..core.events import Event
+from ..core.request import Request
+from ..engine.engine import Reservation, StepOutput, TokenOutput
+from ..kv_transfer.grants import Grant
+from ..kv_transfer.receiver import KvReceiver, Received
+from ..proto import kv_transfer_pb2, worker_pb2
+from ..proto.convert import failure_to_proto, reason_to_proto
+from ..worker.edge import sequence_id
+from ..worker.host import WorkerHost
+from ..worker.options import WorkerOptions
+from ..worker.session import Session
+
+logger = logging.getLogger(__name__)
+
+DecodeSession = Session[worker_pb2.DecodeSessionRequest, worker_pb2.DecodeSessionResponse]
+SERVICES = ("splitserve.v1.DecodeWorker",)
+
+_TRANSPORTS = {
+    "grpc": kv_transfer_pb2.TRANSPORT_GRPC,
+    "shared_memory": kv_transfer_pb2.TRANSPORT_SHARED_MEMORY,
+}
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Run:
+    """One attempt from its receipt to its last token."""
+
+    request_id: str  # the router's
+    request: Request  # the engine's: its id names the attempt
+    session: DecodeSession
+    deadline: asyncio.TimerHandle
+    ready_s: float  # local: received; split: committed
+    transfer: asyncio.Task[None] | None = None
+    started_s: float | None = None  # first step
+    first_token_s: float | None = None
+    preemptions: int = 0
+    num_cached_tokens: int = 0
+    is_local: bool = False
+
+
+class DecodeWorker:
+    """Engine plus incoming transfers. Lives on the event loop."""
+
+    def __init__(self, options: WorkerOptions) -> None:
+        self._runs: dict[str, _Run] = {}
+        self._transfers: set[asyncio.Task[None]] = set()
+        self.host = WorkerHost(options, SERVICES, on_step=self._on_step)
+        self.receiver = KvReceiver(
+            self.host.engine.pool, self.host.identity, transports=options.transports, metrics=self.host.metrics
+        )
+
+    async def stop(self) -> None:
+        for run in list(self._runs.values()):
+            self._end(run)
+        if self._transfers:
+            await asyncio.wait(self._transfers)
+        await self.receiver.close()
+        await self.host.stop()
+
+    # -- what the router asks for; `request` carries the attempt's sequence id in place of `request_id` --
+
+    def grant(
+        self, session: DecodeSession, request_id: str, request: Request, kv_address: str, prefill_boot_id: str
+    ) -> None:
+        """Reserve blocks and open the fetch, or answer with RunFailed. Older attempts are revoked."""
+        if not self._is_new(request_id, request):
+            return
+        try:
+            self._refuse_early(request)
+            reservation = self.host.engine.reserve(request)
+        except SplitserveError as error:
+            self.refuse(session, request_id, request.attempt, error)
+            return
+        run = self._begin(session, request_id, request)
+        self._record(run, Event.GRANTED)
+        grant = self.receiver.make_grant(request, kv_address, prefill_boot_id, reservation.num_cached_tokens)
+        told = replace(grant, request_id=request_id).to_proto()
+        session.send(worker_pb2.DecodeSessionResponse(grant=told))
+        run.transfer = asyncio.create_task(self._receive(run, grant, kv_address, reservation))
+        self._transfers.add(run.transfer)
+        run.transfer.add_done_callback(self._transfers.discard)
+
+    def run_local(self, session: DecodeSession, request_id: str, request: Request) -> None:
+        """Prefill and decode here, or answer with RunFailed. Older attempts are revoked."""
+        if not self._is_new(request_id, request):
+            return
+        try:
+            self._refuse_early(request)
+            self.host.engine.add(request)
+        except SplitserveError as error:
+            self.refuse(session, request_id, request.attempt, error)
+            return
+        run = self._begin(session, request_id, request)
+        run.is_local = True
+        self._record(run, Event.PREFILL_QUEUED)
+        self.host.wake()
+
+    def cancel(self, request_id: str, attempt: int) -> None:
+        """Free what this and older attempts hold."""
+        for number in range(1, attempt + 1):
+            if (run := self._runs.get(sequence_id(request_id, number))) is not None:
+                self._record(run, Event.CANCELLED)
+                self._end(run)
+
+    def session_ended(self, session: DecodeSession) -> None:
+        """The router is gone: free all that it had here."""
+        for run in [run for run in self._runs.values() if run.session is session]:
+            self._record(run, Event.CANCELLED)
+            self._end(run)
+
+    def refuse(self, session: DecodeSession, request_id: str, attempt: int, error: SplitserveError) -> None:
+        """Answer one attempt with RunFailed."""
+        self.host.recorder.event(request_id, Event.FAILED, attempt=attempt, code=error.code)
+        failed = worker_pb2.RunFailed(request_id=request_id, attempt=attempt, failure=failure_to_proto(error))
+        session.send(worker_pb2.DecodeSessionResponse(failed=failed))
+
+    def _is_new(self, request_id: str, request: Request) -> bool:
+        if request.request_id in self._runs:
+            self.host.metrics.stale_messages.inc()
+            return False
+        self.cancel(request_id, request.attempt - 1)
+        return True
+
+    def _refuse_early(self, request: Request) -> None:
+        self.host.refuse_if_draining()
+        if request.timeout_s <= 0:
+            raise DeadlineExceeded("the deadline passed before the request reached a decode worker")
+
+    def _begin(self, session: DecodeSession, request_id: str, request: Request) -> _Run:
+        run = _Run(
+            request_id=request_id,
+            request=request,
+            session=session,
+            deadline=asyncio.get_running_loop().call_later(request.timeout_s, self._expired, request.request_id),
+            ready_s=time.monotonic(),
+        )
+        self._runs[request.request_id] = run
+        self.host.run_started()
+        return run
+
+    # -- incoming KV --
+
+    async def _receive(self, run: _Run, grant: Grant, kv_address: str, reservation: Reservation) -> None:
+        """Fetch, verify, join the running batch, commit. Holds the reservation until the link is quiet."""
+        request = run.request
+        token_ids = request.prompt_token_ids + request.output_token_ids
+        adopted = False
+        try:
+            received = await self.receiver.receive(grant, kv_address, token_ids, reservation.block_ids)
+            self._record(run, Event.TRANSFER_STARTED, received.started_at_s)
+            self._record(run, Event.TRANSFER_FINISHED)
+            if not received.finished:
+                self.host.engine.start_reserved(request.request_id, received.first_token_id)
+                adopted, run.transfer = True, None
+                run.ready_s = time.monotonic()
+                self._record(run, Event.DECODE_QUEUED)
+                self.host.wake()
+            self._transfer_done(run, received)
+            if received.finished:  # the first token was final: the router has it from the prefill worker
+                self._end(run)
+            await self.receiver.commit(grant, kv_address, received)
+        except SplitserveError as error:
+            self._fail(run, error)
+        except Exception:
+            logger.exception("receiving KV of request %s failed", run.request_id)
+            self._fail(run, EngineFailed("the decode worker failed while it received KV; see its log"))
+        finally:
+            if not adopted:  # and the link is quiet now
+                self._release(run)
+
+    def _transfer_done(self, run: _Run, received: Received) -> None:
+        metrics = self.host.metrics
+        metrics.transfer_seconds.observe(received.transfer_s)
+        metrics.transfer_exposed_seconds.observe(received.transfer_exposed_s)
+        run.session.send(
+            worker_pb2.DecodeSessionResponse(
+                transfer_done=worker_pb2.TransferDone(
+                    request_id=run.request_id,
+                    attempt=run.request.attempt,
+                    transport=_TRANSPORTS[received.transport],
+                    num_bytes=received.num_bytes,
+                    transfer_s=received.transfer_s,
+                    transfer_exposed_s=received.transfer_exposed_s,
+                    first_token_id=received.first_token_id,
+                    index=len(run.request.output_token_ids),
+                )
+            )
+        )
+
+    # -- what the engine did --
+
+    def _on_step(self, output: StepOutput) -> None:
+        for sequence in output.started:
+            if (run := self._runs.get(sequence)) is not None and run.started_s is None:
+                run.started_s = output.record.at_s
+                self._record(run, Event.PREFILL_STARTED if run.is_local else Event.DECODE_STARTED, run.started_s)
+        for sequence in output.preempted:
+            if (run := self._runs.get(sequence)) is not None:
+                run.preemptions += 1
+                self._record(run, Event.PREEMPTED)
+        for sequence in output.resumed:
+            if (run := self._runs.get(sequence)) is not None:
+                self._record(run, Event.RESUMED)
+        by_session: defaultdict[DecodeSession, list[worker_pb2.SequenceTokens]] = defaultdict(list)
+        for token in output.tokens:
+            if (run := self._runs.get(token.request_id)) is not None:
+                by_session[run.session].append(self._sequence_tokens(run, token))
+        for session, sequences in by_session.items():
+            session.send(worker_pb2.DecodeSessionResponse(tokens=worker_pb2.StepTokens(sequences=sequences)))
+        for sequence, error in output.failed:
+            if (run := self._runs.get(sequence)) is not None:
+                self._fail(run, error)
+
+    def _sequence_tokens(self, run: _Run, token: TokenOutput) -> worker_pb2.SequenceTokens:
+        if run.first_token_s is None:
+            run.first_token_s = time.monotonic()
+            run.num_cached_tokens = token.num_cached_tokens
+            if run.is_local:
+                self._record(run, Event.FIRST_TOKEN, run.first_token_s)
+        message = worker_pb2.SequenceTokens(
+            request_id=run.request_id,
+            attempt=run.request.attempt,
+            index=token.index,
+            token_ids=(token.token_id,),
+            finish_reason=reason_to_proto(token.finish_reason),
+        )
+        if token.finish_reason is not None:
+            started_s = run.started_s if run.started_s is not None else run.first_token_s
+            message.report.queue_s = max(0.0, started_s - run.ready_s)
+            message.report.prefill_s = run.first_token_s - started_s if run.is_local else 0.0
+            message.report.preemptions = run.preemptions
+            message.report.num_cached_tokens = run.num_cached_tokens
+            self._record(run, Event.FINISHED)
+            self._end(run)
+        return message
+
+    # -- ends --
+
+    def _expired(self, sequence: str) -> None:
+        if (run := self._runs.get(sequence)) is not None:
+            self._fail(run, DeadlineExceeded("the deadline passed in the decode worker"))
+
+    def _fail(self, run: _Run, error: SplitserveError) -> None:
+        if self._runs.get(run.request.request_id) is run:
+            self.refuse(run.session, run.request_id, run.request.attempt, error)
+            self._end(run)
+
+    def _end(self, run: _Run) -> None:
+        """Forget the run and free its blocks; while KV may still arrive, the transfer frees them when it is quiet."""
+        del self._runs[run.request.request_id]
+        run.deadline.cancel()
+        if run.transfer is None:
+            self._release(run)
+        elif run.transfer is not asyncio.current_task():
+            run.transfer.cancel()
+        self.host.run_ended()
+
+    def _release(self, run: _Run) -> None:
+        self.host.engine.release(run.request.request_id)
+        for session in self.host.sessions:
+            session.status_changed()
+
+    def _record(self, run: _Run, event: Event, at_s: float | None = None) -> None:
+        self.host.recorder.event(run.request_id, event, attempt=run.request.attempt, at_s=at_s)

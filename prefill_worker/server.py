@@ -1,0 +1,75 @@
+"""The prefill worker's gRPC edge, and the process around it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+import grpc.aio
+
+from ..core.errors import SplitserveError
+from ..kv_transfer.grants import Grant
+from ..proto import worker_pb2, worker_pb2_grpc
+from ..worker.edge import open_session, sequence_from_proto
+from ..worker.options import Ready, WorkerOptions
+from .worker import PrefillSession, PrefillWorker
+
+__all__ = ["PrefillServer", "Ready", "WorkerOptions", "serve"]
+
+
+class PrefillServer(worker_pb2_grpc.PrefillWorkerServicer):
+    """Turns messages into calls of PrefillWorker."""
+
+    def __init__(self, options: WorkerOptions) -> None:
+        self.worker = PrefillWorker(options)
+        worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, self.worker.host.rpc.server)
+
+    async def PrefillSession(self, request_iterator: object, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
+        host = self.worker.host
+        session: PrefillSession = await open_session(
+            context,
+            host,
+            hello=worker_pb2.PrefillSessionResponse(hello=host.info()),
+            status=lambda: worker_pb2.PrefillSessionResponse(status=host.status()),
+        )
+        try:
+            await session.run(context, lambda message: self._handle(session, message))
+        finally:
+            host.sessions.discard(session)
+            self.worker.session_ended(session)
+
+    def _handle(self, session: PrefillSession, message: worker_pb2.PrefillSessionRequest) -> None:
+        match message.WhichOneof("message"):
+            case "run":
+                self._run(session, message.run)
+            case "cancel":
+                self.worker.cancel(message.cancel.request_id, message.cancel.attempt)
+            case _:  # a message of a newer minor version: safe to ignore
+                self.worker.host.metrics.stale_messages.inc()
+
+    def _run(self, session: PrefillSession, run: worker_pb2.RunPrefill) -> None:
+        try:
+            request = sequence_from_proto(run.request)
+            grant = replace(Grant.from_proto(run.grant), request_id=request.request_id)
+        except SplitserveError as error:
+            self.worker.refuse(session, run.request.request_id, run.request.attempt, error)
+            return
+        self.worker.run(session, run.request.request_id, request, grant)
+
+
+async def serve_async(options: WorkerOptions, ready: Callable[[Ready], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; `ready` is called once the address answers."""
+    server = PrefillServer(options)
+    try:
+        told = await server.worker.host.start()
+        if ready is not None:
+            ready(told)
+        await server.worker.host.run_until_signalled()
+    finally:
+        await server.worker.stop()
+
+
+def serve(options: WorkerOptions, ready: Callable[[Ready], None] | None = None) -> None:
+    """Run a prefill worker in this process. Raises: SplitserveError: it cannot start."""
+    asyncio.run(serve_async(options, ready))

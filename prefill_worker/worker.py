@@ -1,0 +1,174 @@
+"""The prefill role: computes prompts, hands out first tokens, keeps KV until its receiver has it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from ..core.errors import Cancelled, DeadlineExceeded, SplitserveError
+from ..core.events import Event
+from ..core.request import Request
+from ..engine.engine import StepOutput, TokenOutput
+from ..kv_transfer.grants import Grant
+from ..kv_transfer.sender import KvSender
+from ..proto import worker_pb2
+from ..proto.convert import failure_to_proto, reason_to_proto
+from ..worker.edge import sequence_id
+from ..worker.host import WorkerHost
+from ..worker.options import WorkerOptions
+from ..worker.session import Session
+
+PrefillSession = Session[worker_pb2.PrefillSessionRequest, worker_pb2.PrefillSessionResponse]
+SERVICES = ("splitserve.v1.PrefillWorker", "splitserve.v1.KvTransfer")
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """One attempt from its receipt until its KV is released."""
+
+    request_id: str  # the router's
+    request: Request  # the engine's: its id names the attempt
+    session: PrefillSession
+    received_s: float
+    deadline: asyncio.TimerHandle
+    started_s: float | None = None
+
+
+class PrefillWorker:
+    """Engine plus outgoing transfers. Lives on the event loop; only kv_written comes from the device thread.
+
+    A run ends when its sender says `released`: the KV was committed, or the attempt failed or was cancelled.
+    """
+
+    def __init__(self, options: WorkerOptions) -> None:
+        self._runs: dict[str, _Run] = {}
+        self.host = WorkerHost(options, SERVICES, on_step=self._on_step, kv_written=self._kv_written)
+        self.sender = KvSender(
+            self.host.engine.pool,
+            self.host.identity,
+            release=self._released,
+            metrics=self.host.metrics,
+            lease_s=options.lease_s,
+        )
+        self.sender.register(self.host.rpc.server)
+
+    async def stop(self) -> None:
+        await self.sender.close()
+        await self.host.stop()
+
+    # -- what the router asks for --
+
+    def run(self, session: PrefillSession, request_id: str, request: Request, grant: Grant) -> None:
+        """Accept one attempt, or answer it with RunFailed. Older attempts of the request are revoked.
+
+        Args: request, grant: both carry the attempt's sequence id in place of `request_id`.
+        """
+        if request.request_id in self._runs:
+            self.host.metrics.stale_messages.inc()
+            return
+        self.cancel(request_id, request.attempt - 1)
+        try:
+            self.host.refuse_if_draining()
+            if request.timeout_s <= 0:
+                raise DeadlineExceeded("the deadline passed before the prompt reached a prefill worker")
+            # The sender learns of the grant first: the engine may report KV as soon as it has the request.
+            self.sender.offer(grant, request.prompt_token_ids + request.output_token_ids, self.host.engine.block_table)
+        except SplitserveError as error:
+            self.refuse(session, request_id, request.attempt, error)
+            return
+        run = _Run(
+            request_id=request_id,
+            request=request,
+            session=session,
+            received_s=time.monotonic(),
+            deadline=asyncio.get_running_loop().call_later(request.timeout_s, self._expired, request.request_id),
+        )
+        self._runs[request.request_id] = run
+        self.host.run_started()
+        self._record(run, Event.PREFILL_QUEUED)
+        try:
+            self.host.engine.add(request, prefill_only=True)
+        except SplitserveError as error:
+            self._fail(run, error)
+            return
+        self.host.wake()
+
+    def cancel(self, request_id: str, attempt: int) -> None:
+        """Free what this and older attempts hold."""
+        for number in range(1, attempt + 1):
+            if (run := self._runs.get(sequence_id(request_id, number))) is not None:
+                self._cancel(run, "the router cancelled the request")
+
+    def session_ended(self, session: PrefillSession) -> None:
+        """The router is gone: nobody would read what it asked for."""
+        for run in [run for run in self._runs.values() if run.session is session]:
+            self._cancel(run, "the router's session ended")
+
+    def refuse(self, session: PrefillSession, request_id: str, attempt: int, error: SplitserveError) -> None:
+        """Answer one attempt with RunFailed."""
+        self.host.recorder.event(request_id, Event.FAILED, attempt=attempt, code=error.code)
+        failed = worker_pb2.RunFailed(request_id=request_id, attempt=attempt, failure=failure_to_proto(error))
+        session.send(worker_pb2.PrefillSessionResponse(failed=failed))
+
+    # -- what the engine did --
+
+    def _kv_written(self, sequence: str, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
+        self.sender.kv_written(sequence, layer_start, layer_end, token_start, token_end)  # device thread
+
+    def _on_step(self, output: StepOutput) -> None:
+        for sequence in output.started:
+            if (run := self._runs.get(sequence)) is not None and run.started_s is None:
+                run.started_s = output.record.at_s
+                self._record(run, Event.PREFILL_STARTED, output.record.at_s)
+        for token in output.tokens:
+            if (run := self._runs.get(token.request_id)) is not None:
+                self._first_token(run, token)
+        for sequence, error in output.failed:
+            if (run := self._runs.get(sequence)) is not None:
+                self._fail(run, error)
+
+    def _first_token(self, run: _Run, token: TokenOutput) -> None:
+        now = time.monotonic()
+        started_s = run.started_s if run.started_s is not None else now
+        run.session.send(
+            worker_pb2.PrefillSessionResponse(
+                first_token=worker_pb2.FirstToken(
+                    request_id=run.request_id,
+                    attempt=run.request.attempt,
+                    index=token.index,
+                    token_id=token.token_id,
+                    finish_reason=reason_to_proto(token.finish_reason),
+                    prefill_queue_s=started_s - run.received_s,
+                    prefill_s=now - started_s,
+                    num_cached_tokens=token.num_cached_tokens,
+                )
+            )
+        )
+        self._record(run, Event.FIRST_TOKEN, now)
+        self.sender.finish(token.request_id, token.token_id, final=token.finish_reason is not None)
+
+    # -- ends: each goes through the sender, which tells the receiver and then calls `_released` --
+
+    def _expired(self, sequence: str) -> None:
+        if (run := self._runs.get(sequence)) is not None:
+            self._fail(run, DeadlineExceeded("the deadline passed in the prefill worker"))
+
+    def _fail(self, run: _Run, error: SplitserveError) -> None:
+        self.refuse(run.session, run.request_id, run.request.attempt, error)
+        self.sender.fail(run.request.request_id, error)
+
+    def _cancel(self, run: _Run, reason: str) -> None:
+        self._record(run, Event.CANCELLED)
+        self.sender.fail(run.request.request_id, Cancelled(reason))
+
+    def _released(self, sequence: str) -> None:
+        """The sender needs this KV no longer: exactly once per offered attempt."""
+        self.host.engine.release(sequence)
+        run = self._runs.pop(sequence, None)
+        if run is not None:
+            run.deadline.cancel()
+            self.host.run_ended()
+
+    def _record(self, run: _Run, event: Event, at_s: float | None = None) -> None:
+        self.host.recorder.event(run.request_id, event, attempt=run.request.attempt, at_s=at_s)

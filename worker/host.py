@@ -1,0 +1,246 @@
+"""A process that hosts one engine: model, device loop, gRPC server, metrics, status and health, for every role."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from ..core.errors import Unavailable
+from ..core.events import Recorder
+from ..core.metrics import WorkerMetrics, new_registry
+from ..core.metrics import serve as serve_metrics
+from ..engine.engine import Engine, KvWritten, StepOutput
+from ..engine.loading import load_model
+from ..engine.loop import DeviceLoop
+from ..kv_transfer.identity import WorkerIdentity, current_host_id
+from ..proto import worker_pb2, worker_pb2_grpc
+from ..proto.convert import PROTOCOL_VERSION
+from ..proto.server import RpcServer
+from .options import Ready, WorkerOptions
+from .session import Session
+
+logger = logging.getLogger(__name__)
+
+_ROLES = {
+    "prefill": worker_pb2.ROLE_PREFILL,
+    "decode": worker_pb2.ROLE_DECODE,
+    "colocated": worker_pb2.ROLE_COLOCATED,
+}
+_HEALTH_PERIOD_S = 1.0
+_RATE_WEIGHT = 0.2  # of the newest step in the moving averages
+
+
+class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
+    """Everything about a worker that does not depend on its role.
+
+    A role passes `on_step` (called on the event loop after every engine step) and, to send KV away, `kv_written`
+    (called on the device thread). It counts its requests in `num_runs` through `run_started` and `run_ended`.
+
+    Raises: AddressInUse, ModelLoadFailed, ModelUnsupported, ConfigError: it cannot start.
+    """
+
+    def __init__(
+        self,
+        options: WorkerOptions,
+        service_names: tuple[str, ...],
+        *,
+        on_step: Callable[[StepOutput], None],
+        kv_written: KvWritten | None = None,
+    ) -> None:
+        self.options = options
+        # The address is taken before the model is loaded: a port in use is told at once.
+        self.rpc = RpcServer(options.host, options.port, (*service_names, "splitserve.v1.WorkerAdmin"))
+        self.identity = WorkerIdentity(
+            worker_id=options.worker_id or f"{options.role}-{self.rpc.port}",
+            boot_id=secrets.token_hex(8),
+            host_id=current_host_id(),
+        )
+        self.recorder = Recorder(self.identity.worker_id, options.trace_dir)
+        self.registry = new_registry()
+        self.metrics = WorkerMetrics(self.registry, options.role)
+        self.model = load_model(options.engine)
+        self.engine = Engine(self.model, options.engine, recorder=self.recorder, kv_written=kv_written)
+        self.draining = False
+        self.num_runs = 0
+        self.sessions: set[Session[Any, Any]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._on_step = on_step
+        self._prefill_tokens_per_s = 0.0
+        self._decode_step_s = 0.0
+        self._loop = asyncio.get_running_loop()
+        self._device = DeviceLoop(self.engine, self._step_done)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._publish_gauges()
+        worker_pb2_grpc.add_WorkerAdminServicer_to_server(self, self.rpc.server)
+
+    async def start(self) -> Ready:
+        """Start serving; the address is reachable when this returns."""
+        metrics_port = serve_metrics(self.registry, self.options.host, self.options.metrics_port)
+        self._device.start()
+        await self.rpc.start()
+        self._tasks.append(asyncio.create_task(self._watch_health()))
+        return Ready(
+            address=self.rpc.address,
+            metrics_address=f"{self.options.host}:{metrics_port}",
+            pid=os.getpid(),
+            boot_id=self.identity.boot_id,
+        )
+
+    async def run_until_signalled(self) -> None:
+        """Serve until SIGTERM or SIGINT, then drain; a second signal stops at once."""
+        stop = asyncio.Event()
+        hurry = asyncio.Event()
+
+        def signalled() -> None:
+            (hurry if stop.is_set() else stop).set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, signalled)
+        await stop.wait()
+        logger.info("draining %d requests", self.num_runs)
+        drain = asyncio.create_task(self.drain(self.options.drain_timeout_s))
+        now = asyncio.create_task(hurry.wait())
+        await asyncio.wait({drain, now}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (drain, now):
+            task.cancel()
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await self.rpc.stop()
+        await asyncio.to_thread(self._device.stop)
+        self.recorder.close()
+
+    def wake(self) -> None:
+        """There is new work for the engine."""
+        self._device.wake()
+
+    def run_started(self) -> None:
+        self.num_runs += 1
+        self._idle.clear()
+
+    def run_ended(self) -> None:
+        self.num_runs -= 1
+        if self.num_runs == 0:
+            self._idle.set()
+        for session in self.sessions:
+            session.status_changed()
+
+    def refuse_if_draining(self) -> None:
+        """Raises: Unavailable."""
+        if self.draining:
+            raise Unavailable(f"worker {self.identity.worker_id} is draining; send the request to another")
+
+    async def drain(self, timeout_s: float) -> int:
+        """Take no new work and wait for what runs; returns how many requests are left."""
+        self.draining = True
+        await self.rpc.set_serving(False)
+        for session in self.sessions:
+            session.status_changed()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            logger.warning("%d requests left after %.1f s of draining", self.num_runs, timeout_s)
+        return self.num_runs
+
+    # -- what routers and operators are told --
+
+    def info(self) -> worker_pb2.WorkerInfo:
+        geometry = self.engine.geometry
+        return worker_pb2.WorkerInfo(
+            protocol_version=PROTOCOL_VERSION,
+            worker_id=self.identity.worker_id,
+            boot_id=self.identity.boot_id,
+            role=_ROLES[self.options.role],
+            model=self.options.model_name or self.options.engine.model,
+            geometry_digest=geometry.digest(),
+            max_model_len=self.engine.max_model_len,
+            vocab_size=self.engine.vocab_size,
+            eos_token_ids=sorted(self.model.eos_token_ids),
+            block_size=self.options.engine.block_size,
+            kv_bytes_per_token=geometry.bytes_per_token,
+            kv_address=self.rpc.address,
+            pid=os.getpid(),
+            max_step_tokens=self.options.engine.max_step_tokens,
+        )
+
+    def status(self) -> worker_pb2.WorkerStatus:
+        usage = self.engine.usage()
+        return worker_pb2.WorkerStatus(
+            num_blocks=usage.num_blocks,
+            num_free_blocks=usage.num_free,
+            num_cached_blocks=usage.num_cached,
+            num_granted_blocks=usage.num_granted,
+            num_running=usage.num_running,
+            num_waiting=usage.num_waiting,
+            num_held=usage.num_held,
+            num_outstanding_prefill_tokens=usage.num_outstanding_prefill_tokens,
+            prefill_tokens_per_s=self._prefill_tokens_per_s,
+            decode_step_s=self._decode_step_s,
+            num_steps=self.engine.num_steps,
+            draining=self.draining,
+            stalled=self._device.stalled(self.options.stall_bound_s),
+        )
+
+    async def GetWorkerStatus(
+        self, request: worker_pb2.GetWorkerStatusRequest, context: object
+    ) -> worker_pb2.GetWorkerStatusResponse:
+        return worker_pb2.GetWorkerStatusResponse(info=self.info(), status=self.status())
+
+    async def Drain(self, request: worker_pb2.DrainRequest, context: object) -> worker_pb2.DrainResponse:
+        return worker_pb2.DrainResponse(num_left=await self.drain(request.timeout_s))
+
+    # -- after each step --
+
+    def _step_done(self, output: StepOutput) -> None:  # device thread
+        self._loop.call_soon_threadsafe(self._deliver, output)
+
+    def _deliver(self, output: StepOutput) -> None:
+        record = output.record
+        metrics = self.metrics
+        metrics.steps.inc()
+        metrics.step_seconds.observe(record.total_s)
+        metrics.prompt_tokens.inc(record.num_prefill_tokens)
+        metrics.output_tokens.inc(record.num_new_tokens)
+        metrics.preemptions.inc(len(output.preempted))
+        if record.kind == "prefill":
+            self._prefill_tokens_per_s = _average(
+                self._prefill_tokens_per_s, record.num_prefill_tokens / record.total_s
+            )
+        elif record.kind == "decode":
+            self._decode_step_s = _average(self._decode_step_s, record.total_s)
+        self._on_step(output)
+
+    async def _watch_health(self) -> None:
+        """Health means progress: NOT_SERVING while the engine is stalled or the worker drains."""
+        serving = True
+        while True:
+            await asyncio.sleep(_HEALTH_PERIOD_S)
+            healthy = not self.draining and not self._device.stalled(self.options.stall_bound_s)
+            if healthy != serving:
+                serving = healthy
+                await self.rpc.set_serving(serving)
+
+    def _publish_gauges(self) -> None:
+        """Gauges and the engine's own counters are read when they are scraped, so they are never stale."""
+        engine, metrics = self.engine, self.metrics
+        metrics.blocks_total.set_function(lambda: engine.usage().num_blocks)
+        metrics.blocks_free.set_function(lambda: engine.usage().num_free)
+        metrics.blocks_cached.set_function(lambda: engine.usage().num_cached)
+        metrics.blocks_live.set_function(lambda: engine.usage().num_live)
+        metrics.blocks_granted.set_function(lambda: engine.usage().num_granted)
+        metrics.blocks_orphaned.set_function(lambda: engine.usage().num_orphaned)
+        metrics.running.set_function(lambda: engine.usage().num_running)
+        metrics.waiting.set_function(lambda: engine.usage().num_waiting)
+        metrics.held.set_function(lambda: engine.usage().num_held)
+
+
+def _average(old: float, new: float) -> float:
+    return new if old == 0.0 else old + _RATE_WEIGHT * (new - old)

@@ -1,0 +1,39 @@
+"""Options of one worker process, whatever its role."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..engine.options import EngineOptions
+
+Role = Literal["prefill", "decode", "colocated"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """One worker process. `port` and `metrics_port` 0 take free ports."""
+
+    engine: EngineOptions
+    role: Role
+    model_name: str = ""  # name that requests ask for; empty takes engine.model
+    host: str = "127.0.0.1"
+    port: int = 0
+    metrics_port: int = 0
+    worker_id: str = ""  # unique in the cluster; empty makes one
+    transports: tuple[str, ...] = ("shared_memory", "grpc")  # how KV may move, best first
+    trace_dir: Path | None = None
+    drain_timeout_s: float = 30.0  # how long SIGTERM waits for running requests
+    lease_s: float = 30.0  # finished KV is held this long without a sign of life from its receiver
+    stall_bound_s: float = 30.0  # work queued and no step finished for this long: unhealthy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """What a started process tells its parent."""
+
+    address: str
+    metrics_address: str
+    pid: int
+    boot_id: str

@@ -1,0 +1,65 @@
+"""One router's session on a worker: an outbox that the event loop fills and a writer that drains it to gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import grpc.aio
+
+MAX_OUTBOX = 20_000  # messages; a router that reads nothing for this long is cut off
+STATUS_PERIOD_S = 0.5
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+class Session(Generic[In, Out]):
+    """Messages to one router, in order, with a status at least every STATUS_PERIOD_S."""
+
+    def __init__(self, router_id: str, status: Callable[[], Out]) -> None:
+        self.router_id = router_id
+        self._status = status
+        self._status_due = True
+        self._outbox: deque[Out] = deque()
+        self._wake = asyncio.Event()
+        self._handler = asyncio.current_task()
+
+    def send(self, message: Out) -> None:
+        """Queue a message. A router that no longer reads is disconnected rather than buffered for without bound."""
+        if len(self._outbox) >= MAX_OUTBOX:
+            if self._handler is not None:
+                self._handler.cancel()
+            return
+        self._outbox.append(message)
+        self._wake.set()
+
+    def status_changed(self) -> None:
+        """Send a status with the next write."""
+        self._status_due = True
+        self._wake.set()
+
+    async def run(self, context: grpc.aio.ServicerContext[In, Out], handle: Callable[[In], None]) -> None:
+        """Read and write until the router closes its side or the call is cancelled."""
+        writer = asyncio.create_task(self._write(context))
+        try:
+            while (message := await context.read()) is not grpc.aio.EOF:
+                handle(message)  # type: ignore[arg-type]
+        finally:
+            writer.cancel()
+
+    async def _write(self, context: grpc.aio.ServicerContext[Any, Out]) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(STATUS_PERIOD_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                self._status_due = True
+            self._wake.clear()
+            while self._outbox:
+                await context.write(self._outbox.popleft())
+            if self._status_due:
+                self._status_due = False
+                await context.write(self._status())
