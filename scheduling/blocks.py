@@ -1,0 +1,130 @@
+"""Block allocation: every KV block is free, cached, granted or live, and never two of these at once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..core.errors import ConfigError
+from ..core.kv_geometry import PREFIX_UNIT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCounts:
+    """Blocks by state; `free + cached + granted + live == total` at every moment."""
+
+    total: int
+    free: int  # hold nothing
+    cached: int  # only the prefix index holds them; evicted when somebody needs a block
+    granted: int  # reserved for an incoming transfer and by nobody else
+    live: int  # held by at least one sequence
+
+
+class BlockAllocator:
+    """Reference-counted blocks with a prefix index; blocks without an owner stay cached, least recently used first out.
+
+    Not thread-safe: the engine's lock guards it.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = True) -> None:
+        if block_size < PREFIX_UNIT or block_size % PREFIX_UNIT:
+            raise ConfigError(f"block_size is {block_size}; it must be a multiple of {PREFIX_UNIT} tokens")
+        if num_blocks < 1:
+            raise ConfigError(f"the KV pool has {num_blocks} blocks; give it memory for at least one")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._prefix_cache = prefix_cache
+        self._free = list(range(num_blocks - 1, -1, -1))  # a stack: low ids first, recently used rows stay warm
+        self._live = [0] * num_blocks  # owners of each block that are sequences
+        self._granted = [0] * num_blocks  # owners that are reservations
+        self._by_hash: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # cached blocks without owner, next to evict first
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that can be had right now: free ones and cached ones that nobody owns."""
+        return len(self._free) + len(self._idle)
+
+    def counts(self) -> BlockCounts:
+        live = sum(1 for owners in self._live if owners)
+        granted = sum(1 for lives, grants in zip(self._live, self._granted, strict=True) if grants and not lives)
+        return BlockCounts(
+            total=self.num_blocks, free=len(self._free), cached=len(self._idle), granted=granted, live=live
+        )
+
+    def can_allocate(self, num_blocks: int, sharing: Sequence[int] = ()) -> bool:
+        """Whether `num_blocks` new blocks exist once the cached blocks in `sharing` are pinned."""
+        return num_blocks + sum(1 for block in sharing if block in self._idle) <= self.num_available
+
+    def allocate(self, num_blocks: int, *, granted: bool = False) -> list[int]:
+        """Take blocks that hold nothing, evicting the least recently used cached ones; guard with `can_allocate`."""
+        assert num_blocks <= self.num_available, "allocate without can_allocate"
+        taken = []
+        for _ in range(num_blocks):
+            block = self._free.pop() if self._free else self._evict()
+            self._owners(granted)[block] += 1
+            taken.append(block)
+        return taken
+
+    def match(self, hashes: Sequence[bytes], max_tokens: int) -> list[int]:
+        """Blocks of the longest cached prefix of at most `max_tokens` tokens, whole blocks only; takes nothing."""
+        per_block = self.block_size // PREFIX_UNIT
+        found: list[int] = []
+        if self._prefix_cache:
+            for index in range(min(max_tokens // self.block_size, len(hashes) // per_block)):
+                block = self._by_hash.get(hashes[(index + 1) * per_block - 1])
+                if block is None:
+                    break
+                found.append(block)
+        return found
+
+    def share(self, blocks: Iterable[int], *, granted: bool = False) -> None:
+        """Become one more owner of cached or owned blocks."""
+        for block in blocks:
+            self._idle.pop(block, None)
+            self._owners(granted)[block] += 1
+
+    def grant_to_live(self, blocks: Iterable[int]) -> None:
+        """The transfer is committed: what the reservation owned, a sequence owns now."""
+        for block in blocks:
+            assert self._granted[block] > 0, f"block {block} is not granted"
+            self._granted[block] -= 1
+            self._live[block] += 1
+
+    def publish(self, block: int, prefix_hash: bytes) -> None:
+        """Enter a full, owned block into the prefix index; the first block with a hash keeps it."""
+        if self._prefix_cache and prefix_hash not in self._by_hash and block not in self._hash_of:
+            self._by_hash[prefix_hash] = block
+            self._hash_of[block] = prefix_hash
+
+    def release(self, blocks: Sequence[int], *, granted: bool = False) -> None:
+        """Give up ownership; a published block stays cached. The last blocks of a prefix are evicted first."""
+        owners = self._owners(granted)
+        for block in reversed(blocks):
+            assert owners[block] > 0, f"block {block} is released twice"
+            owners[block] -= 1
+            if self._live[block] or self._granted[block]:
+                continue
+            if block in self._hash_of:
+                self._idle[block] = None
+            else:
+                self._free.append(block)
+
+    def drop_cache(self) -> None:
+        """Forget every cached block that nobody owns."""
+        while self._idle:
+            self._free.append(self._evict())
+
+    def owned(self) -> set[int]:
+        """Blocks with at least one owner."""
+        return {b for b in range(self.num_blocks) if self._live[b] or self._granted[b]}
+
+    def _owners(self, granted: bool) -> list[int]:
+        return self._granted if granted else self._live
+
+    def _evict(self) -> int:
+        block, _ = self._idle.popitem(last=False)
+        del self._by_hash[self._hash_of.pop(block)]
+        return block

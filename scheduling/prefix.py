@@ -1,0 +1,37 @@
+"""Prefix hashes: which KV two prompts can share. One chained hash per 16 tokens, whatever the block size."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+from ..core.kv_geometry import PREFIX_UNIT
+
+_DIGEST_BYTES = 16
+
+
+def prefix_namespace(*, model_id: str, kv_dtype: str, tenant: str = "", codec: str = "none") -> bytes:
+    """Root of a hash chain: KV of other weights, dtypes, codecs or tenants never matches.
+
+    A cryptographic hash, since tenants choose their own prompts: a collision would serve someone else's answer.
+    """
+    parts = (model_id, kv_dtype, codec, tenant)
+    encoded = b"".join(len(part.encode()).to_bytes(4, "little") + part.encode() for part in parts)
+    return hashlib.blake2b(encoded, digest_size=_DIGEST_BYTES).digest()
+
+
+def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], namespace: bytes) -> None:
+    """Append the hash of every further full unit of `token_ids`; hash i covers tokens [0, (i + 1) * PREFIX_UNIT)."""
+    previous = hashes[-1] if hashes else namespace
+    for start in range(len(hashes) * PREFIX_UNIT, len(token_ids) - PREFIX_UNIT + 1, PREFIX_UNIT):
+        unit = array("q", token_ids[start : start + PREFIX_UNIT]).tobytes()
+        previous = hashlib.blake2b(previous + unit, digest_size=_DIGEST_BYTES).digest()
+        hashes.append(previous)
+
+
+def prefix_hashes(token_ids: Sequence[int], namespace: bytes) -> list[bytes]:
+    """Hashes of every full unit of `token_ids`, for lookups in a worker's or the router's index."""
+    hashes: list[bytes] = []
+    extend_hashes(hashes, token_ids, namespace)
+    return hashes

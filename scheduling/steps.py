@@ -1,0 +1,372 @@
+"""Step scheduler: which tokens of which sequences the next engine step computes, and what becomes of them afterwards.
+
+Decodes go first, one token each; what is left of the step's budget goes to prefill chunks in queue order. Out of
+blocks, the sequence that would be served last gives its blocks up and is recomputed later.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..core.errors import InvalidRequest, Overloaded
+from ..core.kv_geometry import PREFIX_UNIT, blocks_for
+from ..core.request import FinishReason, Request
+from .blocks import BlockAllocator
+from .prefix import extend_hashes, prefix_namespace
+from .sequence import Sequence, SequenceState
+
+_RETRY_AFTER_S = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledTokens:
+    """Tokens [start, end) of one sequence, computed in one step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def samples(self) -> bool:
+        """The last known token is among them, so the step yields the next one."""
+        return self.end == self.sequence.num_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """One step: decodes first, then prefill chunks."""
+
+    parts: tuple[ScheduledTokens, ...]
+    num_decode_tokens: int
+    num_prefill_tokens: int
+    num_context_tokens: int  # sum over parts of tokens attended to
+    started: tuple[Sequence, ...]  # in their first step
+    resumed: tuple[Sequence, ...]  # in their first step after a preemption
+    preempted: tuple[Sequence, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledToken:
+    """A token that a step appended to a sequence."""
+
+    sequence: Sequence
+    index: int
+    token_id: int
+    finish_reason: FinishReason | None
+
+
+class StepScheduler:
+    """Queues, block tables and the step plan of one engine. Not thread-safe: the engine's lock guards it."""
+
+    def __init__(
+        self,
+        blocks: BlockAllocator,
+        *,
+        model_id: str,
+        kv_dtype: str,
+        max_running: int,
+        max_waiting: int,
+        max_step_tokens: int,
+    ) -> None:
+        self.blocks = blocks
+        self._model_id = model_id
+        self._kv_dtype = kv_dtype
+        self._max_running = max_running
+        self._max_waiting = max_waiting
+        self._max_step_tokens = max_step_tokens
+        self._sequences: dict[str, Sequence] = {}  # every one that is not finished
+        self._waiting: list[Sequence] = []  # in queue order
+        self._running: list[Sequence] = []  # in queue order
+        self._plan: StepPlan | None = None  # being run
+        self._preempted: list[Sequence] = []  # by the plan being made
+        self._starved = False  # somebody waits for blocks, so reservations must not take them
+        self._arrivals = 0
+        self.num_preemptions = 0
+        self.cached_tokens = 0  # prompt tokens that the prefix cache served
+
+    # --- queues ---
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def num_in(self, state: SequenceState) -> int:
+        return sum(1 for sequence in self._sequences.values() if sequence.state is state)
+
+    @property
+    def outstanding_prefill_tokens(self) -> int:
+        """Tokens that waiting and running sequences still need computed before they decode."""
+        return sum(s.num_uncomputed for s in (*self._waiting, *self._running) if not s.is_decoding)
+
+    def get(self, request_id: str) -> Sequence:
+        """Raises: KeyError: no such live sequence."""
+        return self._sequences[request_id]
+
+    def add(self, request: Request, *, prefill_only: bool = False) -> None:
+        """Queue a request.
+
+        Raises: Overloaded: the queue is at its bound. InvalidRequest: its id is in use.
+        """
+        if len(self._waiting) >= self._max_waiting:
+            raise Overloaded(
+                f"{len(self._waiting):,} requests are waiting, the bound is {self._max_waiting:,}; try again later",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        insort(self._waiting, self._new_sequence(request, prefill_only=prefill_only), key=_queue_key)
+
+    def reserve(self, request: Request, headroom_tokens: int) -> Sequence:
+        """Take blocks for the KV that a transfer will bring, and for the first output tokens.
+
+        Raises: Overloaded: the batch or the pool is full, or a preempted sequence is waiting; nothing was taken.
+        """
+        busy = len(self._running) + len(self._waiting) + self.num_in(SequenceState.RESERVED)
+        if busy >= self._max_running:
+            raise Overloaded(
+                f"{busy} sequences are running or about to, max_running is {self._max_running}; try again later",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        hashes: list[bytes] = []
+        tokens = [*request.prompt_token_ids, *request.output_token_ids]
+        extend_hashes(hashes, tokens, self._namespace(request))
+        hits = self.blocks.match(hashes, len(tokens) - 1)
+        remaining = request.max_tokens - len(request.output_token_ids)
+        needed = blocks_for(len(tokens) + min(headroom_tokens, remaining), self.blocks.block_size) - len(hits)
+        starved = self._starved and bool(self._waiting)
+        if starved or not self.blocks.can_allocate(needed, hits):
+            raise Overloaded(
+                f"the request needs {needed:,} KV blocks, {self.blocks.num_available:,} can be had"
+                + (" and sequences that arrived before are waiting for them" if starved else "")
+                + "; try again later or another worker",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        sequence = self._new_sequence(request, arrived_by_transfer=True)
+        sequence.state = SequenceState.RESERVED
+        sequence.prefix_hashes = hashes
+        self.blocks.share(hits, granted=True)
+        sequence.block_table = hits + self.blocks.allocate(needed, granted=True)
+        sequence.num_cached = len(hits) * self.blocks.block_size
+        sequence.num_published = len(hits)
+        return sequence
+
+    def start_reserved(self, request_id: str, first_token_id: int) -> None:
+        """The transfer is committed: decode from `first_token_id` on.
+
+        Raises: InvalidRequest: no such reservation, or its first token is also its last.
+        """
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.state is not SequenceState.RESERVED:
+            raise InvalidRequest(f"request {request_id} has no reservation here; reserve before start_reserved")
+        sequence.token_ids.append(first_token_id)
+        if sequence.finish_reason() is not None:
+            sequence.token_ids.pop()
+            raise InvalidRequest(f"request {request_id} ends with its first token; release it instead of starting it")
+        sequence.num_computed = sequence.num_tokens - 1
+        self.blocks.grant_to_live(sequence.block_table)
+        sequence.state = SequenceState.RUNNING
+        self._publish(sequence)
+        insort(self._running, sequence, key=_queue_key)
+
+    def release(self, request_id: str) -> bool:
+        """Forget a sequence in whatever state; blocks that the running step uses are freed when it ends."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.released:
+            return False
+        if self._plan is not None and any(part.sequence is sequence for part in self._plan.parts):
+            sequence.released = True
+        else:
+            self._finish(sequence)
+        return True
+
+    # --- steps ---
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step; None when no sequence can go on."""
+        assert self._plan is None, "the previous step is still running"
+        self._preempted = []
+        # Evaluated one by one: growing one sequence may preempt those behind it, which then no longer decode.
+        parts = [_part(s, 1) for s in tuple(self._running) if s.is_decoding and self._grow(s)]
+        num_decode = len(parts)
+
+        budget = self._max_step_tokens
+        for sequence in self._running:
+            if budget and not sequence.is_decoding:
+                parts.append(_part(sequence, budget))
+                budget -= parts[-1].num_tokens
+        started: list[Sequence] = []
+        resumed: list[Sequence] = []
+        while budget and not self._preempted and (admitted := self._admit()):
+            parts.append(_part(admitted, budget))
+            budget -= parts[-1].num_tokens
+            if not admitted.started:
+                started.append(admitted)
+            elif admitted.preempted:
+                resumed.append(admitted)
+            admitted.started, admitted.preempted = True, False
+        if not parts:
+            return None
+        for part in parts[:num_decode]:  # arrived by transfer: their first step here is a decode
+            if not part.sequence.started:
+                part.sequence.started = True
+                started.append(part.sequence)
+        self._plan = StepPlan(
+            parts=tuple(parts),
+            num_decode_tokens=num_decode,
+            num_prefill_tokens=sum(part.num_tokens for part in parts[num_decode:]),
+            num_context_tokens=sum(part.end for part in parts),
+            started=tuple(started),
+            resumed=tuple(resumed),
+            preempted=tuple(self._preempted),
+        )
+        return self._plan
+
+    def commit(self, sampled: Mapping[str, int]) -> list[SampledToken]:
+        """The planned step ran: advance its sequences by the sampled token of each request id that has one."""
+        assert self._plan is not None, "commit without schedule"
+        plan, self._plan = self._plan, None
+        tokens: list[SampledToken] = []
+        for part in plan.parts:
+            sequence, samples = part.sequence, part.samples
+            if sequence.released:
+                self._finish(sequence)
+                continue
+            sequence.num_computed = part.end
+            self._publish(sequence)
+            if not samples:
+                continue
+            index, token_id = sequence.num_output, sampled[sequence.request_id]
+            sequence.token_ids.append(token_id)
+            reason = sequence.finish_reason()
+            tokens.append(SampledToken(sequence=sequence, index=index, token_id=token_id, finish_reason=reason))
+            if sequence.prefill_only:
+                self._running.remove(sequence)
+                sequence.state = SequenceState.HELD
+            elif reason is not None:
+                self._finish(sequence)
+        return tokens
+
+    def abandon(self) -> list[Sequence]:
+        """The planned step failed: forget its sequences and return those that nobody had released."""
+        if self._plan is None:
+            return []
+        plan, self._plan = self._plan, None
+        for part in plan.parts:
+            self._finish(part.sequence)
+        return [part.sequence for part in plan.parts if not part.sequence.released]
+
+    def num_orphaned_blocks(self) -> int:
+        """Blocks that are owned according to the allocator but in no block table; anything but 0 is a bug."""
+        tables: set[int] = set()
+        for sequence in self._sequences.values():
+            tables.update(sequence.block_table)
+        return len(self.blocks.owned() - tables)
+
+    # --- parts of the above ---
+
+    def _new_sequence(
+        self, request: Request, *, prefill_only: bool = False, arrived_by_transfer: bool = False
+    ) -> Sequence:
+        if request.request_id in self._sequences:
+            raise InvalidRequest(f"request id {request.request_id} is already live here; ids must be unique")
+        self._arrivals += 1
+        sequence = Sequence(
+            request=request,
+            arrival=self._arrivals,
+            prefill_only=prefill_only,
+            arrived_by_transfer=arrived_by_transfer,
+        )
+        self._sequences[request.request_id] = sequence
+        return sequence
+
+    def _admit(self) -> Sequence | None:
+        """Move the first waiting sequence into the running batch with blocks for all its known tokens."""
+        self._starved = False
+        if not self._waiting or len(self._running) + self.num_in(SequenceState.RESERVED) >= self._max_running:
+            return None
+        sequence = self._waiting[0]
+        extend_hashes(sequence.prefix_hashes, sequence.token_ids, self._namespace(sequence.request))
+        hits = self.blocks.match(sequence.prefix_hashes, sequence.num_tokens - 1)
+        needed = blocks_for(sequence.num_tokens, self.blocks.block_size) - len(hits)
+        if not self.blocks.can_allocate(needed, hits):
+            self._starved = True  # and nobody behind it may overtake, or it would wait for ever
+            return None
+        self._waiting.pop(0)
+        self.blocks.share(hits)
+        sequence.block_table = hits + self.blocks.allocate(needed)
+        sequence.num_cached = sequence.num_computed = len(hits) * self.blocks.block_size
+        sequence.num_published = len(hits)
+        self.cached_tokens += sequence.num_cached
+        sequence.state = SequenceState.RUNNING
+        insort(self._running, sequence, key=_queue_key)
+        return sequence
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Give a decoding sequence the block of its next token, if need be at the cost of those behind it."""
+        while len(sequence.block_table) * self.blocks.block_size < sequence.num_tokens:
+            if self.blocks.can_allocate(1):
+                sequence.block_table += self.blocks.allocate(1)
+                continue
+            # A prefill-only sequence may be in mid-transfer, so it is never the victim.
+            victim = next(s for s in reversed(self._running) if not s.prefill_only)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self.blocks.release(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed = sequence.num_published = 0
+        sequence.state = SequenceState.WAITING
+        sequence.preempted = True
+        insort(self._waiting, sequence, key=_queue_key)
+        self._preempted.append(sequence)
+        self._starved = True
+        self.num_preemptions += 1
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Enter the blocks that became full into the prefix index."""
+        full = sequence.num_computed // self.blocks.block_size
+        if full == sequence.num_published:
+            return
+        extend_hashes(sequence.prefix_hashes, sequence.token_ids, self._namespace(sequence.request))
+        units = self.blocks.block_size // PREFIX_UNIT
+        for index in range(sequence.num_published, full):
+            self.blocks.publish(sequence.block_table[index], sequence.prefix_hashes[(index + 1) * units - 1])
+        sequence.num_published = full
+
+    def _finish(self, sequence: Sequence) -> None:
+        if sequence.state is SequenceState.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.state is SequenceState.RUNNING:
+            self._running.remove(sequence)
+        self.blocks.release(sequence.block_table, granted=sequence.state is SequenceState.RESERVED)
+        sequence.block_table = []
+        sequence.state = SequenceState.FINISHED
+        del self._sequences[sequence.request_id]
+
+    def _namespace(self, request: Request) -> bytes:
+        return prefix_namespace(model_id=self._model_id, kv_dtype=self._kv_dtype, tenant=request.tenant)
+
+
+def _queue_key(sequence: Sequence) -> tuple[int, int]:
+    return sequence.queue_key
+
+
+def _part(sequence: Sequence, budget: int) -> ScheduledTokens:
+    start = sequence.num_computed
+    return ScheduledTokens(sequence=sequence, start=start, end=start + min(budget, sequence.num_uncomputed))
