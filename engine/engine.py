@@ -1,0 +1,340 @@
+"""The engine: one model, one KV pool, one step at a time: schedule, run, postprocess."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ..core.errors import EngineFailed, ModelUnsupported, PromptTooLong, SplitserveError
+from ..core.events import Recorder, StepKind, StepRecord
+from ..core.kv_geometry import blocks_for
+from ..core.request import FinishReason, Request
+from ..scheduling.blocks import BlockAllocator
+from ..scheduling.sequence import SequenceState
+from ..scheduling.steps import SampledToken, StepPlan, StepScheduler
+from .attention import KvWritten
+from .loading import LoadedModel
+from .options import EngineOptions
+from .pool import KvPool
+from .runner import SequenceTokens, forward
+from .sampler import SampleInput, sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """Blocks that wait for a transfer; the first `num_cached_tokens` tokens are there already."""
+
+    request_id: str
+    block_ids: tuple[int, ...]
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenOutput:
+    """One new token of one request."""
+
+    request_id: str
+    attempt: int
+    index: int  # among the request's output tokens, those of earlier attempts included
+    token_id: int
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """What one step did."""
+
+    record: StepRecord
+    tokens: list[TokenOutput]
+    started: list[str]  # request ids in their first step
+    preempted: list[str]
+    resumed: list[str]  # in their first step after a preemption
+    failed: list[tuple[str, SplitserveError]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Blocks and queues right now."""
+
+    blocks_total: int
+    blocks_free: int
+    blocks_cached: int
+    blocks_live: int
+    blocks_granted: int
+    blocks_orphaned: int
+    num_running: int
+    num_waiting: int
+    num_held: int
+    num_reserved: int
+    outstanding_prefill_tokens: int
+
+
+class Engine:
+    """Runs requests by steps. Thread-safe: its lock is held to schedule and postprocess, not during the forward pass.
+
+    Args:
+        recorder: gets a record of each step.
+        kv_written: called on the device thread, inside the forward pass, when KV of a `prefill_only` sequence is in
+            the pool: per layer and chunk, and once with all layers for tokens that the prefix cache held.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        options: EngineOptions,
+        *,
+        recorder: Recorder | None = None,
+        kv_written: KvWritten | None = None,
+    ) -> None:
+        if options.num_threads is not None:
+            torch.set_num_threads(options.num_threads)
+        self.options = options
+        self.geometry = model.geometry
+        self.vocab_size = model.vocab_size
+        row_bytes = model.geometry.bytes_per_token * options.block_size
+        num_blocks = options.num_kv_blocks or options.kv_memory_bytes // row_bytes
+        if num_blocks < 1:
+            raise ModelUnsupported(
+                f"one KV block of {options.block_size} tokens takes {row_bytes:,} bytes, kv_memory_bytes is "
+                f"{options.kv_memory_bytes:,}; raise it"
+            )
+        self.pool = KvPool(
+            model.geometry, num_blocks=num_blocks, block_size=options.block_size, shared=options.shared_pool
+        )
+        self._model_limit = min(model.max_model_len, options.max_model_len or model.max_model_len)
+        self.max_model_len = min(self._model_limit, num_blocks * options.block_size)
+        self._model = model.model
+        self._recorder = recorder
+        self._kv_written = kv_written
+        self._lock = threading.Lock()
+        self._scheduler = StepScheduler(
+            BlockAllocator(num_blocks, options.block_size, prefix_cache=options.prefix_cache),
+            model_id=model.model_id,
+            kv_dtype=model.geometry.dtype,
+            max_running=options.max_running,
+            max_waiting=options.max_waiting,
+            max_step_tokens=options.max_step_tokens,
+        )
+        self._num_steps = 0
+        self._step_began_s = 0.0
+        self.prompt_tokens = 0  # prompt tokens computed
+        self.output_tokens = 0  # tokens sampled
+        self.recomputed_prompt_tokens = 0  # of them, those whose KV should have come by transfer
+
+    # --- requests, from any thread ---
+
+    def add(self, request: Request, *, prefill_only: bool = False) -> None:
+        """Queue a request; a `prefill_only` one is held after its first token until `release`.
+
+        Raises: InvalidRequest, PromptTooLong: this engine can never serve it. Overloaded: the queue is full.
+        """
+        # A prefill-only sequence never grows past its prompt, so only the model bounds the whole request.
+        limit = self._model_limit if prefill_only else self.max_model_len
+        request.validate(max_model_len=limit, vocab_size=self.vocab_size)
+        self._check_fits(request)
+        with self._lock:
+            self._scheduler.add(request, prefill_only=prefill_only)
+
+    def reserve(self, request: Request) -> Reservation:
+        """Take blocks for a request whose KV comes by transfer; what the prefix cache holds of it is pinned.
+
+        Raises: InvalidRequest, PromptTooLong: never possible here. Overloaded: not now; nothing was taken.
+        """
+        request.validate(max_model_len=self.max_model_len, vocab_size=self.vocab_size)
+        with self._lock:
+            sequence = self._scheduler.reserve(request, self.options.decode_headroom_tokens)
+            return Reservation(
+                request_id=request.request_id,
+                block_ids=tuple(sequence.block_table),
+                num_cached_tokens=sequence.num_cached,
+            )
+
+    def start_reserved(self, request_id: str, first_token_id: int) -> None:
+        """The KV of all the request's tokens is in its blocks: decode on from its next output token.
+
+        Raises: InvalidRequest: there is no such reservation, or that token ends the request.
+        """
+        with self._lock:
+            self._scheduler.start_reserved(request_id, first_token_id)
+
+    def release(self, request_id: str) -> bool:
+        """Forget a request in whatever state and free its blocks, after the running step if that uses them.
+
+        Returns False if there is no such request (any more).
+        """
+        with self._lock:
+            return self._scheduler.release(request_id)
+
+    def block_table(self, request_id: str) -> tuple[int, ...]:
+        """Raises: KeyError: no such live request."""
+        with self._lock:
+            return tuple(self._scheduler.get(request_id).block_table)
+
+    def has_work(self) -> bool:
+        with self._lock:
+            return self._scheduler.has_work
+
+    def usage(self) -> Usage:
+        with self._lock:
+            blocks = self._scheduler.blocks.counts()
+            return Usage(
+                blocks_total=blocks.total,
+                blocks_free=blocks.free,
+                blocks_cached=blocks.cached,
+                blocks_live=blocks.live,
+                blocks_granted=blocks.granted,
+                blocks_orphaned=self._scheduler.num_orphaned_blocks(),
+                num_running=self._scheduler.num_running,
+                num_waiting=self._scheduler.num_waiting,
+                num_held=self._scheduler.num_in(SequenceState.HELD),
+                num_reserved=self._scheduler.num_in(SequenceState.RESERVED),
+                outstanding_prefill_tokens=self._scheduler.outstanding_prefill_tokens,
+            )
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that the prefix cache served instead of the model."""
+        return self._scheduler.cached_tokens
+
+    @property
+    def preemptions(self) -> int:
+        return self._scheduler.num_preemptions
+
+    # --- steps, from the device thread only ---
+
+    def step(self) -> StepOutput | None:
+        """Compute one step; None when nothing can go on right now."""
+        self._step_began_s = time.monotonic()
+        with self._lock:
+            plan = self._scheduler.schedule()
+        if plan is None:
+            return None
+        scheduled_s = time.monotonic()
+        sampled = self._run(plan)
+        ran_s = time.monotonic()
+        with self._lock:
+            return self._postprocess(plan, sampled, scheduled_s, ran_s)
+
+    def abandon_step(self, error: Exception) -> StepOutput:
+        """After `step` raised: drop the sequences of that step and free their blocks; `failed` says whose."""
+        if not isinstance(error, SplitserveError):
+            error = EngineFailed(f"the engine step failed with {type(error).__name__}: {error}; send the request again")
+        with self._lock:
+            dropped = self._scheduler.abandon()
+            record = self._record("mixed", num_sequences=len(dropped), scheduled_s=self._step_began_s)
+        failed: list[tuple[str, SplitserveError]] = [(sequence.request_id, error) for sequence in dropped]
+        return StepOutput(record=record, tokens=[], started=[], preempted=[], resumed=[], failed=failed)
+
+    def _run(self, plan: StepPlan) -> dict[str, int]:
+        """Forward pass and sampling: the new token of each request id that gets one."""
+        if self._kv_written is not None:
+            for sequence in plan.started:
+                if sequence.prefill_only and sequence.num_cached:
+                    self._kv_written(sequence.request_id, 0, self.geometry.num_layers, 0, sequence.num_cached)
+        # Single tokens first: the attention function takes them together.
+        parts = sorted(plan.parts, key=lambda part: part.num_tokens > 1)
+        sequences = [
+            SequenceTokens(
+                request_id=part.sequence.request_id,
+                token_ids=part.sequence.token_ids[part.start : part.end],
+                start=part.start,
+                block_table=part.sequence.block_table,
+                announce=part.sequence.prefill_only,
+            )
+            for part in parts
+        ]
+        sampling, rows, row = [], [], -1
+        for part in parts:
+            row += part.num_tokens
+            if part.samples:
+                sampling.append(part.sequence)
+                rows.append(row)
+        logits = forward(self._model, self.pool, sequences, rows, self._kv_written)
+        inputs = [
+            SampleInput(
+                params=sequence.request.sampling,
+                index=sequence.num_output,
+                token_ids=sequence.token_ids,
+                num_prompt_tokens=sequence.request.num_prompt_tokens,
+            )
+            for sequence in sampling
+        ]
+        token_ids = sample(logits, inputs)
+        return {sequence.request_id: token for sequence, token in zip(sampling, token_ids, strict=True)}
+
+    def _postprocess(self, plan: StepPlan, sampled: dict[str, int], scheduled_s: float, ran_s: float) -> StepOutput:
+        for part in plan.parts:
+            prompt = max(0, min(part.end, part.sequence.request.num_prompt_tokens) - part.start)
+            self.prompt_tokens += prompt
+            if part.sequence.arrived_by_transfer:
+                self.recomputed_prompt_tokens += prompt
+        tokens = self._scheduler.commit(sampled)
+        self.output_tokens += len(tokens)
+        record = self._record(
+            "prefill" if not plan.num_decode_tokens else "mixed" if plan.num_prefill_tokens else "decode",
+            num_sequences=len(plan.parts),
+            scheduled_s=scheduled_s,
+            ran_s=ran_s,
+            plan=plan,
+            num_new_tokens=len(tokens),
+        )
+        if self._recorder is not None:
+            self._recorder.step(record)
+        return StepOutput(
+            record=record,
+            tokens=[_token_output(token) for token in tokens],
+            started=[sequence.request_id for sequence in plan.started],
+            preempted=[sequence.request_id for sequence in plan.preempted],
+            resumed=[sequence.request_id for sequence in plan.resumed],
+            failed=[],
+        )
+
+    def _record(
+        self,
+        kind: StepKind,
+        *,
+        num_sequences: int,
+        scheduled_s: float,
+        ran_s: float | None = None,
+        plan: StepPlan | None = None,
+        num_new_tokens: int = 0,
+    ) -> StepRecord:
+        now_s = time.monotonic()
+        self._num_steps += 1
+        return StepRecord(
+            step=self._num_steps,
+            at_s=self._step_began_s,
+            kind=kind,
+            num_sequences=num_sequences,
+            num_prefill_tokens=plan.num_prefill_tokens if plan else 0,
+            num_decode_tokens=plan.num_decode_tokens if plan else 0,
+            num_context_tokens=plan.num_context_tokens if plan else 0,
+            num_new_tokens=num_new_tokens,
+            schedule_s=scheduled_s - self._step_began_s,
+            run_s=(now_s if ran_s is None else ran_s) - scheduled_s,
+            total_s=now_s - self._step_began_s,
+            num_waiting=self._scheduler.num_waiting,
+            num_free_blocks=self._scheduler.blocks.num_available,
+        )
+
+    def _check_fits(self, request: Request) -> None:
+        needed = blocks_for(request.num_tokens, self.options.block_size)
+        if needed > self.pool.num_blocks:
+            raise PromptTooLong(
+                f"the request's {request.num_tokens:,} tokens need {needed:,} KV blocks, the pool has "
+                f"{self.pool.num_blocks:,}; shorten it or raise kv_memory_bytes",
+                field="prompt",
+            )
+
+
+def _token_output(token: SampledToken) -> TokenOutput:
+    return TokenOutput(
+        request_id=token.sequence.request_id,
+        attempt=token.sequence.request.attempt,
+        index=token.index,
+        token_id=token.token_id,
+        finish_reason=token.finish_reason,
+    )

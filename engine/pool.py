@@ -1,0 +1,100 @@
+"""The KV pool: one contiguous row per block across all layers, `[block][layer][K|V][head][token][dim]`."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+
+import torch
+from torch import Tensor
+
+from ..core.errors import ConfigError
+from ..core.kv_geometry import DTYPE_BYTES, KvDtype, KvGeometry
+
+TORCH_DTYPES: dict[KvDtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_F_SEAL_FUTURE_WRITE = 0x0010  # linux/fcntl.h; the fcntl module does not name it yet
+
+
+class KvPool:
+    """KV memory of one engine. A row moves between workers as it is; views below address one layer of every row.
+
+    `shared=True` puts it into a memfd: its size is sealed, and so is every writable mapping but ours, so that a peer
+    can map it read-only and nothing else.
+    """
+
+    def __init__(self, geometry: KvGeometry, *, num_blocks: int, block_size: int, shared: bool = False) -> None:
+        self.geometry = geometry
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.row_bytes = geometry.bytes_per_token * block_size
+        self.size_bytes = self.row_bytes * num_blocks
+        self.fd: int | None = None
+        self._dtype = TORCH_DTYPES[geometry.dtype]
+        self._mapping: mmap.mmap | None = None
+        # Zeroed either way: padding is read by attention and masked afterwards, and a NaN would survive the mask.
+        if shared:
+            self.fd, self._mapping = _sealed_memory(self.size_bytes)
+            storage = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        else:
+            try:
+                storage = torch.zeros(self.size_bytes, dtype=torch.uint8)
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"cannot allocate a KV pool of {self.size_bytes:,} bytes; lower num_kv_blocks or kv_memory_bytes"
+                ) from error
+        self.rows = storage.view(num_blocks, self.row_bytes)  # uint8, one row per block
+        self._elements = storage.view(self._dtype)
+        self._key_offset: list[int] = []  # elements from the row's start, per layer
+        self._value_offset: list[int] = []
+        offset = 0
+        for layer in geometry.layers:
+            self._key_offset.append(offset)
+            offset += layer.num_kv_heads * block_size * layer.key_dim
+            self._value_offset.append(offset)
+            offset += layer.num_kv_heads * block_size * layer.value_dim
+        self._keys = [self._view(i, self._key_offset[i], g.key_dim) for i, g in enumerate(geometry.layers)]
+        self._values = [self._view(i, self._value_offset[i], g.value_dim) for i, g in enumerate(geometry.layers)]
+
+    def keys(self, layer: int) -> Tensor:
+        """View [num_blocks, num_kv_heads, block_size, key_dim]."""
+        return self._keys[layer]
+
+    def values(self, layer: int) -> Tensor:
+        """View [num_blocks, num_kv_heads, block_size, value_dim]."""
+        return self._values[layer]
+
+    def key_offset_bytes(self, layer: int) -> int:
+        """Where a layer's keys begin inside a row."""
+        return self._key_offset[layer] * DTYPE_BYTES[self.geometry.dtype]
+
+    def value_offset_bytes(self, layer: int) -> int:
+        """Where a layer's values begin inside a row; they end where the next layer's keys begin."""
+        return self._value_offset[layer] * DTYPE_BYTES[self.geometry.dtype]
+
+    def close(self) -> None:
+        """Give the shared memory's file descriptor back; mappings live on until nobody uses them."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+    def _view(self, layer: int, offset: int, dim: int) -> Tensor:
+        heads, row = self.geometry.layers[layer].num_kv_heads, self.row_bytes // DTYPE_BYTES[self.geometry.dtype]
+        shape = (self.num_blocks, heads, self.block_size, dim)
+        return self._elements.as_strided(shape, (row, self.block_size * dim, dim, 1), offset)
+
+
+def _sealed_memory(size_bytes: int) -> tuple[int, mmap.mmap]:
+    fd = os.memfd_create("splitserve-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size_bytes)
+        mapping = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE)
+    except OSError as error:
+        os.close(fd)
+        raise ConfigError(f"cannot allocate {size_bytes:,} bytes of shared memory for the KV pool: {error}") from error
+    return fd, mapping

@@ -1,0 +1,99 @@
+"""Choose the next token of each sequence: token i of a request is a function of (logits, seed, i) alone.
+
+One uniform number comes from a hash of (seed, i); it picks from the filtered distribution in vocabulary order. So the
+choice depends neither on the batch nor on the worker, and no generator state has to move with a request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.request import SamplingParams
+
+_MANY = 1024  # the nucleus is nearly always found among so many tokens, and a full sort costs ten times as much
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleInput:
+    """What one row of logits is sampled with."""
+
+    params: SamplingParams
+    index: int  # of the token to sample among the request's output tokens
+    token_ids: Sequence[int]  # prompt and output so far
+    num_prompt_tokens: int
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) with 53 random bits, the same on every machine."""
+    digest = hashlib.blake2b(seed.to_bytes(8, "little") + index.to_bytes(8, "little"), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, inputs: Sequence[SampleInput]) -> list[int]:
+    """Next token of each row of `logits` [num_rows, vocab] fp32: penalties, temperature, top-k, top-p, min-p, choice.
+
+    A filter keeps ties with the last token that it keeps.
+    """
+    if any(row.params.has_penalties for row in inputs):
+        logits = logits.clone()
+        for values, row in zip(logits, inputs, strict=True):
+            if row.params.has_penalties:
+                _penalise(values, row)
+    chosen: list[int] = logits.argmax(dim=-1).tolist()
+    rows = [i for i, row in enumerate(inputs) if not row.params.is_greedy]
+    if rows:
+        picked = _draw(logits[rows], [inputs[i] for i in rows])
+        for i, token_id in zip(rows, picked, strict=True):
+            chosen[i] = token_id
+    return chosen
+
+
+def _penalise(logits: Tensor, row: SampleInput) -> None:
+    params = row.params
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(list(set(row.token_ids)))
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    output = row.token_ids[row.num_prompt_tokens :]
+    if output and (params.presence_penalty or params.frequency_penalty):
+        ids, counts = torch.unique(torch.tensor(output), return_counts=True)
+        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+
+
+def _draw(logits: Tensor, rows: Sequence[SampleInput]) -> list[int]:
+    """Inverse transform sampling from the filtered distribution of each row."""
+    # In float64, because a low temperature blows small differences up and 1e5 small weights are summed.
+    logits = logits.double() / torch.tensor([[row.params.temperature] for row in rows], dtype=torch.float64)
+    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()  # the likeliest token has 1
+    for values, row in zip(weights, rows, strict=True):
+        _filter(values, row.params)
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    targets = torch.tensor([[uniform(row.params.seed, row.index)] for row in rows], dtype=torch.float64) * total
+    picked: list[int] = torch.searchsorted(cumulative, targets, right=True)[:, 0].tolist()
+    return picked
+
+
+def _filter(weights: Tensor, params: SamplingParams) -> None:
+    """Zero what top-k, then top-p of the rest, then min-p drop; `weights` [vocab], 1 for the likeliest token."""
+    vocab = weights.shape[0]
+    if 0 < params.top_k < vocab:
+        least = weights.topk(params.top_k).values[-1]
+        weights.masked_fill_(weights < least, 0.0)
+    if params.top_p < 1.0:
+        wanted = params.top_p * weights.sum()
+        for count in (min(_MANY, vocab), vocab):
+            largest = weights.topk(count).values
+            mass = largest.cumsum(dim=0)
+            if mass[-1] >= wanted or count == vocab:
+                least = largest[min(int(torch.searchsorted(mass, wanted)), count - 1)]
+                weights.masked_fill_(weights < least, 0.0)
+                break
+    if params.min_p > 0.0:
+        weights.masked_fill_(weights < params.min_p, 0.0)
