@@ -1,1 +1,66 @@
 """The gRPC SDK, sync and async; needs neither torch nor ray."""
+
+from ..core.errors import (
+    Cancelled,
+    ConfigError,
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    PromptTooLong,
+    ProtocolMismatch,
+    SplitserveError,
+    TransferFailed,
+    Unavailable,
+    WorkerLost,
+)
+from ..core.request import FinishReason
+from .async_client import AsyncClient, AsyncStream
+from .generation import RetryPolicy
+from .request import Message, RequestOptions
+from .results import (
+    Chunk,
+    GenerationResult,
+    Model,
+    RequestTiming,
+    RouterStatus,
+    TimelineEvent,
+    Tokenization,
+    Usage,
+    WorkerView,
+)
+from .sync_client import Client, Stream
+
+__all__ = [
+    "AsyncClient",
+    "AsyncStream",
+    "Cancelled",
+    "Chunk",
+    "Client",
+    "ConfigError",
+    "DeadlineExceeded",
+    "EngineFailed",
+    "FinishReason",
+    "GenerationResult",
+    "InvalidRequest",
+    "Message",
+    "Model",
+    "ModelNotFound",
+    "Overloaded",
+    "PromptTooLong",
+    "ProtocolMismatch",
+    "RequestOptions",
+    "RequestTiming",
+    "RetryPolicy",
+    "RouterStatus",
+    "SplitserveError",
+    "Stream",
+    "TimelineEvent",
+    "Tokenization",
+    "TransferFailed",
+    "Unavailable",
+    "Usage",
+    "WorkerLost",
+    "WorkerView",
+]

@@ -35,11 +35,11 @@ def check_protocol(version: int, peer: str) -> None:
         )
 
 
-def reason_to_proto(reason: FinishReason | None) -> inference_pb2.FinishReason:
+def reason_to_proto(reason: FinishReason | None) -> inference_pb2.FinishReason.ValueType:
     return _REASON_TO_PROTO[reason]
 
 
-def reason_from_proto(reason: inference_pb2.FinishReason) -> FinishReason | None:
+def reason_from_proto(reason: inference_pb2.FinishReason.ValueType) -> FinishReason | None:
     return _REASON_FROM_PROTO[reason]
 
 

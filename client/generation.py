@@ -1,0 +1,186 @@
+"""One Generate call without its I/O: its deadline and retries, and its stream folded into chunks and a result."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import grpc
+
+from ..core.errors import (
+    Cancelled,
+    ConfigError,
+    DeadlineExceeded,
+    InvalidRequest,
+    SplitserveError,
+    Unavailable,
+)
+from ..proto import inference_pb2 as pb
+from ..proto.convert import reason_from_proto
+from ..proto.rpc import ERROR_KEY, from_rpc_error
+from .results import Chunk, GenerationResult, timing_from_proto, usage_from_proto
+
+# gRPC's health protocol as bytes: its Python package comes with [serve] only, and these are the two messages we need.
+HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+HEALTH_SERVING = b"\x08\x01"
+
+UNARY_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """How often and how patiently a call that a retry can help is tried; never after its first token."""
+
+    max_attempts: int = 3
+    initial_backoff_s: float = 0.1
+    max_backoff_s: float = 5.0
+
+    def delay_s(self, attempt: int, error: SplitserveError) -> float | None:
+        """Seconds to wait after failed attempt number `attempt` (from 1); None: give up.
+
+        Jitter spreads clients that failed together; a server's retry_after_s is never cut short.
+        """
+        if not error.retryable or attempt >= self.max_attempts:
+            return None
+        backoff_s = min(self.max_backoff_s, self.initial_backoff_s * 2.0 ** (attempt - 1))
+        return (error.retry_after_s or 0.0) + backoff_s * random.uniform(0.5, 1.0)
+
+
+class Attempts:
+    """The deadline and the attempts of one call, unary or streaming."""
+
+    def __init__(self, address: str, timeout_s: float, retry: RetryPolicy) -> None:
+        """Raises: DeadlineExceeded, InvalidRequest: there is no time left, or it is not a number."""
+        if math.isnan(timeout_s):
+            raise InvalidRequest("timeout_s is NaN; it must be a number of seconds", field="timeout_s")
+        if timeout_s <= 0:
+            raise DeadlineExceeded(
+                f"timeout_s is {timeout_s:g}: the deadline passed before the call", field="timeout_s"
+            )
+        self.sent_s = time.monotonic()
+        self._address = address
+        self._deadline_s = self.sent_s + timeout_s
+        self._retry = retry
+        self._attempt = 1
+
+    def left_s(self) -> float:
+        """Seconds until the deadline."""
+        return self._deadline_s - time.monotonic()
+
+    def delay_s(self, error: grpc.RpcError) -> float:
+        """Seconds to wait before the next attempt. Raises: SplitserveError: the typed error, where none may help."""
+        typed = _typed(error, self._address)
+        delay_s = self._retry.delay_s(self._attempt, typed)
+        if delay_s is None or delay_s >= self.left_s():
+            raise typed from error
+        self._attempt += 1
+        return delay_s
+
+
+class Generation(Attempts):
+    """One answer being received."""
+
+    def __init__(self, request: pb.GenerateRequest, address: str, timeout_s: float, retry: RetryPolicy) -> None:
+        super().__init__(address, timeout_s, retry)
+        self.request = request
+        self._started: pb.Started | None = None
+        self._next_index = len(request.received_token_ids)
+        self._token_ids: list[int] = []
+        self._token_times_s: list[float] = []
+        self._texts: list[str] = []
+        self._result: GenerationResult | None = None
+
+    @property
+    def request_id(self) -> str:
+        """The router's id of the request; empty until its first message came."""
+        return self._started.request_id if self._started else ""
+
+    @property
+    def finished(self) -> bool:
+        return self._result is not None
+
+    def accept(self, message: pb.GenerateResponse) -> Chunk | None:
+        """Take the stream's next message; returns a chunk where it holds tokens or text."""
+        at_s = time.monotonic() - self.sent_s
+        if message.HasField("started"):
+            self._started = message.started
+        elif message.HasField("tokens"):
+            return self._accept_tokens(message.tokens, at_s)
+        elif message.HasField("finished"):
+            self._finish(message.finished, at_s)
+        return None
+
+    def retry_delay_s(self, error: grpc.RpcError) -> float:
+        """As `delay_s`, but once tokens came an attempt more would repeat them: then the error is final."""
+        if self._token_ids or self._texts:
+            raise _typed(error, self._address) from error
+        delay_s = self.delay_s(error)
+        self._started = None
+        return delay_s
+
+    def result(self) -> GenerationResult:
+        """Raises: Unavailable: the stream ended, or was left, before the answer did."""
+        if self._result is None:
+            raise Unavailable("the answer has not ended: read the stream to its end first")
+        return self._result
+
+    def end(self) -> None:
+        """The stream ended without an error. Raises: Unavailable: it never said Finished."""
+        if self._result is None:
+            raise Unavailable(f"router {self._address} ended the stream in the middle of the answer; send it again")
+
+    def _accept_tokens(self, tokens: pb.Tokens, at_s: float) -> Chunk:
+        if tokens.index != self._next_index:
+            raise SplitserveError(
+                f"router {self._address} sent token {tokens.index} where {self._next_index} was due; "
+                "the answer is dropped, please report this"
+            )
+        self._next_index += len(tokens.token_ids)
+        self._token_ids += tokens.token_ids
+        self._token_times_s += [at_s] * len(tokens.token_ids)
+        self._texts.append(tokens.text)
+        return Chunk(index=tokens.index, token_ids=tuple(tokens.token_ids), text=tokens.text, at_s=at_s)
+
+    def _finish(self, finished: pb.Finished, at_s: float) -> None:
+        reason = reason_from_proto(finished.reason)
+        if reason is None or self._started is None:
+            raise SplitserveError(f"router {self._address} ended the answer without a reason or a start")
+        self._result = GenerationResult(
+            request_id=self._started.request_id,
+            model=self._started.model,
+            text="".join(self._texts),
+            token_ids=tuple(self._token_ids),
+            finish_reason=reason,
+            seed=self._started.seed,
+            usage=usage_from_proto(finished.usage),
+            timing=timing_from_proto(finished.timing),
+            token_times_s=tuple(self._token_times_s),
+            e2e_s=at_s,
+        )
+
+
+def check_address(address: str) -> str:
+    """Raises: ConfigError: it is not HOST:PORT."""
+    if not re.fullmatch(r"(\[[^\]/]+\]|[^:/\s]+):\d{1,5}", address):
+        raise ConfigError(f"the address is {address!r}; it must be HOST:PORT, as in 127.0.0.1:7000")
+    return address
+
+
+def closed_error() -> Cancelled:
+    """What reading a stream after its close raises."""
+    return Cancelled("the stream was closed; its request was cancelled")
+
+
+def _typed(error: grpc.RpcError, address: str) -> SplitserveError:
+    """The typed error behind a failed call; one that no server of ours answered names the address."""
+    typed = from_rpc_error(error)
+    metadata: Iterable[tuple[str, str]] = cast(Any, error).trailing_metadata() or ()
+    from_router = any(key == ERROR_KEY for key, _ in metadata)
+    if from_router or error.code() is not grpc.StatusCode.UNAVAILABLE:
+        return typed
+    return Unavailable(f"no router answers at {address} ({typed.message}); check the address and `splitserve status`")
