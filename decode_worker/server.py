@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import grpc.aio
 
@@ -11,7 +12,7 @@ from ..core.errors import SplitserveError
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..worker.edge import open_session, sequence_from_proto
 from ..worker.options import Ready, WorkerOptions
-from .worker import DecodeSession, DecodeWorker
+from .worker import DecodeWorker, RouterSession
 
 __all__ = ["DecodeServer", "Ready", "WorkerOptions", "serve"]
 
@@ -23,9 +24,9 @@ class DecodeServer(worker_pb2_grpc.DecodeWorkerServicer):
         self.worker = DecodeWorker(options)
         worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, self.worker.host.rpc.server)
 
-    async def DecodeSession(self, request_iterator: object, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
+    async def DecodeSession(self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:  # type: ignore[override]
         host = self.worker.host
-        session: DecodeSession = await open_session(
+        session: RouterSession = await open_session(
             context,
             host,
             hello=worker_pb2.DecodeSessionResponse(hello=host.info()),
@@ -37,7 +38,7 @@ class DecodeServer(worker_pb2_grpc.DecodeWorkerServicer):
             host.sessions.discard(session)
             self.worker.session_ended(session)
 
-    def _handle(self, session: DecodeSession, message: worker_pb2.DecodeSessionRequest) -> None:
+    def _handle(self, session: RouterSession, message: worker_pb2.DecodeSessionRequest) -> None:
         match message.WhichOneof("message"):
             case "grant":
                 self._grant(session, message.grant)
@@ -48,7 +49,7 @@ class DecodeServer(worker_pb2_grpc.DecodeWorkerServicer):
             case _:  # a message of a newer minor version: safe to ignore
                 self.worker.host.metrics.stale_messages.inc()
 
-    def _grant(self, session: DecodeSession, message: worker_pb2.RequestGrant) -> None:
+    def _grant(self, session: RouterSession, message: worker_pb2.RequestGrant) -> None:
         work = message.request
         try:
             request = sequence_from_proto(work)
@@ -57,7 +58,7 @@ class DecodeServer(worker_pb2_grpc.DecodeWorkerServicer):
             return
         self.worker.grant(session, work.request_id, request, message.kv_address, message.prefill_boot_id)
 
-    def _run(self, session: DecodeSession, work: worker_pb2.WorkRequest) -> None:
+    def _run(self, session: RouterSession, work: worker_pb2.WorkRequest) -> None:
         try:
             request = sequence_from_proto(work)
         except SplitserveError as error:

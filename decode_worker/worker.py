@@ -23,7 +23,7 @@ from ..worker.session import Session
 
 logger = logging.getLogger(__name__)
 
-DecodeSession = Session[worker_pb2.DecodeSessionRequest, worker_pb2.DecodeSessionResponse]
+RouterSession = Session[worker_pb2.DecodeSessionRequest, worker_pb2.DecodeSessionResponse]
 SERVICES = ("splitserve.v1.DecodeWorker",)
 
 _TRANSPORTS = {
@@ -38,7 +38,7 @@ class _Run:
 
     request_id: str  # the router's
     request: Request  # the engine's: its id names the attempt
-    session: DecodeSession
+    session: RouterSession
     deadline: asyncio.TimerHandle
     ready_s: float  # local: received; split: committed
     transfer: asyncio.Task[None] | None = None
@@ -71,7 +71,7 @@ class DecodeWorker:
     # -- what the router asks for; `request` carries the attempt's sequence id in place of `request_id` --
 
     def grant(
-        self, session: DecodeSession, request_id: str, request: Request, kv_address: str, prefill_boot_id: str
+        self, session: RouterSession, request_id: str, request: Request, kv_address: str, prefill_boot_id: str
     ) -> None:
         """Reserve blocks and open the fetch, or answer with RunFailed. Older attempts are revoked."""
         if not self._is_new(request_id, request):
@@ -91,7 +91,7 @@ class DecodeWorker:
         self._transfers.add(run.transfer)
         run.transfer.add_done_callback(self._transfers.discard)
 
-    def run_local(self, session: DecodeSession, request_id: str, request: Request) -> None:
+    def run_local(self, session: RouterSession, request_id: str, request: Request) -> None:
         """Prefill and decode here, or answer with RunFailed. Older attempts are revoked."""
         if not self._is_new(request_id, request):
             return
@@ -113,13 +113,13 @@ class DecodeWorker:
                 self._record(run, Event.CANCELLED)
                 self._end(run)
 
-    def session_ended(self, session: DecodeSession) -> None:
+    def session_ended(self, session: RouterSession) -> None:
         """The router is gone: free all that it had here."""
         for run in [run for run in self._runs.values() if run.session is session]:
             self._record(run, Event.CANCELLED)
             self._end(run)
 
-    def refuse(self, session: DecodeSession, request_id: str, attempt: int, error: SplitserveError) -> None:
+    def refuse(self, session: RouterSession, request_id: str, attempt: int, error: SplitserveError) -> None:
         """Answer one attempt with RunFailed."""
         self.host.recorder.event(request_id, Event.FAILED, attempt=attempt, code=error.code)
         failed = worker_pb2.RunFailed(request_id=request_id, attempt=attempt, failure=failure_to_proto(error))
@@ -137,7 +137,7 @@ class DecodeWorker:
         if request.timeout_s <= 0:
             raise DeadlineExceeded("the deadline passed before the request reached a decode worker")
 
-    def _begin(self, session: DecodeSession, request_id: str, request: Request) -> _Run:
+    def _begin(self, session: RouterSession, request_id: str, request: Request) -> _Run:
         run = _Run(
             request_id=request_id,
             request=request,
@@ -212,7 +212,7 @@ class DecodeWorker:
         for sequence in output.resumed:
             if (run := self._runs.get(sequence)) is not None:
                 self._record(run, Event.RESUMED)
-        by_session: defaultdict[DecodeSession, list[worker_pb2.SequenceTokens]] = defaultdict(list)
+        by_session: defaultdict[RouterSession, list[worker_pb2.SequenceTokens]] = defaultdict(list)
         for token in output.tokens:
             if (run := self._runs.get(token.request_id)) is not None:
                 by_session[run.session].append(self._sequence_tokens(run, token))

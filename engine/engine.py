@@ -41,6 +41,7 @@ class TokenOutput:
     index: int  # among the request's output tokens, those of earlier attempts included
     token_id: int
     finish_reason: FinishReason | None
+    num_cached_tokens: int  # leading tokens that the prefix cache held when the sequence was admitted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +119,7 @@ class Engine:
             max_waiting=options.max_waiting,
             max_step_tokens=options.max_step_tokens,
         )
-        self._num_steps = 0
+        self.num_steps = 0
         self._step_began_s = 0.0
         self.prompt_tokens = 0  # prompt tokens computed
         self.output_tokens = 0  # tokens sampled
@@ -303,9 +304,9 @@ class Engine:
         num_new_tokens: int = 0,
     ) -> StepRecord:
         now_s = time.monotonic()
-        self._num_steps += 1
+        self.num_steps += 1
         return StepRecord(
-            step=self._num_steps,
+            step=self.num_steps,
             at_s=self._step_began_s,
             kind=kind,
             num_sequences=num_sequences,
@@ -337,4 +338,5 @@ def _token_output(token: SampledToken) -> TokenOutput:
         index=token.index,
         token_id=token.token_id,
         finish_reason=token.finish_reason,
+        num_cached_tokens=token.sequence.num_cached,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import grpc.aio
 
@@ -13,7 +14,7 @@ from ..kv_transfer.grants import Grant
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..worker.edge import open_session, sequence_from_proto
 from ..worker.options import Ready, WorkerOptions
-from .worker import PrefillSession, PrefillWorker
+from .worker import PrefillWorker, RouterSession
 
 __all__ = ["PrefillServer", "Ready", "WorkerOptions", "serve"]
 
@@ -25,9 +26,9 @@ class PrefillServer(worker_pb2_grpc.PrefillWorkerServicer):
         self.worker = PrefillWorker(options)
         worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, self.worker.host.rpc.server)
 
-    async def PrefillSession(self, request_iterator: object, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
+    async def PrefillSession(self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:  # type: ignore[override]
         host = self.worker.host
-        session: PrefillSession = await open_session(
+        session: RouterSession = await open_session(
             context,
             host,
             hello=worker_pb2.PrefillSessionResponse(hello=host.info()),
@@ -39,7 +40,7 @@ class PrefillServer(worker_pb2_grpc.PrefillWorkerServicer):
             host.sessions.discard(session)
             self.worker.session_ended(session)
 
-    def _handle(self, session: PrefillSession, message: worker_pb2.PrefillSessionRequest) -> None:
+    def _handle(self, session: RouterSession, message: worker_pb2.PrefillSessionRequest) -> None:
         match message.WhichOneof("message"):
             case "run":
                 self._run(session, message.run)
@@ -48,7 +49,7 @@ class PrefillServer(worker_pb2_grpc.PrefillWorkerServicer):
             case _:  # a message of a newer minor version: safe to ignore
                 self.worker.host.metrics.stale_messages.inc()
 
-    def _run(self, session: PrefillSession, run: worker_pb2.RunPrefill) -> None:
+    def _run(self, session: RouterSession, run: worker_pb2.RunPrefill) -> None:
         try:
             request = sequence_from_proto(run.request)
             grant = replace(Grant.from_proto(run.grant), request_id=request.request_id)

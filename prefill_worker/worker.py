@@ -19,7 +19,7 @@ from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
 from ..worker.session import Session
 
-PrefillSession = Session[worker_pb2.PrefillSessionRequest, worker_pb2.PrefillSessionResponse]
+RouterSession = Session[worker_pb2.PrefillSessionRequest, worker_pb2.PrefillSessionResponse]
 SERVICES = ("splitserve.v1.PrefillWorker", "splitserve.v1.KvTransfer")
 
 
@@ -29,7 +29,7 @@ class _Run:
 
     request_id: str  # the router's
     request: Request  # the engine's: its id names the attempt
-    session: PrefillSession
+    session: RouterSession
     received_s: float
     deadline: asyncio.TimerHandle
     started_s: float | None = None
@@ -59,7 +59,7 @@ class PrefillWorker:
 
     # -- what the router asks for --
 
-    def run(self, session: PrefillSession, request_id: str, request: Request, grant: Grant) -> None:
+    def run(self, session: RouterSession, request_id: str, request: Request, grant: Grant) -> None:
         """Accept one attempt, or answer it with RunFailed. Older attempts of the request are revoked.
 
         Args: request, grant: both carry the attempt's sequence id in place of `request_id`.
@@ -100,12 +100,12 @@ class PrefillWorker:
             if (run := self._runs.get(sequence_id(request_id, number))) is not None:
                 self._cancel(run, "the router cancelled the request")
 
-    def session_ended(self, session: PrefillSession) -> None:
+    def session_ended(self, session: RouterSession) -> None:
         """The router is gone: nobody would read what it asked for."""
         for run in [run for run in self._runs.values() if run.session is session]:
             self._cancel(run, "the router's session ended")
 
-    def refuse(self, session: PrefillSession, request_id: str, attempt: int, error: SplitserveError) -> None:
+    def refuse(self, session: RouterSession, request_id: str, attempt: int, error: SplitserveError) -> None:
         """Answer one attempt with RunFailed."""
         self.host.recorder.event(request_id, Event.FAILED, attempt=attempt, code=error.code)
         failed = worker_pb2.RunFailed(request_id=request_id, attempt=attempt, failure=failure_to_proto(error))

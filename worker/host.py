@@ -8,13 +8,15 @@ import os
 import secrets
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ..core.errors import Unavailable
 from ..core.events import Recorder
 from ..core.metrics import WorkerMetrics, new_registry
 from ..core.metrics import serve as serve_metrics
-from ..engine.engine import Engine, KvWritten, StepOutput
+from ..engine.attention import KvWritten
+from ..engine.engine import Engine, StepOutput
 from ..engine.loading import load_model
 from ..engine.loop import DeviceLoop
 from ..kv_transfer.identity import WorkerIdentity, current_host_id
@@ -33,6 +35,23 @@ _ROLES = {
 }
 _HEALTH_PERIOD_S = 1.0
 _RATE_WEIGHT = 0.2  # of the newest step in the moving averages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Counts:
+    """The engine's counters as of the last step that the metrics know of."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    recomputed_prompt_tokens: int = 0
+
+    @classmethod
+    def of(cls, engine: Engine) -> _Counts:
+        return cls(
+            prompt_tokens=engine.prompt_tokens,
+            cached_tokens=engine.cached_tokens,
+            recomputed_prompt_tokens=engine.recomputed_prompt_tokens,
+        )
 
 
 class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
@@ -76,6 +95,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self._loop = asyncio.get_running_loop()
         self._device = DeviceLoop(self.engine, self._step_done)
         self._tasks: list[asyncio.Task[None]] = []
+        self._told = _Counts()
         self._publish_gauges()
         worker_pb2_grpc.add_WorkerAdminServicer_to_server(self, self.rpc.server)
 
@@ -174,14 +194,14 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
     def status(self) -> worker_pb2.WorkerStatus:
         usage = self.engine.usage()
         return worker_pb2.WorkerStatus(
-            num_blocks=usage.num_blocks,
-            num_free_blocks=usage.num_free,
-            num_cached_blocks=usage.num_cached,
-            num_granted_blocks=usage.num_granted,
+            num_blocks=usage.blocks_total,
+            num_free_blocks=usage.blocks_free,
+            num_cached_blocks=usage.blocks_cached,
+            num_granted_blocks=usage.blocks_granted,
             num_running=usage.num_running,
             num_waiting=usage.num_waiting,
             num_held=usage.num_held,
-            num_outstanding_prefill_tokens=usage.num_outstanding_prefill_tokens,
+            num_outstanding_prefill_tokens=usage.outstanding_prefill_tokens,
             prefill_tokens_per_s=self._prefill_tokens_per_s,
             decode_step_s=self._decode_step_s,
             num_steps=self.engine.num_steps,
@@ -207,9 +227,13 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         metrics = self.metrics
         metrics.steps.inc()
         metrics.step_seconds.observe(record.total_s)
-        metrics.prompt_tokens.inc(record.num_prefill_tokens)
         metrics.output_tokens.inc(record.num_new_tokens)
         metrics.preemptions.inc(len(output.preempted))
+        engine, told = self.engine, self._told
+        metrics.prompt_tokens.inc(engine.prompt_tokens - told.prompt_tokens)
+        metrics.cached_tokens.inc(engine.cached_tokens - told.cached_tokens)
+        metrics.recomputed_prompt_tokens.inc(engine.recomputed_prompt_tokens - told.recomputed_prompt_tokens)
+        self._told = _Counts.of(engine)
         if record.kind == "prefill":
             self._prefill_tokens_per_s = _average(
                 self._prefill_tokens_per_s, record.num_prefill_tokens / record.total_s
@@ -229,14 +253,14 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
                 await self.rpc.set_serving(serving)
 
     def _publish_gauges(self) -> None:
-        """Gauges and the engine's own counters are read when they are scraped, so they are never stale."""
+        """Gauges are read when they are scraped, so they are never stale."""
         engine, metrics = self.engine, self.metrics
-        metrics.blocks_total.set_function(lambda: engine.usage().num_blocks)
-        metrics.blocks_free.set_function(lambda: engine.usage().num_free)
-        metrics.blocks_cached.set_function(lambda: engine.usage().num_cached)
-        metrics.blocks_live.set_function(lambda: engine.usage().num_live)
-        metrics.blocks_granted.set_function(lambda: engine.usage().num_granted)
-        metrics.blocks_orphaned.set_function(lambda: engine.usage().num_orphaned)
+        metrics.blocks_total.set_function(lambda: engine.usage().blocks_total)
+        metrics.blocks_free.set_function(lambda: engine.usage().blocks_free)
+        metrics.blocks_cached.set_function(lambda: engine.usage().blocks_cached)
+        metrics.blocks_live.set_function(lambda: engine.usage().blocks_live)
+        metrics.blocks_granted.set_function(lambda: engine.usage().blocks_granted)
+        metrics.blocks_orphaned.set_function(lambda: engine.usage().blocks_orphaned)
         metrics.running.set_function(lambda: engine.usage().num_running)
         metrics.waiting.set_function(lambda: engine.usage().num_waiting)
         metrics.held.set_function(lambda: engine.usage().num_held)

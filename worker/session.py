@@ -46,7 +46,7 @@ class Session(Generic[In, Out]):
         writer = asyncio.create_task(self._write(context))
         try:
             while (message := await context.read()) is not grpc.aio.EOF:
-                handle(message)  # type: ignore[arg-type]
+                handle(message)
         finally:
             writer.cancel()
 
