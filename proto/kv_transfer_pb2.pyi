@@ -230,6 +230,9 @@ class FetchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     GRANT_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    transport: Global___Transport.ValueType
+    """How its KV shall move: one that Connect offered. Unset reads as gRPC."""
     @_builtins.property
     def grant(self) -> Global___Grant:
         """The grant, as the router also gave it to the prefill worker."""
@@ -238,10 +241,11 @@ class FetchRequest(_message.Message):
         self,
         *,
         grant: Global___Grant | None = ...,
+        transport: Global___Transport.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -285,7 +289,7 @@ class TransferEnd(_message.Message):
     num_bytes: _builtins.int
     """KV bytes sent."""
     digest: _builtins.bytes
-    """xxh3_128 over the frames' checksums, the geometry digest and all token ids."""
+    """xxh3_128 over the geometry digest, all token ids and the headers (checksums included) of all data frames."""
     since_prefill_end_s: _builtins.float
     """Seconds from the end of prefill to this frame."""
     def __init__(

@@ -1,0 +1,125 @@
+"""What travels in a Fetch stream: a fixed binary header and a payload in one `bytes`; checksums and the digest."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import xxhash
+
+from ..core.errors import KvCorrupted, ProtocolMismatch
+from .grants import Grant
+
+SERVICE = "splitserve.v1.KvTransfer"
+MAGIC = b"SSKV"
+VERSION = 1
+# magic, version, kind, -, grant id, attempt, epoch, layers, heads, tokens, sequence, payload bytes, checksum
+_HEADER = struct.Struct("<4sHBx16sIIHHHHIIIIQ")
+HEADER_BYTES = _HEADER.size  # 64
+
+
+class FrameKind(IntEnum):
+    WAIT = 1  # nothing is ready, the sender is alive; not part of the sequence
+    DATA = 2  # KV (gRPC) or the numbers of the sender's blocks that hold it (shared memory)
+    END = 3  # all is sent; the payload is a TransferEnd
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvPart:
+    """A rectangle of one request's KV: layers [layer_start, layer_end) x tokens [token_start, token_end)."""
+
+    layer_start: int
+    layer_end: int
+    token_start: int
+    token_end: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_end - self.token_start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrameHeader:
+    """64 bytes in front of every payload."""
+
+    kind: FrameKind
+    grant_id: str
+    attempt: int
+    epoch: int
+    part: KvPart
+    head_end: int  # heads [0, head_end): each frame holds all heads while both sides keep all of them
+    sequence: int
+    payload_bytes: int
+    checksum: int  # xxh3_64 of the payload; shared memory: of the block bytes that are to be copied, in order
+
+    def pack(self) -> bytes:
+        part = self.part
+        return _HEADER.pack(
+            MAGIC,
+            VERSION,
+            self.kind,
+            bytes.fromhex(self.grant_id),
+            self.attempt,
+            self.epoch,
+            part.layer_start,
+            part.layer_end,
+            0,
+            self.head_end,
+            part.token_start,
+            part.token_end,
+            self.sequence,
+            self.payload_bytes,
+            self.checksum,
+        )
+
+    @classmethod
+    def unpack(cls, frame: bytes) -> FrameHeader:
+        """Raises: ProtocolMismatch: not a frame that this build understands. KvCorrupted: its length is wrong."""
+        if len(frame) < HEADER_BYTES:
+            raise KvCorrupted(f"a frame of {len(frame)} bytes is shorter than its header of {HEADER_BYTES}")
+        (magic, version, kind, grant_id, attempt, epoch, layer_start, layer_end, head_start, head_end, *rest) = (
+            _HEADER.unpack_from(frame)
+        )
+        token_start, token_end, sequence, payload_bytes, checksum = rest
+        if magic != MAGIC or version != VERSION or kind not in FrameKind._value2member_map_ or head_start != 0:
+            raise ProtocolMismatch(
+                f"frame with magic {magic!r}, version {version}, kind {kind} and first head {head_start}; this build "
+                f"reads {MAGIC!r}, version {VERSION}, kinds 1 to 3 and all heads: upgrade the older worker"
+            )
+        if len(frame) != HEADER_BYTES + payload_bytes:
+            raise KvCorrupted(f"frame {sequence} has {len(frame) - HEADER_BYTES} payload bytes, not {payload_bytes}")
+        return cls(
+            kind=FrameKind(kind),
+            grant_id=grant_id.hex(),
+            attempt=attempt,
+            epoch=epoch,
+            part=KvPart(layer_start=layer_start, layer_end=layer_end, token_start=token_start, token_end=token_end),
+            head_end=head_end,
+            sequence=sequence,
+            payload_bytes=payload_bytes,
+            checksum=checksum,
+        )
+
+
+def checksum(data: bytes | bytearray | memoryview) -> int:
+    return xxhash.xxh3_64_intdigest(data)
+
+
+class RunningDigest:
+    """xxh3_128 over the geometry, all token ids of the request and the header of every data frame, in order.
+
+    The headers hold grant, ranges and checksums: equal digests mean that the same KV of the same tokens arrived.
+    """
+
+    def __init__(self, grant: Grant, token_ids: Sequence[int]) -> None:
+        self._hash = xxhash.xxh3_128(grant.geometry_digest.encode())
+        self._hash.update(array("I", token_ids).tobytes())
+
+    def add(self, header: bytes | memoryview) -> None:
+        self._hash.update(header)
+
+    def digest(self) -> bytes:
+        return self._hash.digest()

@@ -1,0 +1,33 @@
+"""A decode worker's promise of blocks for one attempt of one request; it fences every later message."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..proto import kv_transfer_pb2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """Field by field as proto/kv_transfer.proto documents it; two are the same only if every field is."""
+
+    grant_id: str  # 16 random bytes in hex
+    request_id: str
+    attempt: int
+    epoch: int
+    decode_boot_id: str
+    prefill_boot_id: str
+    geometry_digest: str
+    num_cached_tokens: int
+    num_tokens: int
+    lease_s: float
+
+    def to_proto(self) -> kv_transfer_pb2.Grant:
+        return kv_transfer_pb2.Grant(**{name: getattr(self, name) for name in self.__slots__})
+
+    @classmethod
+    def from_proto(cls, message: kv_transfer_pb2.Grant) -> Grant:
+        return cls(**{name: getattr(message, name) for name in cls.__slots__})
+
+    def __str__(self) -> str:
+        return f"grant {self.grant_id[:8]} of request {self.request_id}, attempt {self.attempt}, epoch {self.epoch}"

@@ -1,0 +1,159 @@
+"""Links of a decode worker to its prefill workers: one channel each, one agreed transport, dropped when they break."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from ..core.errors import ConfigError, StaleMessage, TransferFailed
+from ..proto import kv_transfer_pb2 as pb
+from ..proto.convert import PROTOCOL_VERSION
+from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
+from .frames import SERVICE
+from .identity import WorkerIdentity
+from .layout import PoolBytes
+from .pool import KvPool
+from .shared_memory import PeerPool
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 5.0
+TRANSPORTS = {"grpc": pb.TRANSPORT_GRPC, "shared_memory": pb.TRANSPORT_SHARED_MEMORY}
+
+
+class Peer:
+    """A link to one boot of one prefill worker."""
+
+    def __init__(self, channel: grpc.aio.Channel, response: pb.ConnectResponse, pool: PeerPool | None) -> None:
+        self.boot_id = response.boot_id
+        self.transport = response.transport
+        self.pool = pool
+        self.fetch: Any = channel.unary_stream(
+            f"/{SERVICE}/Fetch", request_serializer=pb.FetchRequest.SerializeToString, response_deserializer=None
+        )
+        self.commit: Any = channel.unary_unary(
+            f"/{SERVICE}/Commit",
+            request_serializer=pb.CommitRequest.SerializeToString,
+            response_deserializer=pb.CommitResponse.FromString,
+        )
+        self.channel = channel
+        self.users = 0
+        self.retired = False
+        self.unused = asyncio.Event()
+
+
+class Peers:
+    """All links, by address."""
+
+    def __init__(
+        self, pool: KvPool, pool_bytes: PoolBytes, identity: WorkerIdentity, transports: Sequence[str]
+    ) -> None:
+        unknown = [name for name in transports if name not in TRANSPORTS]
+        if unknown or not transports:
+            raise ConfigError(f"unknown KV transports {unknown}; choose from {', '.join(TRANSPORTS)}")
+        self._pool = pool
+        self._pool_bytes = pool_bytes
+        self._identity = identity
+        self._transports = tuple(TRANSPORTS[name] for name in transports)
+        self._geometry_digest = pool.geometry.digest()
+        self._peers: dict[str, Peer] = {}
+        self._connecting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._watches: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def use(self, address: str, boot_id: str) -> AsyncIterator[Peer]:
+        """The link to that boot of the worker at `address`, open until the block is left.
+
+        Raises: StaleMessage: another boot runs there now. TransferFailed: nobody answers.
+        """
+        async with self._connecting[address]:
+            peer = self._peers.get(address)
+            if peer is None or peer.boot_id != boot_id:
+                peer = await self._replace(address, peer)
+            if peer.boot_id != boot_id:
+                raise StaleMessage(f"boot {boot_id} of the prefill worker at {address} is gone, {peer.boot_id} runs")
+        peer.users += 1
+        try:
+            yield peer
+        finally:
+            peer.users -= 1
+            if peer.users == 0:
+                peer.unused.set()
+
+    async def close(self) -> None:
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
+
+    async def _replace(self, address: str, known: Peer | None) -> Peer:
+        """Connect anew; keep a known link if the worker there is still the same."""
+        peer = await self._connect(address, self._transports)
+        if known is not None and known.boot_id == peer.boot_id and not known.retired:
+            await peer.channel.close()
+            return known
+        self._peers[address] = peer
+        watch = asyncio.create_task(self._watch(address, peer))
+        self._watches.add(watch)
+        watch.add_done_callback(self._watches.discard)
+        return peer
+
+    async def _connect(self, address: str, transports: Sequence[pb.Transport.ValueType]) -> Peer:
+        channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        try:
+            connect: Any = channel.unary_unary(
+                f"/{SERVICE}/Connect",
+                request_serializer=pb.ConnectRequest.SerializeToString,
+                response_deserializer=pb.ConnectResponse.FromString,
+            )
+            request = pb.ConnectRequest(
+                protocol_version=PROTOCOL_VERSION,
+                worker_id=self._identity.worker_id,
+                boot_id=self._identity.boot_id,
+                geometry_digest=self._geometry_digest,
+                block_size=self._pool.block_size,
+                host_id=self._identity.host_id,
+                transports=transports,
+            )
+            response: pb.ConnectResponse = await connect(request, timeout=CONNECT_TIMEOUT_S)
+            pool = None
+            if response.transport == pb.TRANSPORT_SHARED_MEMORY:
+                try:
+                    pool = PeerPool(response.shared_pool, self._pool_bytes)
+                except (OSError, ValueError) as error:
+                    logger.warning("cannot map the KV pool of %s, using gRPC: %s", address, error)
+                    others = [transport for transport in transports if transport != response.transport]
+                    await channel.close()
+                    return await self._connect(address, others)
+            return Peer(channel, response, pool)
+        except grpc.aio.AioRpcError as error:
+            await channel.close()
+            typed = from_rpc_error(error)
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                typed = TransferFailed(f"the prefill worker at {address} cannot be reached: {error.details()}")
+            raise typed from error
+        except BaseException:
+            await channel.close()
+            raise
+
+    async def _watch(self, address: str, peer: Peer) -> None:
+        """Until the link breaks; then unmap at once, and close the channel when its last user has heard."""
+        try:
+            while (state := peer.channel.get_state()) is grpc.ChannelConnectivity.READY:
+                await peer.channel.wait_for_state_change(state)
+        finally:
+            peer.retired = True
+            if self._peers.get(address) is peer:
+                del self._peers[address]
+            if peer.pool is not None:
+                peer.pool.close()
+            while peer.users:
+                peer.unused.clear()
+                await peer.unused.wait()
+            await peer.channel.close()

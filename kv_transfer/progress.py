@@ -1,0 +1,75 @@
+"""Which KV of one request is written, and which of it was taken for sending; pure but for one lock."""
+
+from __future__ import annotations
+
+import threading
+
+from ..core.kv_geometry import KvGeometry
+from .frames import KvPart
+
+
+class KvProgress:
+    """The device thread reports what it wrote; the event loop takes what is ready, each byte once per stream.
+
+    Every layer's tokens are written in order, so one count per layer says it all.
+    """
+
+    def __init__(self, geometry: KvGeometry, num_cached_tokens: int, num_tokens: int) -> None:
+        self._geometry = geometry
+        self._num_cached_tokens = num_cached_tokens
+        self._num_tokens = num_tokens
+        self._lock = threading.Lock()
+        self._written = [0] * geometry.num_layers
+        self._granularity = 1
+        self._taken = [num_cached_tokens] * geometry.num_layers
+        self.torn = False  # written again after some of it was taken: what was sent may not be what it seemed
+
+    def restart(self, granularity: int) -> None:
+        """A new stream begins: all is to be taken again, in multiples of `granularity` tokens (but for the last)."""
+        with self._lock:
+            self._granularity = granularity
+            self._taken = [self._num_cached_tokens] * self._geometry.num_layers
+
+    def wrote(self, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
+        """Any thread. A preempted sequence starts over; harmless unless a stream has taken something before."""
+        with self._lock:
+            if any(self._written[layer] != token_start for layer in range(layer_start, layer_end)):
+                self.torn = self.torn or any(taken > self._num_cached_tokens for taken in self._taken)
+                self._written = [min(written, token_start) for written in self._written]
+            self._written[layer_start:layer_end] = [token_end] * (layer_end - layer_start)
+
+    def take(self, max_bytes: int) -> KvPart | None:
+        """The next ready part of at most about `max_bytes`, or None. Neighbouring layers go together."""
+        layers = self._geometry.layers
+        with self._lock:
+            for start in range(len(layers)):
+                token_start, token_end = self._taken[start], self._ready(start)
+                if token_start == token_end:
+                    continue
+                token_bytes = self._geometry.layer_bytes_per_token(start)
+                fitting = max(1, max_bytes // token_bytes // self._granularity) * self._granularity
+                token_end = min(token_end, token_start + fitting)
+                end, size = start + 1, token_bytes * (token_end - token_start)
+                while (
+                    end < len(layers)
+                    and layers[end].num_kv_heads == layers[start].num_kv_heads
+                    and self._taken[end] == token_start
+                    and self._ready(end) >= token_end
+                    and (size := size + self._geometry.layer_bytes_per_token(end) * (token_end - token_start))
+                    <= max_bytes
+                ):
+                    end += 1
+                self._taken[start:end] = [token_end] * (end - start)
+                return KvPart(layer_start=start, layer_end=end, token_start=token_start, token_end=token_end)
+        return None
+
+    @property
+    def all_taken(self) -> bool:
+        with self._lock:
+            return all(taken == self._num_tokens for taken in self._taken)
+
+    def _ready(self, layer: int) -> int:
+        written = self._written[layer]
+        if written < self._num_tokens:
+            written -= written % self._granularity
+        return max(written, self._taken[layer])

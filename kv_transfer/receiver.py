@@ -1,0 +1,254 @@
+"""The decode side: pulls a granted request's KV into its own blocks, verifies all of it, commits."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+
+from ..core.errors import KvCorrupted, LeaseExpired, SplitserveError, StaleMessage, TransferFailed
+from ..core.metrics import WorkerMetrics
+from ..core.request import Request
+from ..proto import kv_transfer_pb2 as pb
+from ..proto.rpc import from_rpc_error
+from .frames import HEADER_BYTES, FrameHeader, FrameKind, checksum
+from .grants import Grant
+from .identity import WorkerIdentity
+from .incoming import Incoming
+from .layout import PoolBytes
+from .peer import Peer, Peers
+from .pool import KvPool
+
+logger = logging.getLogger(__name__)
+
+COMMIT_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """A verified transfer. The blocks hold the KV of all the grant's tokens, unless `finished`."""
+
+    first_token_id: int
+    finished: bool  # the answer is complete with its first token; nothing to decode
+    transport: str  # "grpc" or "shared_memory"
+    num_bytes: int  # by the layout's formula
+    transfer_s: float  # first KV frame to verified
+    transfer_exposed_s: float  # end of prefill to verified
+    digest: bytes
+    started_at_s: float  # monotonic, first KV frame
+
+
+class KvReceiver:
+    """Lives on the decode worker's event loop; copies run in threads of its own.
+
+    Args:
+        transports: what may be used, best first.
+        lease_s: how long the sender shall keep KV without a sign of life.
+        silence_s: a stream that says nothing for this long is given up.
+        stall_s: the same, once the first KV has come.
+    """
+
+    def __init__(
+        self,
+        pool: KvPool,
+        identity: WorkerIdentity,
+        *,
+        transports: Sequence[str] = ("shared_memory", "grpc"),
+        metrics: WorkerMetrics | None = None,
+        lease_s: float = 30.0,
+        silence_s: float = 10.0,
+        stall_s: float = 5.0,
+    ) -> None:
+        self._pool = pool
+        self._bytes = PoolBytes(pool)
+        self._identity = identity
+        self._metrics = metrics
+        self._lease_s = lease_s
+        self._silence_s = silence_s
+        self._stall_s = stall_s
+        self._geometry_digest = pool.geometry.digest()
+        self._peers = Peers(pool, self._bytes, identity, transports)
+        self._epochs: defaultdict[str, int] = defaultdict(lambda: 1)  # per address, raised after every failure
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-unpack")
+
+    def make_grant(self, request: Request, kv_address: str, prefill_boot_id: str, num_cached_tokens: int) -> Grant:
+        """Promise blocks, which the caller has reserved, for one attempt."""
+        return Grant(
+            grant_id=secrets.token_hex(16),
+            request_id=request.request_id,
+            attempt=request.attempt,
+            epoch=self._epochs[kv_address],
+            decode_boot_id=self._identity.boot_id,
+            prefill_boot_id=prefill_boot_id,
+            geometry_digest=self._geometry_digest,
+            num_cached_tokens=num_cached_tokens,
+            num_tokens=request.num_tokens,
+            lease_s=self._lease_s,
+        )
+
+    async def receive(
+        self, grant: Grant, kv_address: str, token_ids: Sequence[int], block_ids: Sequence[int]
+    ) -> Received:
+        """Pull the KV of `token_ids` into `block_ids`; all of it is verified when this returns, not yet committed.
+
+        When it returns, raises or is cancelled, nothing writes to the blocks any more.
+        Raises: TransferFailed, KvCorrupted, LeaseExpired, StaleMessage, GeometryMismatch, or the error that the
+            request ended with on the prefill worker.
+        """
+        try:
+            async with self._peers.use(kv_address, grant.prefill_boot_id) as peer:
+                return await self._fetch(peer, grant, token_ids, block_ids)
+        except grpc.aio.AioRpcError as error:
+            self._failed(kv_address)
+            raise _typed(error, kv_address) from error
+        except SplitserveError:
+            self._failed(kv_address)
+            raise
+
+    async def commit(self, grant: Grant, kv_address: str, received: Received) -> None:
+        """Tell the sender that it may free its copy. Best effort: if it does not hear, its lease frees it."""
+        if self._metrics is not None:
+            self._metrics.transfers.inc()
+        try:
+            async with self._peers.use(kv_address, grant.prefill_boot_id) as peer:
+                await peer.commit(
+                    pb.CommitRequest(grant=grant.to_proto(), digest=received.digest), timeout=COMMIT_TIMEOUT_S
+                )
+        except (grpc.aio.AioRpcError, SplitserveError) as error:
+            logger.warning("commit of %s was not taken: %s", grant, error)
+
+    async def close(self) -> None:
+        """Close every link. Cancel what is receiving first."""
+        await self._peers.close()
+        self._threads.shutdown(wait=True)
+
+    async def _fetch(self, peer: Peer, grant: Grant, token_ids: Sequence[int], block_ids: Sequence[int]) -> Received:
+        incoming = Incoming(grant, self._pool.geometry, token_ids)
+        started_s: float | None = None
+        copying: asyncio.Future[None] | None = None  # one copy runs while the next frame arrives
+        # Shared memory copies whole blocks; a prefix hit that ends inside a block cannot be added to.
+        whole = grant.num_cached_tokens % self._pool.block_size == 0
+        transport = peer.transport if whole else pb.TRANSPORT_GRPC
+        call = peer.fetch(pb.FetchRequest(grant=grant.to_proto(), transport=transport))
+        try:
+            while True:
+                frame = await self._next_frame(call, grant, self._silence_s if started_s is None else self._stall_s)
+                header = FrameHeader.unpack(frame)
+                if incoming.is_stale(header):
+                    self._count_stale()
+                elif header.kind is FrameKind.END:
+                    break
+                elif header.kind is FrameKind.DATA:
+                    started_s = time.monotonic() if started_s is None else started_s
+                    incoming.accept_data(header, frame)
+                    if copying is not None:
+                        await _done(copying)
+                    copying = self._copy(peer, transport, header, frame, block_ids)
+            ended_s = time.monotonic()
+            if copying is not None:
+                await _done(copying)
+            end = incoming.accept_end(header, memoryview(frame)[HEADER_BYTES:])
+        finally:
+            call.cancel()
+            if copying is not None:
+                await _quiet(copying)
+        verified_s = time.monotonic()
+        if self._metrics is not None:
+            self._metrics.transfer_bytes.inc(incoming.num_bytes)
+        started_s = ended_s if started_s is None else started_s
+        return Received(
+            first_token_id=end.first_token_id,
+            finished=end.finished,
+            transport="shared_memory" if transport == pb.TRANSPORT_SHARED_MEMORY else "grpc",
+            num_bytes=incoming.num_bytes,
+            transfer_s=verified_s - started_s,
+            transfer_exposed_s=end.since_prefill_end_s + verified_s - ended_s,
+            digest=incoming.digest,
+            started_at_s=started_s,
+        )
+
+    async def _next_frame(self, call: Any, grant: Grant, timeout_s: float) -> bytes:
+        try:
+            async with asyncio.timeout(timeout_s):
+                frame = await call.read()
+        except TimeoutError:
+            raise TransferFailed(
+                f"{grant}: the prefill worker said nothing for {timeout_s:g} s; prefill it again"
+            ) from None
+        if frame is grpc.aio.EOF:
+            raise TransferFailed(f"{grant}: the stream ended before its last frame; prefill it again")
+        assert isinstance(frame, bytes)
+        return frame
+
+    def _copy(
+        self, peer: Peer, transport: pb.Transport.ValueType, header: FrameHeader, frame: bytes, block_ids: Sequence[int]
+    ) -> asyncio.Future[None]:
+        """Start copying one frame's KV into our blocks, in a thread."""
+        part, size = header.part, self._pool.block_size
+
+        def from_frame() -> None:
+            payload = memoryview(frame)[HEADER_BYTES:]
+            if len(payload) != self._bytes.part_bytes(part):
+                raise KvCorrupted(f"frame {header.sequence} has {len(payload)} bytes for {part}")
+            if checksum(payload) != header.checksum:
+                raise KvCorrupted(f"the checksum of frame {header.sequence} is wrong")
+            self._bytes.unpack(part, block_ids, np.frombuffer(payload, dtype=np.uint8))
+
+        def from_peer() -> None:
+            if part.token_start % size or peer.pool is None or header.payload_bytes % 4:
+                raise KvCorrupted(f"frame {header.sequence} does not hold the numbers of whole blocks")
+            source = np.frombuffer(frame, dtype="<u4", offset=HEADER_BYTES)
+            target = np.asarray(block_ids[part.token_start // size : -(-part.token_end // size)], dtype=np.intp)
+            if peer.pool.copy(part, source, self._bytes, target) != header.checksum:
+                raise KvCorrupted(f"the checksum of frame {header.sequence} is wrong")
+
+        job = from_peer if transport == pb.TRANSPORT_SHARED_MEMORY else from_frame
+        return asyncio.get_running_loop().run_in_executor(self._threads, job)
+
+    def _failed(self, kv_address: str) -> None:
+        self._epochs[kv_address] += 1
+        if self._metrics is not None:
+            self._metrics.transfer_failures.inc()
+
+    def _count_stale(self) -> None:
+        if self._metrics is not None:
+            self._metrics.stale_messages.inc()
+
+
+async def _done(copying: asyncio.Future[None]) -> None:
+    """Wait for a copy and raise its error. Cancelling the waiter does not disown the copy."""
+    await asyncio.wait({copying})
+    copying.result()
+
+
+async def _quiet(copying: asyncio.Future[None]) -> None:
+    """Wait until a copy is over, through any number of cancellations; its error has been or will not be asked for."""
+    cancelled: asyncio.CancelledError | None = None
+    while not copying.done():
+        try:
+            await asyncio.wait({copying})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    copying.exception()
+    if cancelled is not None:
+        raise cancelled
+
+
+def _typed(error: grpc.aio.AioRpcError, kv_address: str) -> SplitserveError:
+    """What the prefill worker said; a broken link is a failed transfer."""
+    typed = from_rpc_error(error)
+    if isinstance(typed, TransferFailed | LeaseExpired | StaleMessage) or error.code() is not (
+        grpc.StatusCode.UNAVAILABLE
+    ):
+        return typed
+    return TransferFailed(f"the link to the prefill worker at {kv_address} broke: {error.details()}")

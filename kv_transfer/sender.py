@@ -1,0 +1,471 @@
+"""The prefill side: streams each granted request's KV while it is computed, and keeps it until the receiver has it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+
+from ..core.errors import (
+    GeometryMismatch,
+    KvCorrupted,
+    LeaseExpired,
+    Overloaded,
+    SplitserveError,
+    StaleMessage,
+    TransferFailed,
+    Unavailable,
+)
+from ..core.metrics import WorkerMetrics
+from ..proto import kv_transfer_pb2 as pb
+from ..proto.convert import check_protocol
+from ..proto.rpc import abort
+from .frames import HEADER_BYTES, SERVICE, FrameHeader, FrameKind, KvPart, RunningDigest, checksum
+from .grants import Grant
+from .identity import WorkerIdentity
+from .layout import PoolBytes
+from .pool import KvPool
+from .progress import KvProgress
+from .shared_memory import block_checksum
+
+logger = logging.getLogger(__name__)
+
+FRAME_BYTES = 2 << 20  # gRPC: 64 KiB costs three times the CPU, tens of MiB stall the stream
+SHARED_FRAME_BYTES = 8 << 20  # shared memory: only block numbers travel; this bounds what is copied in one go
+WAIT_INTERVAL_S = 1.0
+MAX_PARKED = 1024
+MAX_ENDED = 4096
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Outgoing:
+    """One offered request until its KV is no longer needed."""
+
+    grant: Grant
+    token_ids: Sequence[int]
+    block_table: Callable[[str], Sequence[int]]
+    progress: KvProgress
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    wake_pending: bool = False
+    stream: object | None = None  # the Fetch that serves it; a newer one replaces an older
+    first_token_id: int | None = None
+    finished: bool = False  # the answer is complete with the first token: no KV is needed
+    prefill_ended_s: float = 0.0
+    digest: bytes | None = None  # of what was sent, once END is out
+    released: bool = False
+    error: SplitserveError | None = None
+    lease: asyncio.TimerHandle | None = None
+
+
+class KvSender:
+    """Serves KvTransfer on the prefill worker's event loop.
+
+    Args:
+        release: called exactly once per offered request, when its KV is needed no longer (committed, failed,
+            cancelled, lease over).
+        report: called before `release` when the transfer ended in an error that the worker did not cause itself.
+        lease_s: how long KV is kept without a Fetch, or without a Commit after the stream's end.
+        park_s: how long a Fetch may wait for its request.
+    """
+
+    def __init__(
+        self,
+        pool: KvPool,
+        identity: WorkerIdentity,
+        *,
+        release: Callable[[str], None],
+        report: Callable[[str, SplitserveError], None] | None = None,
+        metrics: WorkerMetrics | None = None,
+        lease_s: float = 30.0,
+        park_s: float = 10.0,
+    ) -> None:
+        self._pool = pool
+        self._bytes = PoolBytes(pool)
+        self._identity = identity
+        self._geometry_digest = pool.geometry.digest()
+        self._release = release
+        self._report = report
+        self._metrics = metrics
+        self._lease_s = lease_s
+        self._park_s = park_s
+        self._loop = asyncio.get_running_loop()
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-pack")
+        self._by_request: dict[str, _Outgoing] = {}
+        self._by_grant: dict[str, _Outgoing] = {}
+        self._parked: dict[str, asyncio.Event] = {}  # grant id -> its request was offered
+        self._ended: OrderedDict[str, tuple[Grant, SplitserveError | None]] = OrderedDict()  # bounded
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Add the service. By hand, since the frames of Fetch are bytes and not protobuf."""
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Connect": grpc.unary_unary_rpc_method_handler(
+                self._connect,
+                request_deserializer=pb.ConnectRequest.FromString,
+                response_serializer=pb.ConnectResponse.SerializeToString,
+            ),
+            "Fetch": grpc.unary_stream_rpc_method_handler(
+                self._fetch, request_deserializer=pb.FetchRequest.FromString, response_serializer=None
+            ),
+            "Commit": grpc.unary_unary_rpc_method_handler(
+                self._commit,
+                request_deserializer=pb.CommitRequest.FromString,
+                response_serializer=pb.CommitResponse.SerializeToString,
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+    # -- what the worker tells --
+
+    def offer(self, grant: Grant, token_ids: Sequence[int], block_table: Callable[[str], Sequence[int]]) -> None:
+        """Take responsibility for a request's KV, before its prefill starts.
+
+        Args:
+            token_ids: all tokens that the grant covers.
+            block_table: the request's blocks, called from a thread of ours whenever a part is packed.
+        Raises: StaleMessage, GeometryMismatch: the grant is not for this process, this model or these tokens.
+        """
+        if grant.prefill_boot_id != self._identity.boot_id:
+            raise self._stale(f"{grant} is for boot {grant.prefill_boot_id}, this is {self._identity.boot_id}")
+        if grant.geometry_digest != self._geometry_digest:
+            raise GeometryMismatch(
+                f"{grant} has KV geometry {grant.geometry_digest}, this worker has {self._geometry_digest}; "
+                "pair workers of one model and KV dtype"
+            )
+        if len(token_ids) != grant.num_tokens:
+            raise self._stale(f"{grant} covers {grant.num_tokens} tokens, the request has {len(token_ids)}")
+        older = self._by_request.get(grant.request_id)
+        if older is not None:
+            if older.grant.attempt >= grant.attempt:
+                raise self._stale(f"{grant} is not newer than attempt {older.grant.attempt}, which is still here")
+            self._end(older, StaleMessage(f"attempt {grant.attempt} replaced attempt {older.grant.attempt}"))
+        out = _Outgoing(
+            grant=grant,
+            token_ids=token_ids,
+            block_table=block_table,
+            progress=KvProgress(self._pool.geometry, grant.num_cached_tokens, grant.num_tokens),
+        )
+        self._by_request[grant.request_id] = self._by_grant[grant.grant_id] = out
+        if (parked := self._parked.get(grant.grant_id)) is not None:
+            parked.set()
+        else:
+            self._start_lease(out, "no decode worker came to fetch it")
+
+    def kv_written(self, request_id: str, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
+        """Any thread: these layers of these tokens are in the pool, and stay until `release`."""
+        out = self._by_request.get(request_id)
+        if out is None:
+            return
+        out.progress.wrote(layer_start, layer_end, token_start, token_end)
+        if not out.wake_pending:  # one wake-up for however many layers until the loop gets to it
+            out.wake_pending = True
+            self._loop.call_soon_threadsafe(self._woken, out)
+
+    def finish(self, request_id: str, first_token_id: int, *, final: bool) -> None:
+        """Prefill is done. `final`: the answer is complete with its first token, so nobody needs the KV."""
+        out = self._by_request.get(request_id)
+        if out is None:
+            return
+        out.first_token_id, out.finished, out.prefill_ended_s = first_token_id, final, time.monotonic()
+        if final:
+            self._release_once(out)
+        out.changed.set()
+
+    def fail(self, request_id: str, error: SplitserveError) -> None:
+        """Give up a request, also when cancelled: the receiver is told, now or when it asks. Idempotent."""
+        out = self._by_request.get(request_id)
+        if out is not None:
+            self._end(out, error)
+
+    async def close(self) -> None:
+        """Fail what is left."""
+        for out in list(self._by_request.values()):
+            self._end(out, Unavailable(f"prefill worker {self._identity.worker_id} is stopping"), report=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # -- the service --
+
+    async def _connect(self, request: pb.ConnectRequest, context: Context) -> pb.ConnectResponse:
+        try:
+            check_protocol(request.protocol_version, f"decode worker {request.worker_id}")
+            if request.geometry_digest != self._geometry_digest:
+                raise GeometryMismatch(
+                    f"decode worker {request.worker_id} has KV geometry {request.geometry_digest}, prefill worker "
+                    f"{self._identity.worker_id} has {self._geometry_digest}; pair workers of one model and KV dtype"
+                )
+            return self._choose(request)
+        except SplitserveError as error:
+            await abort(context, error)
+
+    def _choose(self, request: pb.ConnectRequest) -> pb.ConnectResponse:
+        """The receiver's best transport that works between the two."""
+        response = pb.ConnectResponse(worker_id=self._identity.worker_id, boot_id=self._identity.boot_id)
+        for transport in request.transports:
+            if transport == pb.TRANSPORT_GRPC:
+                response.transport = transport
+                return response
+            if (
+                transport == pb.TRANSPORT_SHARED_MEMORY
+                and self._pool.fd is not None
+                and request.host_id == self._identity.host_id
+                and request.block_size == self._pool.block_size
+            ):
+                response.transport = transport
+                response.shared_pool.pid = os.getpid()
+                response.shared_pool.fd = self._pool.fd
+                response.shared_pool.size_bytes = self._pool.size_bytes
+                response.shared_pool.row_bytes = self._pool.row_bytes
+                response.shared_pool.block_size = self._pool.block_size
+                return response
+        names = ", ".join(pb.Transport.Name(transport) for transport in request.transports)
+        raise GeometryMismatch(
+            f"no transport fits: the receiver offers [{names}]; shared memory needs one host, one block size and a "
+            "shared pool on the prefill worker, and gRPC always works: allow it"
+        )
+
+    async def _fetch(self, request: pb.FetchRequest, context: Context) -> None:
+        grant = Grant.from_proto(request.grant)
+        out: _Outgoing | None = None
+        stream = object()
+        try:
+            out = await self._find(grant, context.write)
+            out.stream = stream  # the newest Fetch wins
+            out.changed.set()
+            if out.lease is not None:
+                out.lease.cancel()
+            shared = request.transport == pb.TRANSPORT_SHARED_MEMORY
+            await self._send(out, stream, context.write, shared=shared)
+            if out.finished:
+                self._end(out, None)
+            else:
+                self._start_lease(out, "it was sent but not committed")
+        except SplitserveError as error:
+            if out is not None and out.stream is stream:
+                self._end(out, error, report=True)
+            await abort(context, error)
+        except asyncio.CancelledError:
+            if out is not None and out.stream is stream:
+                self._end(out, TransferFailed("the decode worker closed the transfer or went away"), report=True)
+            raise
+        except Exception:
+            logger.exception("sending %s failed", grant)
+            failure = TransferFailed(f"{grant}: the prefill worker failed while sending; see its log")
+            if out is not None:
+                self._end(out, failure, report=True)
+            await abort(context, failure)
+
+    async def _commit(self, request: pb.CommitRequest, context: Context) -> pb.CommitResponse:
+        grant = Grant.from_proto(request.grant)
+        try:
+            out = self._live(grant)
+            if out is not None:
+                if out.digest is None:
+                    raise self._stale(f"{grant} was committed before it was sent")
+                if out.digest != request.digest:
+                    raise KvCorrupted(f"{grant}: the receiver's digest differs from what was sent")
+                if self._metrics is not None:
+                    self._metrics.transfers.inc()
+                self._end(out, None)
+            elif grant.grant_id not in self._ended:
+                raise self._stale(f"{grant} is unknown here; it may be from before a restart")
+        except SplitserveError as error:
+            await abort(context, error)
+        return pb.CommitResponse()
+
+    # -- inside --
+
+    def _live(self, grant: Grant) -> _Outgoing | None:
+        """The offered request of a grant that matches in every field; None if there is none (any more, or yet).
+
+        Raises: StaleMessage: another boot, attempt or epoch. The error that the request ended with.
+        """
+        if grant.prefill_boot_id != self._identity.boot_id:
+            raise self._stale(f"{grant} is for boot {grant.prefill_boot_id}, this is {self._identity.boot_id}")
+        out = self._by_grant.get(grant.grant_id)
+        offered, error = (out.grant, None) if out is not None else self._ended.get(grant.grant_id, (grant, None))
+        if offered != grant:
+            raise self._stale(f"{grant} does not match the live one: {offered}")
+        if error is not None:
+            raise error
+        return out
+
+    async def _find(self, grant: Grant, write: Callable[[bytes], Awaitable[None]]) -> _Outgoing:
+        """The request of a Fetch; parks it until the router brings the request.
+
+        Raises: StaleMessage: no such grant. Overloaded: too many wait already.
+        """
+        out = self._live(grant)
+        if out is not None:
+            return out
+        if grant.grant_id in self._ended:
+            raise self._stale(f"{grant} is over")
+        if len(self._parked) >= MAX_PARKED:
+            raise Overloaded(f"{MAX_PARKED} transfers wait for their requests already", retry_after_s=1.0)
+        offered = self._parked.setdefault(grant.grant_id, asyncio.Event())
+        give_up_s = time.monotonic() + self._park_s
+        try:
+            while not await _is_set(offered, min(WAIT_INTERVAL_S, give_up_s - time.monotonic())):
+                if time.monotonic() >= give_up_s:
+                    raise self._stale(f"{grant}: its request did not come within {self._park_s:g} s")
+                await write(self._control(grant, FrameKind.WAIT, 0))
+        finally:
+            if self._parked.get(grant.grant_id) is offered:
+                del self._parked[grant.grant_id]
+        out = self._live(grant)
+        if out is None:
+            raise self._stale(f"{grant} is over")
+        return out
+
+    async def _send(
+        self, out: _Outgoing, stream: object, write: Callable[[bytes], Awaitable[None]], *, shared: bool
+    ) -> None:
+        """Send parts as they become ready, one packed ahead of the wire, then END.
+
+        Raises: StaleMessage: a newer Fetch took over. The error that the request ended with.
+        """
+        max_bytes = SHARED_FRAME_BYTES if shared else FRAME_BYTES
+        out.progress.restart(self._pool.block_size if shared else 1)
+        digest = RunningDigest(out.grant, out.token_ids)
+        sequence = num_bytes = 0
+        packed: asyncio.Future[bytes] | None = None
+        try:
+            while True:
+                if out.error is not None:
+                    raise out.error
+                if out.stream is not stream:
+                    raise self._stale(f"{out.grant}: a newer Fetch replaced this one")
+                frame = await packed if packed is not None else None
+                packed = None
+                if not out.finished and (part := out.progress.take(max_bytes)) is not None:
+                    number = sequence + (frame is not None)
+                    packed = self._loop.run_in_executor(self._threads, self._pack, out, part, number, shared)
+                    num_bytes += self._bytes.part_bytes(part)
+                if frame is not None:
+                    sequence += 1
+                    digest.add(frame[:HEADER_BYTES])
+                    await write(frame)
+                elif packed is None:
+                    if out.first_token_id is not None and (out.finished or out.progress.all_taken):
+                        break
+                    if not await _is_set(out.changed, WAIT_INTERVAL_S):
+                        await write(self._control(out.grant, FrameKind.WAIT, sequence))
+                    out.changed.clear()
+        finally:
+            if packed is not None:
+                packed.cancel()
+        out.digest = digest.digest()
+        end = pb.TransferEnd(
+            first_token_id=out.first_token_id,
+            finished=out.finished,
+            num_frames=sequence,
+            num_bytes=num_bytes,
+            digest=out.digest,
+            since_prefill_end_s=time.monotonic() - out.prefill_ended_s,
+        )
+        await write(self._control(out.grant, FrameKind.END, sequence, end.SerializeToString()))
+        if self._metrics is not None:
+            self._metrics.transfer_bytes.inc(num_bytes)
+
+    def _pack(self, out: _Outgoing, part: KvPart, sequence: int, shared: bool) -> bytes:
+        """One DATA frame; runs in a thread."""
+        table = out.block_table(out.grant.request_id)
+        size = self._pool.block_size
+        if len(table) * size < part.token_end:
+            raise TransferFailed(f"{out.grant}: its blocks hold {len(table) * size} tokens, not {part.token_end}")
+        if shared:
+            ids = np.asarray(table[part.token_start // size : -(-part.token_end // size)], dtype="<u4")
+            payload, value = ids.tobytes(), block_checksum(self._bytes, part, ids)
+            return self._header(out.grant, FrameKind.DATA, part, sequence, len(payload), value) + payload
+        frame = np.empty(HEADER_BYTES + self._bytes.part_bytes(part), dtype=np.uint8)
+        body = frame[HEADER_BYTES:]
+        self._bytes.pack(part, table, body)
+        header = self._header(out.grant, FrameKind.DATA, part, sequence, body.nbytes, checksum(body.data))
+        frame[:HEADER_BYTES] = np.frombuffer(header, dtype=np.uint8)
+        return frame.tobytes()
+
+    def _control(self, grant: Grant, kind: FrameKind, sequence: int, payload: bytes = b"") -> bytes:
+        whole = KvPart(
+            layer_start=0,
+            layer_end=self._pool.geometry.num_layers,
+            token_start=grant.num_cached_tokens,
+            token_end=grant.num_tokens,
+        )
+        return self._header(grant, kind, whole, sequence, len(payload), checksum(payload)) + payload
+
+    def _header(self, grant: Grant, kind: FrameKind, part: KvPart, sequence: int, size: int, value: int) -> bytes:
+        return FrameHeader(
+            kind=kind,
+            grant_id=grant.grant_id,
+            attempt=grant.attempt,
+            epoch=grant.epoch,
+            part=part,
+            head_end=self._pool.geometry.layers[part.layer_start].num_kv_heads,
+            sequence=sequence,
+            payload_bytes=size,
+            checksum=value,
+        ).pack()
+
+    def _woken(self, out: _Outgoing) -> None:
+        out.wake_pending = False
+        if out.progress.torn and out.error is None:
+            error = TransferFailed(f"{out.grant}: its KV was preempted while it was sent; prefill it again")
+            self._end(out, error, report=True)
+        out.changed.set()
+
+    def _start_lease(self, out: _Outgoing, why: str) -> None:
+        def expire() -> None:
+            text = f"{out.grant}: {why} within {self._lease_s:g} s, its KV was freed; prefill it again"
+            self._end(out, LeaseExpired(text), report=True)
+
+        out.lease = self._loop.call_later(self._lease_s, expire)
+
+    def _end(self, out: _Outgoing, error: SplitserveError | None, *, report: bool = False) -> None:
+        """The one way out of an offered request; safe to call again."""
+        grant = out.grant
+        if self._by_grant.get(grant.grant_id) is not out:
+            return
+        del self._by_grant[grant.grant_id], self._by_request[grant.request_id]
+        self._ended[grant.grant_id] = (grant, error)
+        if len(self._ended) > MAX_ENDED:
+            self._ended.popitem(last=False)
+        if out.lease is not None:
+            out.lease.cancel()
+        out.error, out.stream = error, None
+        out.changed.set()
+        if error is not None:
+            if self._metrics is not None:
+                self._metrics.transfer_failures.inc()
+            if report and self._report is not None and not out.released:
+                self._report(grant.request_id, error)
+        self._release_once(out)
+
+    def _release_once(self, out: _Outgoing) -> None:
+        if not out.released:
+            out.released = True
+            self._release(out.grant.request_id)
+
+    def _stale(self, message: str) -> StaleMessage:
+        if self._metrics is not None:
+            self._metrics.stale_messages.inc()
+        return StaleMessage(message)
+
+
+async def _is_set(event: asyncio.Event, timeout_s: float) -> bool:
+    """Wait for an event; False when the time is up."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True

@@ -1,0 +1,70 @@
+"""Shared memory: the receiver maps the sender's sealed pool read-only and copies rows straight into its own blocks."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ..core.errors import KvCorrupted, TransferFailed
+from ..proto import kv_transfer_pb2
+from .frames import KvPart
+from .layout import Bytes, PoolBytes
+
+_REQUIRED_SEALS = fcntl.F_SEAL_SHRINK  # a sender that shrank its pool would kill us with SIGBUS
+
+
+def block_checksum(pool: PoolBytes, part: KvPart, block_ids: NDArray[np.uint32]) -> int:
+    """xxh3_64 over the part's layers of these blocks, in order: what the receiver will have copied."""
+    digest, span = xxhash.xxh3_64(), pool.row_range(part)
+    for block in block_ids:
+        digest.update(pool.rows[block, span].data)
+    return digest.intdigest()
+
+
+class PeerPool:
+    """A peer's pool, mapped read-only.
+
+    Raises: OSError, ValueError: it cannot be mapped, or is not what the peer announced; take another transport.
+    """
+
+    def __init__(self, shared: kv_transfer_pb2.SharedPool, own: PoolBytes) -> None:
+        if shared.row_bytes != own.row_bytes or shared.block_size != own.block_size:
+            raise ValueError(f"the peer's rows have {shared.row_bytes} bytes, ours {own.row_bytes}")
+        fd = os.open(f"/proc/{shared.pid}/fd/{shared.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if os.fstat(fd).st_size != shared.size_bytes:
+                raise ValueError(f"the peer's pool has {os.fstat(fd).st_size} bytes, not {shared.size_bytes}")
+            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _REQUIRED_SEALS != _REQUIRED_SEALS:
+                raise ValueError("the peer's pool is not sealed against shrinking")
+            memory = mmap.mmap(fd, shared.size_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        finally:
+            os.close(fd)
+        num_blocks = shared.size_bytes // shared.row_bytes
+        flat = np.frombuffer(memory, dtype=np.uint8, count=num_blocks * shared.row_bytes)
+        self._rows: Bytes | None = flat.reshape(num_blocks, shared.row_bytes)
+
+    def close(self) -> None:
+        """Unmap, as soon as a copy that is under way ends."""
+        self._rows = None  # the mapping lives as long as its last view
+
+    def copy(self, part: KvPart, source_ids: NDArray[np.uint32], own: PoolBytes, block_ids: NDArray[np.intp]) -> int:
+        """Copy the part's layers of whole blocks; returns the xxh3_64 of what now is in our blocks.
+
+        Raises: TransferFailed: the peer is gone. KvCorrupted: it named a block that it does not have.
+        """
+        rows, span = self._rows, own.row_range(part)
+        if rows is None:
+            raise TransferFailed("the prefill worker went away; its memory was unmapped")
+        if len(source_ids) != len(block_ids) or int(source_ids.max()) >= len(rows):
+            raise KvCorrupted(f"a frame names {len(source_ids)} blocks where {len(block_ids)} of {len(rows)} are due")
+        digest = xxhash.xxh3_64()
+        for source, target in zip(source_ids, block_ids, strict=True):
+            copied = own.rows[target, span]
+            copied[...] = rows[source, span]
+            digest.update(copied.data)
+        return digest.intdigest()

@@ -1,0 +1,186 @@
+"""A small pool, and a sender and a receiver joined by a real gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import mmap
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc.aio
+import pytest
+import torch
+from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
+from splitserve.core.metrics import WorkerMetrics, new_registry
+from splitserve.core.request import Request
+from splitserve.kv_transfer.grants import Grant
+from splitserve.kv_transfer.identity import WorkerIdentity, current_host_id
+from splitserve.kv_transfer.receiver import KvReceiver, Received
+from splitserve.kv_transfer.sender import KvSender
+
+# Layers differ in everything that may differ; prime sizes show every mixed-up stride.
+GEOMETRY = KvGeometry(
+    model_id="tiny",
+    layers=(
+        LayerGeometry(num_kv_heads=2, key_dim=4, value_dim=4),
+        LayerGeometry(num_kv_heads=2, key_dim=4, value_dim=4),
+        LayerGeometry(num_kv_heads=3, key_dim=5, value_dim=7),
+        LayerGeometry(num_kv_heads=3, key_dim=7, value_dim=5, sliding_window=8),
+    ),
+    dtype="float32",
+)
+
+
+class TinyPool:
+    """KvPool in a sealed memfd, as the engine makes it."""
+
+    def __init__(self, block_size: int = 16, num_blocks: int = 24, geometry: KvGeometry = GEOMETRY) -> None:
+        self.geometry, self.block_size, self.num_blocks = geometry, block_size, num_blocks
+        self.row_bytes = geometry.bytes_per_token * block_size
+        self.size_bytes = self.row_bytes * num_blocks
+        self.fd: int | None = os.memfd_create("tiny-kv", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, self.size_bytes)
+        memory = mmap.mmap(self.fd, self.size_bytes)
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | 0x10)  # FUTURE_WRITE
+        self.data = torch.frombuffer(memory, dtype=getattr(torch, geometry.dtype)).view(num_blocks, -1)
+        self.data.copy_(torch.rand(self.data.shape))
+
+    def keys(self, layer: int) -> torch.Tensor:
+        return self._view(layer, key=True)
+
+    def values(self, layer: int) -> torch.Tensor:
+        return self._view(layer, key=False)
+
+    def _view(self, layer: int, *, key: bool) -> torch.Tensor:
+        shape = self.geometry.layers[layer]
+        before = sum(other.elements_per_token for other in self.geometry.layers[:layer])
+        before += 0 if key else shape.num_kv_heads * shape.key_dim
+        dim = shape.key_dim if key else shape.value_dim
+        stop = (before + shape.num_kv_heads * dim) * self.block_size
+        flat = self.data[:, before * self.block_size : stop]
+        return flat.view(self.num_blocks, shape.num_kv_heads, self.block_size, dim)
+
+    def tokens(self, block_table: list[int], start: int, end: int) -> list[torch.Tensor]:
+        """All planes of a token range as [heads, tokens, dim]."""
+        planes = [view(layer) for layer in range(self.geometry.num_layers) for view in (self.keys, self.values)]
+        return [plane[block_table].transpose(0, 1).flatten(1, 2)[:, start:end].clone() for plane in planes]
+
+    def close(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+@dataclass(kw_only=True)
+class Pair:
+    """One prefill and one decode side, each with its pool, over a real server on a free port."""
+
+    source: TinyPool
+    target: TinyPool
+    sender: KvSender
+    receiver: KvReceiver
+    server: grpc.aio.Server
+    address: str
+    sender_metrics: WorkerMetrics
+    receiver_metrics: WorkerMetrics
+    released: list[str] = field(default_factory=list)
+    reports: list[tuple[str, Exception]] = field(default_factory=list)
+    release_seen: asyncio.Event = field(default_factory=asyncio.Event)
+    source_table: list[int] = field(default_factory=list)
+    target_table: list[int] = field(default_factory=list)
+
+    def request(self, num_tokens: int, request_id: str = "r1", attempt: int = 1) -> Request:
+        tokens = tuple(range(1, num_tokens + 1))
+        return Request(request_id=request_id, prompt_token_ids=tokens, max_tokens=4, attempt=attempt)
+
+    def grant(self, request: Request, num_cached_tokens: int = 0) -> Grant:
+        return self.receiver.make_grant(request, self.address, "prefill-boot", num_cached_tokens)
+
+    def offer(self, grant: Grant, request: Request) -> None:
+        self.sender.offer(grant, request.prompt_token_ids, lambda _: self.source_table)
+
+    def receive(self, grant: Grant, request: Request) -> Awaitable[Received]:
+        return self.receiver.receive(grant, self.address, request.prompt_token_ids, self.target_table)
+
+    def write_all(self, grant: Grant) -> None:
+        self.sender.kv_written(grant.request_id, 0, GEOMETRY.num_layers, 0, grant.num_tokens)
+
+    def assert_arrived(self, grant: Grant) -> None:
+        span = (grant.num_cached_tokens, grant.num_tokens)
+        sent = self.source.tokens(self.source_table, *span)
+        came = self.target.tokens(self.target_table, *span)
+        assert all(torch.equal(a, b) for a, b in zip(sent, came, strict=True))
+
+
+PairFactory = Callable[..., Any]
+
+
+@pytest.fixture
+def pair() -> PairFactory:
+    """`async with pair(transport=..., **options) as p`: everything is closed on exit."""
+
+    @asynccontextmanager
+    async def make(
+        transport: str = "grpc",
+        source_block_size: int = 16,
+        target_block_size: int = 16,
+        sender_options: dict[str, Any] | None = None,
+        receiver_options: dict[str, Any] | None = None,
+    ) -> AsyncIterator[Pair]:
+        source, target = TinyPool(source_block_size), TinyPool(target_block_size)
+        released: list[str] = []
+        reports: list[tuple[str, Exception]] = []
+        release_seen = asyncio.Event()
+
+        def release(request_id: str) -> None:
+            released.append(request_id)
+            release_seen.set()
+
+        metrics = [WorkerMetrics(new_registry(), role) for role in ("prefill", "decode")]
+        host = current_host_id()
+        sender = KvSender(
+            source,
+            WorkerIdentity(worker_id="p", boot_id="prefill-boot", host_id=host),
+            release=release,
+            report=lambda request_id, error: reports.append((request_id, error)),
+            metrics=metrics[0],
+            **sender_options or {},
+        )
+        receiver = KvReceiver(
+            target,
+            WorkerIdentity(worker_id="d", boot_id="decode-boot", host_id=host),
+            transports=[transport],
+            metrics=metrics[1],
+            **receiver_options or {},
+        )
+        server = grpc.aio.server()
+        sender.register(server)
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        async with AsyncExitStack() as stack:
+            stack.callback(source.close)
+            stack.callback(target.close)
+            stack.push_async_callback(server.stop, 0)
+            stack.push_async_callback(sender.close)
+            stack.push_async_callback(receiver.close)
+            yield Pair(
+                source=source,
+                target=target,
+                sender=sender,
+                receiver=receiver,
+                server=server,
+                address=address,
+                sender_metrics=metrics[0],
+                receiver_metrics=metrics[1],
+                released=released,
+                reports=reports,
+                release_seen=release_seen,
+                source_table=torch.randperm(source.num_blocks).tolist(),
+                target_table=torch.randperm(target.num_blocks).tolist(),
+            )
+
+    return make
