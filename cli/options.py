@@ -1,0 +1,79 @@
+"""Flags that several subcommands share, and where a router is found when none is named."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..client.request import RequestOptions
+from ..core.errors import ConfigError
+from ..core.state import read_state
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        envvar="SPLITSERVE_ADDRESS", help="Router, as HOST:PORT; left out: the local cluster that `up` started."
+    ),
+]
+Model = Annotated[str, typer.Option(help="Model to ask; left out: the only one served.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+Temperature = Annotated[float | None, typer.Option(help="0 (greedy, the default) to 100.")]
+TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens that sum to this probability.")]
+MinP = Annotated[float | None, typer.Option(help="Keep tokens at least this likely relative to the likeliest.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 makes tokens already seen less likely.")]
+PresencePenalty = Annotated[float | None, typer.Option(help="-2 to 2, once per token already in the answer.")]
+FrequencyPenalty = Annotated[float | None, typer.Option(help="-2 to 2, per occurrence in the answer.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same answer; left out: the router picks one.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this string; may be given several times.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's end of sequence.")]
+Timeout = Annotated[float, typer.Option(help="Deadline of a request in seconds.")]
+
+
+def find_router(address: str | None) -> str:
+    """The address given, else the running local cluster's.
+
+    Raises: ConfigError: there is none.
+    """
+    if address:
+        return address
+    state = read_state()
+    if state is None or not state.router_addresses:
+        raise ConfigError(
+            "no router is named and no local cluster is running; start one with `splitserve up`, "
+            "or give --address HOST:PORT (or set SPLITSERVE_ADDRESS)"
+        )
+    return state.router_addresses[0]
+
+
+def sampling_options(
+    *,
+    model: str,
+    max_tokens: int,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    presence_penalty: float | None,
+    frequency_penalty: float | None,
+    seed: int | None,
+    stop: list[str] | None,
+    timeout_s: float,
+) -> RequestOptions:
+    """The flags as the SDK takes them."""
+    return {
+        "model": model,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "seed": seed,
+        "stop": stop or (),
+        "timeout_s": timeout_s,
+    }
