@@ -15,6 +15,7 @@ import pytest
 import splitserve
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_PACKAGED = {"tests", "examples", "docs", "scripts", "typings", "build", "dist"}
@@ -78,6 +79,19 @@ def test_every_requirement_is_pinned_inside_its_range() -> None:
     for requirement in map(Requirement, lines):
         if requirement.name != "splitserve":
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+
+
+@pytest.mark.parametrize(
+    ("package", "pattern"), [("protobuf", r"Protobuf Python Version: (.+)"), ("grpcio", r"VERSION = '(.+)'")]
+)
+def test_lowest_allowed_runtime_loads_the_stubs(package: str, pattern: str) -> None:
+    made_by = {
+        version for path in (ROOT / "proto").glob("*_pb2*.py") for version in re.findall(pattern, path.read_text())
+    }
+    (version,) = made_by
+    ranges = {Requirement(line).name: Requirement(line).specifier for line in PYPROJECT["project"]["dependencies"]}
+    lowest = next(bound.version for bound in ranges[package] if bound.operator == ">=")
+    assert Version(lowest) >= Version(version)
 
 
 def test_default_install_brings_no_torch_and_serve_does() -> None:
