@@ -92,10 +92,6 @@ class PoolConfig(_Section):
     labels: dict[str, str] = Field(
         default_factory=dict, description="Ray node labels that its node must have, such as splitserve/role: decode"
     )
-    drain_timeout_s: float = Field(
-        default=10.0, ge=0, description="Seconds that running requests get when it is stopped"
-    )
-    lease_s: float = Field(default=30.0, gt=0, description="Seconds that finished KV waits to be fetched")
 
 
 class RayConfig(_Section):
@@ -141,6 +137,10 @@ class ClusterConfig(_Section):
         default=None, description="Directory for the processes' logs; empty: beside the state file"
     )
     startup_timeout_s: float = Field(default=300.0, gt=0, description="Seconds for a process to serve")
+    lease_s: float = Field(default=30.0, gt=0, description="Seconds that finished KV waits to be fetched")
+    drain_timeout_s: float = Field(
+        default=10.0, ge=0, description="Seconds that running requests get when a process is stopped"
+    )
     engine: EngineConfig = Field(default_factory=EngineConfig, description="The model runner of every worker")
     router: RouterConfig = Field(default_factory=RouterConfig, description="The front door")
     prefill: PoolConfig = Field(default_factory=PoolConfig, description="Workers that compute prompts")

@@ -1,0 +1,41 @@
+"""`splitserve prefill-worker`: one prefill worker process, started by hand or by the controller."""
+
+from __future__ import annotations
+
+from ..core.config import ClusterConfig
+from ..deploy.options import worker_options
+from ..deploy.roles import role_keys
+from .flags import config_flags
+from .worker import Host, MetricsPort, Port, ReadyFile, Threads, WorkerId, run_worker
+
+
+@config_flags(role_keys("prefill"))
+def command(
+    config: ClusterConfig,
+    host: Host = "127.0.0.1",
+    port: Port = 0,
+    metrics_port: MetricsPort = 0,
+    worker_id: WorkerId = "",
+    threads: Threads = None,
+    ready_file: ReadyFile = None,
+) -> None:
+    """Run a prefill worker: it computes prompts and first tokens, and hands their KV to decode workers.
+
+    It serves until SIGTERM or Ctrl-C, then drains and exits.
+
+    $ splitserve prefill-worker --port 7001 --threads 1
+
+    $ splitserve prefill-worker --config cluster.yaml --dtype bfloat16
+    """
+    from ..prefill_worker.server import serve  # imports torch: not for --help
+
+    options = worker_options(
+        config,
+        "prefill",
+        host=host,
+        port=port,
+        metrics_port=metrics_port,
+        worker_id=worker_id,
+        num_threads=threads,
+    )
+    run_worker(serve, options, ready_file)

@@ -1,0 +1,329 @@
+"""The cluster's desired state: starts every process, keeps it running, tells routers who serves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc.aio
+import ray
+from ray.exceptions import RayActorError
+
+from ..core.config import ClusterConfig, Role, WorkerRole
+from ..core.errors import SplitserveError
+from ..proto import inference_pb2, inference_pb2_grpc
+from ..proto.rpc import CHANNEL_OPTIONS
+from .placement import Needs, create_actor, find_group, place
+from .process import Endpoint, Exit, StartFailure
+from .roles import default_threads, role_command, role_environment
+
+logger = logging.getLogger(__name__)
+
+_RPC_TIMEOUT_S = 2.0
+_STATUS_PERIOD_S = 0.5
+_STARTING_PERIOD_S = 0.1
+_MAX_BACKOFF_S = 30.0
+_EXIT_S = 3.0  # for a process to end once it has drained
+_WORKER_ROLES: tuple[WorkerRole, ...] = ("prefill", "decode", "colocated")
+
+
+class Phase(Enum):
+    """What the controller is doing with a process."""
+
+    PLACING = "placing"
+    STARTING = "starting"
+    READY = "ready"
+    WAITING = "waiting to restart"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One process of the cluster as the controller sees it."""
+
+    name: str
+    role: Role
+    phase: Phase = Phase.PLACING
+    endpoint: Endpoint | None = None
+    num_restarts: int = 0
+    reason: str = ""  # why it is not ready
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterView:
+    """A snapshot. `routers` holds the answer of each router that answers."""
+
+    members: tuple[Member, ...]
+    routers: tuple[inference_pb2.GetRouterStatusResponse, ...]
+    ready: bool
+
+    @property
+    def router_addresses(self) -> tuple[str, ...]:
+        return tuple(m.endpoint.address for m in self.members if m.role == "router" and m.endpoint)
+
+
+class MemberFailed(SplitserveError):
+    """A process did not come up; `log_tail` is the end of what it wrote, if it wrote anything."""
+
+    code = "internal"
+
+    def __init__(self, name: str, failure: StartFailure) -> None:
+        super().__init__(f"{name} did not start: {failure.message}")
+        self.log_path = failure.log_path
+        self.log_tail = failure.log_tail
+
+
+class Command(Protocol):
+    """Makes the command line of one process; see roles.role_command."""
+
+    def __call__(
+        self, config: ClusterConfig, role: Role, *, name: str, host: str, port: int, num_threads: int
+    ) -> Sequence[str]: ...
+
+
+class Controller:
+    """Owns the processes of one cluster; needs an initialised Ray.
+
+    `run` returns after `stop`, or raises when the cluster cannot start or serve any more; either way it leaves no
+    process, actor or placement group behind. After its own restart it finds detached actors by their names and takes
+    them as they are.
+    """
+
+    def __init__(
+        self, config: ClusterConfig, log_dir: Path, *, detached: bool = False, command: Command = role_command
+    ) -> None:
+        self.ready = asyncio.Event()  # every process serves and every router has a session with every worker
+        self._config = config
+        self._log_dir = log_dir
+        self._detached = detached
+        self._command = command
+        self._threads = default_threads(config)
+        roles: list[tuple[Role, int]] = [(role, config.replicas(role)) for role in _WORKER_ROLES]
+        roles.append(("router", config.router.replicas))
+        self._members = {
+            name: Member(name=name, role=role)
+            for role, count in roles
+            for name in (f"{role}-{index}" for index in range(count))
+        }
+        self._actors: dict[str, Any] = {}
+        self._views: dict[str, inference_pb2.GetRouterStatusResponse] = {}
+        self._routing_changed = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()
+
+    def view(self) -> ClusterView:
+        return ClusterView(
+            members=tuple(self._members.values()), routers=tuple(self._views.values()), ready=self.ready.is_set()
+        )
+
+    def stop(self) -> None:
+        """Ask `run` to end; a second call cuts the draining short."""
+        if self._stopping.is_set():
+            self._hurry.set()
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Raises: MemberFailed, ConfigError, Unavailable: see the class."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._keep(name)) for name in self._members]
+                tasks.append(group.create_task(self._tell_routers()))
+                await self._stopping.wait()
+                for task in tasks:
+                    task.cancel()
+        except BaseExceptionGroup as failed:
+            raise _first(failed) from failed
+        finally:
+            await self._stop_all()
+
+    # -- one process --
+
+    async def _keep(self, name: str) -> None:
+        """Start one process and start it again whenever it dies, within the bounds of `restart`."""
+        bounds = self._config.restart
+        restarts: deque[float] = deque()
+        port = self._port(name)
+        while True:
+            started = await self._start(name, port)
+            if isinstance(started, Endpoint):
+                port = int(started.address.rpartition(":")[2]) if self._members[name].role == "router" else port
+                reason = str(await self._death(name))
+            else:
+                reason = started.message
+                if not self.ready.is_set():
+                    raise MemberFailed(name, started)
+            now = time.monotonic()
+            restarts.append(now)
+            while now - restarts[0] > bounds.window_s:
+                restarts.popleft()
+            if len(restarts) > bounds.max_restarts:
+                logger.error("%s %s; it stays down after %d restarts", name, reason, bounds.max_restarts)
+                self._update(name, phase=Phase.FAILED, endpoint=None, reason=reason)
+                if self._members[name].role == "router":
+                    raise SplitserveError(f"{name} {reason} and stays down after {bounds.max_restarts} restarts")
+                return
+            backoff_s = min(_MAX_BACKOFF_S, bounds.backoff_s * 2 ** (len(restarts) - 2)) if len(restarts) > 1 else 0.0
+            logger.warning("%s %s; restarting in %.1f s", name, reason, backoff_s)
+            num_restarts = self._members[name].num_restarts + 1
+            self._update(name, phase=Phase.WAITING, endpoint=None, num_restarts=num_restarts, reason=reason)
+            await asyncio.sleep(backoff_s)
+
+    async def _start(self, name: str, port: int) -> Endpoint | StartFailure:
+        config, role = self._config, self._members[name].role
+        self._update(name, phase=Phase.PLACING)
+        needs, threads = self._needs(role)
+        log_path = self._log_dir / f"{name}.log"
+        try:
+            group = await place(name, needs, detached=self._detached, timeout_s=config.startup_timeout_s)
+            self._update(name, phase=Phase.STARTING)
+            actor = create_actor(name, group, needs, log_path=log_path, detached=self._detached)
+            self._actors[name] = actor
+            command = self._command(config, role, name=name, host=self._host(role), port=port, num_threads=threads)
+            started: Endpoint | StartFailure = await actor.start.remote(
+                command, role_environment(threads), config.startup_timeout_s
+            )
+        except SplitserveError as error:  # it cannot be placed
+            return StartFailure(code=error.code, message=error.message)
+        except RayActorError as error:
+            return StartFailure(code="worker_lost", message=f"its actor died: {error}")
+        if isinstance(started, Endpoint):
+            logger.info("%s serves at %s, pid %d", name, started.address, started.pid)
+            self._update(name, phase=Phase.READY, endpoint=started, reason="")
+        return started
+
+    async def _death(self, name: str) -> Exit | str:
+        """How the process ended; its actor or its node may have gone with it."""
+        try:
+            ended: Exit = await self._actors[name].wait.remote()
+            return ended
+        except RayActorError:
+            return "lost its actor"
+
+    def _update(self, name: str, **changes: Any) -> None:
+        before = self._members[name]
+        self._members[name] = after = replace(before, **changes)
+        if before.endpoint != after.endpoint:
+            self._routing_changed.set()
+
+    def _needs(self, role: Role) -> tuple[Needs, int]:
+        """What a process of this role asks of its node, and its threads."""
+        if role == "router":
+            return Needs(num_cpus=1, num_gpus=0, labels={}), 1
+        pool = self._config.pool(role)
+        threads = pool.threads or self._threads
+        return Needs(num_cpus=threads, num_gpus=pool.gpus, labels=pool.labels), threads
+
+    def _host(self, role: Role) -> str:
+        if role == "router":
+            return self._config.router.host
+        return self._config.worker_host or ("{node_ip}" if self._config.ray.address else "127.0.0.1")
+
+    def _port(self, name: str) -> int:
+        """Routers listen on consecutive ports from the configured one, workers wherever there is room."""
+        first = self._config.router.port
+        role, _, index = name.rpartition("-")
+        return first + int(index) if role == "router" and first else 0
+
+    # -- routers --
+
+    async def _tell_routers(self) -> None:
+        """Give every router the list of workers whenever it changes, and ask each how it fares."""
+        channels: dict[str, grpc.aio.Channel] = {}
+        told: dict[str, tuple[str, inference_pb2.SetWorkersRequest]] = {}  # router -> (its boot id, the list)
+        try:
+            while True:
+                self._routing_changed.clear()
+                workers = self._workers()
+                for member in self._members.values():
+                    if member.role != "router":
+                        continue
+                    if member.endpoint is None:
+                        self._views.pop(member.name, None)
+                        told.pop(member.name, None)
+                        continue
+                    address = member.endpoint.address
+                    if address not in channels:
+                        channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+                    stub = inference_pb2_grpc.RouterAdminStub(channels[address])
+                    try:
+                        if told.get(member.name) != (member.endpoint.boot_id, workers):
+                            await stub.SetWorkers(workers, timeout=_RPC_TIMEOUT_S)
+                            told[member.name] = (member.endpoint.boot_id, workers)
+                        request = inference_pb2.GetRouterStatusRequest()
+                        self._views[member.name] = await stub.GetRouterStatus(request, timeout=_RPC_TIMEOUT_S)
+                    except grpc.aio.AioRpcError as error:
+                        logger.warning("%s does not answer: %s", member.name, error.details())
+                        self._views.pop(member.name, None)
+                self._judge_ready()
+                await self._next_round()
+        finally:
+            await asyncio.gather(*(channel.close() for channel in channels.values()))
+
+    def _workers(self) -> inference_pb2.SetWorkersRequest:
+        ready = [m for m in self._members.values() if m.endpoint is not None]
+        return inference_pb2.SetWorkersRequest(
+            prefill_addresses=[m.endpoint.address for m in ready if m.endpoint and m.role == "prefill"],
+            decode_addresses=[m.endpoint.address for m in ready if m.endpoint and m.role in ("decode", "colocated")],
+        )
+
+    def _judge_ready(self) -> None:
+        """Raises: SplitserveError: at start, a router refuses a worker."""
+        if self.ready.is_set() or any(m.endpoint is None for m in self._members.values()):
+            return
+        num_workers = sum(m.role != "router" for m in self._members.values())
+        views = list(self._views.values())
+        for worker in (worker for view in views for worker in view.workers):
+            if worker.state == "refused":
+                raise SplitserveError(f"the router refuses the worker at {worker.address}: {worker.reason}")
+        ready_counts = [sum(worker.state == "ready" for worker in view.workers) for view in views]
+        if ready_counts == [num_workers] * self._config.router.replicas:
+            self.ready.set()
+
+    async def _next_round(self) -> None:
+        """Wait for a change of the list of workers, or for the next status."""
+        try:
+            async with asyncio.timeout(_STATUS_PERIOD_S if self.ready.is_set() else _STARTING_PERIOD_S):
+                await self._routing_changed.wait()
+        except TimeoutError:
+            pass
+
+    # -- the end --
+
+    async def _stop_all(self) -> None:
+        """Routers first, so that no request meets a worker that is going; then workers, all at once."""
+        for is_router in (True, False):
+            names = [name for name in self._actors if (self._members[name].role == "router") == is_router]
+            await asyncio.gather(*(self._stop_one(name) for name in names))
+        for name in self._members:
+            group = find_group(name)
+            if group is not None:
+                ray.util.remove_placement_group(group)
+
+    async def _stop_one(self, name: str) -> None:
+        actor = self._actors[name]
+        grace_s = self._config.drain_timeout_s + _EXIT_S
+        drained = asyncio.wrap_future(actor.stop.remote(grace_s).future())
+        hurry = asyncio.create_task(self._hurry.wait())
+        try:
+            await asyncio.wait({drained, hurry}, timeout=grace_s + _EXIT_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            hurry.cancel()
+            ray.kill(actor)  # its process, if it still lives, is killed with it
+        self._update(name, phase=Phase.STOPPED, endpoint=None)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What went wrong first; a typed error if there is one."""
+    typed, rest = group.split(SplitserveError)
+    found: BaseException = typed or rest or group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found

@@ -1,0 +1,51 @@
+"""The configuration, turned once into the frozen options of one process."""
+
+from __future__ import annotations
+
+from ..core.config import ClusterConfig, WorkerRole
+from ..engine.options import EngineOptions
+from ..worker.options import WorkerOptions
+
+_TRANSPORTS = {"auto": ("shared_memory", "grpc"), "grpc": ("grpc",), "shared-memory": ("shared_memory",)}
+
+
+def worker_options(
+    config: ClusterConfig,
+    role: WorkerRole,
+    *,
+    host: str,
+    port: int,
+    metrics_port: int,
+    worker_id: str,
+    num_threads: int | None,
+) -> WorkerOptions:
+    """Raises: ConfigError: a value that only the engine can judge is wrong."""
+    engine = config.engine
+    transports = _TRANSPORTS[config.transport]
+    return WorkerOptions(
+        engine=EngineOptions(
+            model=config.model,
+            dtype=engine.dtype,
+            block_size=engine.block_size,
+            num_kv_blocks=engine.num_kv_blocks,
+            kv_memory_bytes=engine.kv_memory,
+            max_model_len=engine.max_model_len,
+            max_running=engine.max_running,
+            max_waiting=engine.max_waiting,
+            max_step_tokens=engine.max_step_tokens,
+            decode_headroom_tokens=engine.decode_headroom_tokens,
+            prefix_cache=engine.prefix_cache,
+            num_threads=num_threads or config.pool(role).threads,
+            self_check=engine.self_check,
+            shared_pool="shared_memory" in transports and role == "prefill",
+        ),
+        role=role,
+        host=host,
+        port=port,
+        metrics_port=metrics_port,
+        worker_id=worker_id,
+        transports=transports,
+        trace_dir=config.trace_dir,
+        drain_timeout_s=config.drain_timeout_s,
+        lease_s=config.lease_s,
+    )

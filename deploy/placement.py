@@ -1,0 +1,185 @@
+"""Where processes run: one Ray placement group and one actor for each, and the Ray that holds them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ..core.errors import ConfigError, Unavailable
+from .process import Endpoint, Exit, RoleProcess, StartFailure
+
+_POLL_S = 0.1  # Ray tells the state of a placement group only when asked
+_INFEASIBLE_S = 3.0  # a node that is just joining may still make it feasible
+_OBJECT_STORE_BYTES = 80 << 20  # nothing of ours goes through it; Ray's least is 75 MiB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What one process asks of its node."""
+
+    num_cpus: int
+    num_gpus: int
+    labels: Mapping[str, str]
+
+    def bundle(self) -> dict[str, float]:
+        resources = {"CPU": float(self.num_cpus), "GPU": float(self.num_gpus)}
+        return {name: amount for name, amount in resources.items() if amount}
+
+    def __str__(self) -> str:
+        parts = [f"{amount:g} {name}" for name, amount in self.bundle().items()]
+        parts += [f"label {name}={value}" for name, value in self.labels.items()]
+        return ", ".join(parts)
+
+
+class ProcessActor:
+    """Ray's hand on one node: starts, watches and stops one process. No token and no KV byte passes here.
+
+    The process dies with the actor, and the actor's death is how the controller learns of a lost node.
+    """
+
+    def __init__(self, log_path: str) -> None:
+        self._process = RoleProcess(Path(log_path))
+
+    async def start(
+        self, command: Sequence[str], environment: Mapping[str, str], timeout_s: float
+    ) -> Endpoint | StartFailure:
+        """Idempotent: a process that already serves is left alone."""
+        node_ip: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        filled = [part.replace("{node_ip}", node_ip) for part in command]
+        return await self._process.start(filled, environment, timeout_s)
+
+    async def endpoint(self) -> Endpoint | None:
+        """None unless the process serves."""
+        return self._process.endpoint
+
+    async def wait(self) -> Exit:
+        """Returns when the process has ended."""
+        return await self._process.wait()
+
+    async def stop(self, grace_s: float) -> None:
+        """Drain for at most `grace_s`, then kill."""
+        await self._process.stop(grace_s)
+
+
+async def place(name: str, needs: Needs, *, detached: bool, timeout_s: float) -> PlacementGroup:
+    """A placement group for one process, once its resources are held; a detached one is found again by its name.
+
+    Raises: ConfigError: no node has what it needs. Unavailable: nodes have it, but others hold it.
+    """
+    group = find_group(name) or placement_group(
+        [needs.bundle()],
+        strategy="STRICT_PACK",
+        name=name,
+        lifetime="detached" if detached else None,
+        bundle_label_selector=[dict(needs.labels)] if needs.labels else None,
+    )
+    started = time.monotonic()
+    feasible = started
+    while True:
+        row = await asyncio.to_thread(placement_group_table, group)
+        if row["state"] == "CREATED":
+            return group
+        now = time.monotonic()
+        if row["stats"]["scheduling_state"] != "INFEASIBLE":
+            feasible = now
+        elif now - feasible > _INFEASIBLE_S:
+            remove_placement_group(group)
+            raise ConfigError(f"no node has what {name} needs ({needs}); {_nodes()}. Add such a node, or ask for less")
+        if now - started > timeout_s:
+            remove_placement_group(group)
+            raise Unavailable(f"{name} waited {timeout_s:g} s for {needs}, which others hold; {_nodes()}")
+        await asyncio.sleep(_POLL_S)
+
+
+def find_group(name: str) -> PlacementGroup | None:
+    """The placement group of this name in our namespace."""
+    try:
+        group: PlacementGroup = ray.util.get_placement_group(name)
+    except ValueError:
+        return None
+    return group
+
+
+def create_actor(name: str, group: PlacementGroup, needs: Needs, *, log_path: Path, detached: bool) -> Any:
+    """The actor of this name in the placement group; one that lives already is taken as it is."""
+    return (
+        ray.remote(ProcessActor)
+        .options(
+            name=name,
+            get_if_exists=True,
+            lifetime="detached" if detached else None,
+            num_cpus=needs.num_cpus,
+            num_gpus=needs.num_gpus,
+            max_restarts=0,  # the controller decides about restarts
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group),
+        )
+        .remote(str(log_path))
+    )
+
+
+def _nodes() -> str:
+    """The living nodes and what they have, for error messages."""
+    rows = []
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        if node["Alive"]:
+            resources = ", ".join(f"{node['Resources'].get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
+            labels = {k: v for k, v in node.get("Labels", {}).items() if not k.startswith("ray.io/node")}
+            rows.append(f"{node['NodeManagerAddress']} has {resources}" + (f" and labels {labels}" if labels else ""))
+    return "; ".join(rows) or "there is no living node"
+
+
+@contextmanager
+def local_ray(num_cpus: int, namespace: str) -> Iterator[None]:
+    """A Ray of our own on this machine, that leaves nothing behind.
+
+    Call it on the main thread: the kernel ends Ray's processes together with the thread that started them.
+    """
+    # Ray listens on every interface: without a token, anyone who reaches the machine could run code on it.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ["RAY_AUTH_MODE"] == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Short: Ray puts unix sockets below it, whose paths must not exceed 107 bytes.
+    directory = tempfile.mkdtemp(prefix="splitserve-ray-", dir="/tmp")
+    try:
+        ray.init(
+            address="local",  # not the cluster that RAY_ADDRESS may name
+            namespace=namespace,
+            num_cpus=max(num_cpus, os.cpu_count() or 1),
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            _temp_dir=directory,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def joined_ray(address: str, namespace: str) -> Iterator[None]:
+    """A connection to a Ray that others run. Raises: ConfigError: nobody answers there."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    try:
+        ray.init(address=address, namespace=namespace, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(f"cannot join the Ray cluster at {address}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
