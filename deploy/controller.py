@@ -184,15 +184,17 @@ class Controller:
         try:
             group = await place(name, needs, detached=self._detached, timeout_s=config.startup_timeout_s)
             self._update(name, phase=Phase.STARTING)
-            actor = create_actor(name, group, needs, log_path=log_path, detached=self._detached)
-            self._actors[name] = actor
+            # The first handle is kept: an actor that is not detached ends with it, whatever handles were made since.
+            if name not in self._actors:
+                self._actors[name] = create_actor(name, group, needs, log_path=log_path, detached=self._detached)
             command = self._command(config, role, name=name, host=self._host(role), port=port, num_threads=threads)
-            started: Endpoint | StartFailure = await actor.start.remote(
+            started: Endpoint | StartFailure = await self._actors[name].start.remote(
                 command, role_environment(threads), config.startup_timeout_s
             )
         except SplitserveError as error:  # it cannot be placed
             return StartFailure(code=error.code, message=error.message)
         except RayActorError as error:
+            self._actors.pop(name, None)
             return StartFailure(code="worker_lost", message=f"its actor died: {error}")
         if isinstance(started, Endpoint):
             logger.info("%s serves at %s, pid %d", name, started.address, started.pid)
@@ -205,6 +207,7 @@ class Controller:
             ended: Exit = await self._actors[name].wait.remote()
             return ended
         except RayActorError:
+            del self._actors[name]
             return "lost its actor"
 
     def _update(self, name: str, **changes: Any) -> None:
@@ -312,11 +315,11 @@ class Controller:
         grace_s = self._config.drain_timeout_s + _EXIT_S
         drained = asyncio.wrap_future(actor.stop.remote(grace_s).future())
         hurry = asyncio.create_task(self._hurry.wait())
-        try:
-            await asyncio.wait({drained, hurry}, timeout=grace_s + _EXIT_S, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            hurry.cancel()
-            ray.kill(actor)  # its process, if it still lives, is killed with it
+        await asyncio.wait({drained, hurry}, timeout=grace_s + _EXIT_S, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if not drained.cancel() and drained.exception() is not None:
+            logger.warning("%s lost its actor while it was stopped", name)
+        ray.kill(actor)  # its process, if it still lives, is killed with it
         self._update(name, phase=Phase.STOPPED, endpoint=None)
 
 

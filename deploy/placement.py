@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import shutil
 import tempfile
 import time
@@ -145,13 +144,9 @@ def _nodes() -> str:
 def local_ray(num_cpus: int, namespace: str) -> Iterator[None]:
     """A Ray of our own on this machine, that leaves nothing behind.
 
-    Call it on the main thread: the kernel ends Ray's processes together with the thread that started them.
+    Call `prepare_ray_environment` before anything imports Ray, and this on the main thread: the kernel ends Ray's
+    processes together with the thread that started them.
     """
-    # Ray listens on every interface: without a token, anyone who reaches the machine could run code on it.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if os.environ["RAY_AUTH_MODE"] == "token":
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Short: Ray puts unix sockets below it, whose paths must not exceed 107 bytes.
     directory = tempfile.mkdtemp(prefix="splitserve-ray-", dir="/tmp")
     try:
@@ -174,7 +169,6 @@ def local_ray(num_cpus: int, namespace: str) -> Iterator[None]:
 @contextmanager
 def joined_ray(address: str, namespace: str) -> Iterator[None]:
     """A connection to a Ray that others run. Raises: ConfigError: nobody answers there."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     try:
         ray.init(address=address, namespace=namespace, log_to_driver=False, configure_logging=False)
     except (ConnectionError, ValueError) as error:

@@ -1,0 +1,18 @@
+"""What must be in the environment before Ray is imported: it reads its authentication mode only then."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+
+
+def prepare_ray_environment(address: str | None) -> None:
+    """For a Ray of our own (`address` None) a random token, unless the user chose a mode; usage reports off."""
+    assert "ray" not in sys.modules, "Ray was imported too early to be told how to authenticate"
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if address is not None:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    elif os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+        # Ray listens on every interface: without a token, anyone who reaches the machine could run code on it.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
