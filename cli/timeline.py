@@ -66,10 +66,11 @@ def render(result: GenerationResult) -> Group:
 def facts(result: GenerationResult) -> dict[str, str]:
     """What a person wants to know beside the bars."""
     timing, usage = result.timing, result.usage
+    cached = f"{usage.num_cached_tokens:,} cached"
     hidden_s = timing.transfer_s - timing.transfer_exposed_s
     rows = {
         "request": f"{result.request_id} (seed {result.seed}, attempts {timing.attempts})",
-        "tokens": f"{usage.num_prompt_tokens:,} in, {usage.num_cached_tokens:,} of them cached; {usage.num_output_tokens:,} out",
+        "tokens": f"{usage.num_prompt_tokens:,} in ({cached}), {usage.num_output_tokens:,} out",
         "ran on": f"prefill {timing.prefill_worker or '-'}, decode {timing.decode_worker or '-'}",
         "KV moved": f"{timing.kv_bytes:,} bytes by {timing.transport or 'none'}",
         "transfer": f"{timing.transfer_s * 1e3:,.1f} ms, {hidden_s * 1e3:,.1f} of them behind prefill",
