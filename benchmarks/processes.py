@@ -1,0 +1,62 @@
+"""A cluster of plain processes without Ray, for benchmarks and tests: start, find addresses, stop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core.config import ClusterConfig, WorkerRole
+from ..core.errors import SplitserveError
+from ..deploy.process import Endpoint, RoleProcess, StartFailure
+from ..deploy.roles import role_command, role_environment
+
+WORKER_ROLES: tuple[WorkerRole, ...] = ("prefill", "decode", "colocated")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessCluster:
+    """Addresses of what runs; workers by name, such as "prefill-0"."""
+
+    router: Endpoint
+    workers: dict[str, Endpoint]
+
+
+@asynccontextmanager
+async def process_cluster(
+    config: ClusterConfig, log_dir: Path, *, num_threads: int = 1
+) -> AsyncIterator[ProcessCluster]:
+    """Start every worker of `config` in parallel, then a router; all are killed on the way out.
+
+    Raises: SplitserveError: a process did not start; the end of its log is in the message.
+    """
+    processes: list[RoleProcess] = []
+
+    async def start(role: WorkerRole, name: str) -> Endpoint:
+        command = role_command(config, role, name=name, host="127.0.0.1", port=0, num_threads=num_threads)
+        return await _start(processes, log_dir / f"{name}.log", command, num_threads, config)
+
+    names = {f"{role}-{index}": role for role in WORKER_ROLES for index in range(config.replicas(role))}
+    try:
+        endpoints = await asyncio.gather(*(start(role, name) for name, role in names.items()))
+        workers = dict(zip(names, endpoints, strict=True))
+        command = [*role_command(config, "router", name="router-0", host="127.0.0.1", port=0, num_threads=1)]
+        for name, endpoint in workers.items():
+            command += ["--prefill" if names[name] == "prefill" else "--decode", endpoint.address]
+        router = await _start(processes, log_dir / "router-0.log", command, 1, config)
+        yield ProcessCluster(router=router, workers=workers)
+    finally:
+        await asyncio.gather(*(process.stop(2.0) for process in processes))
+
+
+async def _start(
+    processes: list[RoleProcess], log: Path, command: list[str] | tuple[str, ...], threads: int, config: ClusterConfig
+) -> Endpoint:
+    process = RoleProcess(log)
+    processes.append(process)
+    started = await process.start(command, role_environment(threads), config.startup_timeout_s)
+    if isinstance(started, StartFailure):
+        raise SplitserveError(f"{started.message}\n{started.log_tail}")
+    return started
