@@ -118,7 +118,8 @@ def percentile(values: Sequence[float], q: float) -> float:
     ordered = sorted(values)
     rank = (len(ordered) - 1) * q / 100
     low, high = math.floor(rank), math.ceil(rank)
-    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
+    # Rounding may step past the upper value by one unit in the last place.
+    return min(ordered[high], ordered[low] + (ordered[high] - ordered[low]) * (rank - low))
 
 
 def distribution(values: Sequence[float]) -> Distribution | None:
