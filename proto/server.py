@@ -3,15 +3,63 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from ..core.errors import AddressInUse
-from .rpc import SERVER_OPTIONS
+from ..core.errors import AddressInUse, InvalidRequest
+from .rpc import SERVER_OPTIONS, abort
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # subscriptable in the stubs only
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class RefuseUnreadable(grpc.aio.ServerInterceptor):
+    """Answers a request that is no valid protobuf (such as text that is not UTF-8) with InvalidRequest, not UNKNOWN."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming or handler.response_serializer is None:
+            return handler  # sessions, and raw KV frames
+
+        def read(data: bytes) -> Any:
+            try:
+                return handler.request_deserializer(data)
+            except DecodeError as error:
+                return error
+
+        async def check(request: Any, context: Context) -> None:
+            if isinstance(request, DecodeError):
+                await abort(context, InvalidRequest(f"the request cannot be read: {request}; text must be UTF-8"))
+
+        if not handler.response_streaming:
+
+            async def unary(request: Any, context: Context) -> Any:
+                await check(request, context)
+                return await handler.unary_unary(request, context)
+
+            return grpc.unary_unary_rpc_method_handler(unary, read, handler.response_serializer)
+
+        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+            await check(request, context)
+            async with aclosing(handler.unary_stream(request, context)) as responses:
+                async for response in responses:
+                    yield response
+
+        if not inspect.isasyncgenfunction(handler.unary_stream):
+            return handler
+        return grpc.unary_stream_rpc_method_handler(stream, read, handler.response_serializer)
 
 
 class RpcServer:
@@ -26,7 +74,7 @@ class RpcServer:
     def __init__(self, host: str, port: int, service_names: Sequence[str]) -> None:
         self._host = host
         self._service_names = tuple(service_names)
-        self.server = grpc.aio.server(options=SERVER_OPTIONS)
+        self.server = grpc.aio.server(interceptors=[RefuseUnreadable()], options=SERVER_OPTIONS)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         names = (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
