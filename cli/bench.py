@@ -91,9 +91,7 @@ def command(
     if json_file is not None and not os.access(json_file.absolute().parent, os.W_OK):
         raise ConfigError(f"--json {json_file}: its directory does not exist or cannot be written")
 
-    served, records = asyncio.run(
-        _run(options.find_router(address), workload, request, concurrency=concurrency, warmup=warmup)
-    )
+    served, records = asyncio.run(_run(address, workload, request, concurrency=concurrency, warmup=warmup))
     summary = summarize(records, slo)
     _print(summary, slo, records)
     if json_file is not None:
@@ -103,7 +101,7 @@ def command(
 
 
 async def _run(
-    address: str, workload: Workload, request: RequestOptions, *, concurrency: int | None, warmup: int
+    address: str | None, workload: Workload, request: RequestOptions, *, concurrency: int | None, warmup: int
 ) -> tuple[Model, list[RequestRecord]]:
     async with AsyncClient(address, retry=NO_RETRY) as client:
         served = await _served_model(client, request["model"])

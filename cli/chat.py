@@ -50,7 +50,7 @@ def command(
         import readline  # noqa: F401  editing and history for input()
     opening = [] if system is None else [Message(role="system", content=system)]
     conversation = list(opening)
-    with Client(options.find_router(address)) as client:
+    with Client(address) as client:
         while (line := _ask()) is not None and line != "/exit":
             if line == "/reset":
                 conversation = list(opening)

@@ -64,7 +64,7 @@ def command(
     if system is not None:
         messages.insert(0, Message(role="system", content=system))
     with (
-        Client(options.find_router(address)) as client,
+        Client(address) as client,
         client.stream(messages if chat or system is not None else text, **request) as answer,
     ):
         if stream and not as_json:

@@ -1,4 +1,4 @@
-"""Flags that several subcommands share, and where a router is found when none is named."""
+"""Flags that several subcommands share."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ..client.address import find_router as find_router  # for subcommands that print the address
 from ..client.request import RequestOptions
-from ..core.errors import ConfigError
-from ..core.state import read_state
 
 Address = Annotated[
     str | None,
@@ -29,22 +28,6 @@ Seed = Annotated[int | None, typer.Option(help="Same seed, same answer; left out
 Stop = Annotated[list[str] | None, typer.Option(help="End before this string; may be given several times.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's end of sequence.")]
 Timeout = Annotated[float, typer.Option(help="Deadline of a request in seconds.")]
-
-
-def find_router(address: str | None) -> str:
-    """The address given, else the running local cluster's.
-
-    Raises: ConfigError: there is none.
-    """
-    if address:
-        return address
-    state = read_state()
-    if state is None or not state.router_addresses:
-        raise ConfigError(
-            "no router is named and no local cluster is running; start one with `splitserve up`, "
-            "or give --address HOST:PORT (or set SPLITSERVE_ADDRESS)"
-        )
-    return state.router_addresses[0]
 
 
 def sampling_options(

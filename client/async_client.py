@@ -15,6 +15,7 @@ from ..proto import inference_pb2 as pb
 from ..proto.inference_pb2_grpc import InferenceStub, RouterAdminStub
 from ..proto.rpc import CHANNEL_OPTIONS
 from . import results
+from .address import find_router
 from .generation import (
     HEALTH_CHECK,
     HEALTH_SERVING,
@@ -22,7 +23,6 @@ from .generation import (
     Attempts,
     Generation,
     RetryPolicy,
-    check_address,
     closed_error,
 )
 from .request import (
@@ -113,13 +113,15 @@ class AsyncClient:
     """A router's asyncio client, for one event loop. Close it, or use it in an `async with` block.
 
     Args:
-        address: host:port of the router.
+        address: HOST:PORT of the router; None: SPLITSERVE_ADDRESS, else the local cluster that `splitserve up` started.
         timeout_s: deadline of a generation that names none.
         retry: what to do about errors that another attempt can help.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = 600.0, retry: RetryPolicy | None = None) -> None:
-        self.address = check_address(address)
+    def __init__(
+        self, address: str | None = None, *, timeout_s: float = 600.0, retry: RetryPolicy | None = None
+    ) -> None:
+        self.address = find_router(address)
         self._timeout_s = timeout_s
         self._retry = retry or RetryPolicy()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ import grpc
 
 from ..core.errors import (
     Cancelled,
-    ConfigError,
     DeadlineExceeded,
     InvalidRequest,
     SplitserveError,
@@ -160,15 +158,8 @@ class Generation(Attempts):
             usage=usage_from_proto(finished.usage),
             timing=timing_from_proto(finished.timing),
             token_times_s=tuple(self._token_times_s),
-            e2e_s=at_s,
+            e2e_s=self._token_times_s[-1] if self._token_times_s else at_s,
         )
-
-
-def check_address(address: str) -> str:
-    """Raises: ConfigError: it is not HOST:PORT."""
-    if not re.fullmatch(r"(\[[^\]/]+\]|[^:/\s]+):\d{1,5}", address):
-        raise ConfigError(f"the address is {address!r}; it must be HOST:PORT, as in 127.0.0.1:7000")
-    return address
 
 
 def closed_error() -> Cancelled:

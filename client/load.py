@@ -44,15 +44,15 @@ class RequestRecord:
         return self.token_times_s[0] - self.scheduled_s if self.token_times_s else None
 
     @property
-    def e2e_s(self) -> float:
-        return self.ended_s - self.scheduled_s
+    def e2e_s(self) -> float | None:
+        return self.token_times_s[-1] - self.scheduled_s if self.token_times_s else None
 
     @property
     def tpot_s(self) -> float | None:
         """(e2e - TTFT) / (tokens - 1); None below two tokens."""
         if len(self.token_times_s) < 2:
             return None
-        return (self.ended_s - self.token_times_s[0]) / (len(self.token_times_s) - 1)
+        return (self.token_times_s[-1] - self.token_times_s[0]) / (len(self.token_times_s) - 1)
 
     @property
     def itl_s(self) -> list[float]:
@@ -156,7 +156,7 @@ def summarize(records: Sequence[RequestRecord], slo: Slo) -> LoadSummary:
         ttft_s=distribution([value for record in finished if (value := record.ttft_s) is not None]),
         tpot_s=distribution([value for record in finished if (value := record.tpot_s) is not None]),
         itl_s=distribution([gap for record in finished for gap in record.itl_s]),
-        e2e_s=distribution([record.e2e_s for record in finished]),
+        e2e_s=distribution([value for record in finished if (value := record.e2e_s) is not None]),
     )
 
 

@@ -72,7 +72,7 @@ class GenerationResult:
     usage: Usage
     timing: RequestTiming  # as the router saw it
     token_times_s: tuple[float, ...]  # arrival here of each token, since the request was sent
-    e2e_s: float  # sent to end of stream, measured here
+    e2e_s: float  # sent to last token, measured here
 
     @property
     def ttft_s(self) -> float | None:

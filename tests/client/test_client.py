@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from splitserve.client import (
 )
 from splitserve.client.testing import ScriptedRouter, count_up, finished, started, token
 from splitserve.core.errors import BY_CODE
+from splitserve.core.state import ClusterState, write_state
 from splitserve.proto import inference_pb2 as pb
 
 Generate = Callable[..., GenerationResult]
@@ -333,3 +335,16 @@ def test_importing_the_sdk_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+def test_without_an_address_the_local_clusters_router_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("SPLITSERVE_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match="splitserve up"):
+        Client()
+    write_state(ClusterState(router_addresses=("127.0.0.1:7001",), namespace="n", pid=1))
+    with Client() as client:
+        assert client.address == "127.0.0.1:7001"
+    monkeypatch.setenv("SPLITSERVE_ADDRESS", "127.0.0.1:7002")
+    with Client() as client:
+        assert client.address == "127.0.0.1:7002"
