@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,18 @@ class DecodeBatch:
     num_sequences: int
     block_tables: Tensor  # [num_sequences, max_blocks] int64, padded with block 0
     positions: Tensor  # [num_sequences] int64, of the new token
+    masks: dict[int | None, Tensor] = field(default_factory=dict)  # by sliding window
+
+    def mask(self, sliding_window: int | None, dtype: torch.dtype, block_size: int) -> Tensor:
+        """[num_sequences, 1, 1, context]: 0 where a token may look, -inf elsewhere; the same for most layers."""
+        if (mask := self.masks.get(sliding_window)) is None:
+            at, last = torch.arange(self.block_tables.shape[1] * block_size), self.positions[:, None]
+            visible = at <= last
+            if sliding_window is not None:
+                visible &= at > last - sliding_window
+            mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))[:, None, None]
+            self.masks[sliding_window] = mask
+        return mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +69,16 @@ class AttentionBatch:
     chunks: Sequence[Chunk]  # everything that is not in `decode`
     announced: Sequence[Chunk]  # those, wherever they are, whose KV leaves this worker
     kv_written: KvWritten | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionRules:
+    """What the model's layer asks of its attention."""
+
+    scaling: float
+    softcap: float | None
+    sliding_window: int | None
+    sinks: Tensor | None  # [num_heads]
 
 
 class GeometryProbe:
@@ -107,102 +129,71 @@ def paged_attention(
         for chunk in batch.announced:
             batch.kv_written(chunk.request_id, layer, layer + 1, chunk.start, chunk.end)
 
+    rules = AttentionRules(scaling=scaling, softcap=softcap, sliding_window=sliding_window, sinks=s_aux)
     output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     if batch.decode is not None:
         rows = batch.decode.num_sequences
-        output[:rows] = _decode(
-            query[0, :, :rows].transpose(0, 1), keys, values, batch.decode, scaling, softcap, sliding_window, s_aux
-        )
+        output[:rows] = _decode(query[0, :, :rows].transpose(0, 1), batch.pool, layer, batch.decode, rules)
     for chunk in batch.chunks:
         end = chunk.row + chunk.end - chunk.start
-        output[chunk.row : end] = _prefill(
-            query[:, :, chunk.row : end], keys, values, chunk, scaling, softcap, sliding_window, s_aux
-        )
+        output[chunk.row : end] = _prefill(query[:, :, chunk.row : end], batch.pool, layer, chunk, rules)
     return output.unsqueeze(0), None
 
 
-def _decode(
-    query: Tensor,  # [num_sequences, num_heads, key_dim]
-    keys: Tensor,
-    values: Tensor,
-    batch: DecodeBatch,
-    scaling: float,
-    softcap: float | None,
-    sliding_window: int | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """One new token of each sequence over all of its KV: [num_sequences, num_heads, value_dim]."""
+def _decode(query: Tensor, pool: KvPool, layer: int, batch: DecodeBatch, rules: AttentionRules) -> Tensor:
+    """One new token per sequence over all of its KV: [num_sequences, num_heads, key_dim] -> the same with value_dim."""
     num_sequences, num_heads, dim = query.shape
-    k = _gather(keys, batch.block_tables).to(query.dtype)
-    v = _gather(values, batch.block_tables).to(query.dtype)
-    at = torch.arange(k.shape[2])
-    visible = at <= batch.positions[:, None]  # [num_sequences, context]
-    if sliding_window is not None:
-        visible &= at > batch.positions[:, None] - sliding_window
+    k, v = pool.gather(layer, batch.block_tables)
+    mask = batch.mask(rules.sliding_window, query.dtype, pool.block_size)
     # The query heads that share a KV head become its rows, so that no KV is repeated.
     grouped = query.reshape(num_sequences, k.shape[1], -1, dim)
-    sinks = None if sinks is None else sinks.reshape(1, k.shape[1], -1, 1)
-    attended = _attend(grouped, k, v, visible[:, None, None, :], scaling, softcap, sinks)
-    return attended.reshape(num_sequences, num_heads, v.shape[3])
+    sinks = None if rules.sinks is None else rules.sinks.reshape(1, k.shape[1], -1, 1)
+    attended = _attend(grouped, k.to(query.dtype), v.to(query.dtype), mask, rules, sinks)
+    return attended.reshape(num_sequences, num_heads, -1)
 
 
-def _prefill(
-    query: Tensor,  # [1, num_heads, num_tokens, key_dim]
-    keys: Tensor,
-    values: Tensor,
-    chunk: Chunk,
-    scaling: float,
-    softcap: float | None,
-    sliding_window: int | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """A chunk's tokens over everything up to themselves: [num_tokens, num_heads, value_dim]."""
-    k = _gather(keys, chunk.block_table[None])[:, :, : chunk.end].to(query.dtype)
-    v = _gather(values, chunk.block_table[None])[:, :, : chunk.end].to(query.dtype)
+def _prefill(query: Tensor, pool: KvPool, layer: int, chunk: Chunk, rules: AttentionRules) -> Tensor:
+    """A chunk's tokens over everything up to themselves: [1, num_heads, num_tokens, key_dim] -> [num_tokens, ...]."""
+    k, v = pool.gather(layer, chunk.block_table[None])
+    k, v = k[:, :, : chunk.end].to(query.dtype), v[:, :, : chunk.end].to(query.dtype)
     groups = query.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    at, position = torch.arange(chunk.end), torch.arange(chunk.start, chunk.end)[:, None]
-    visible = None  # plain causal
-    if chunk.start or (sliding_window is not None and sliding_window < chunk.end):
+    window = rules.sliding_window
+    mask = None  # plain causal
+    if chunk.start or (window is not None and window < chunk.end):
+        at, position = torch.arange(chunk.end), torch.arange(chunk.start, chunk.end)[:, None]
         visible = at <= position
-        if sliding_window is not None:
-            visible &= at > position - sliding_window
-    sinks = None if sinks is None else sinks.reshape(1, -1, 1, 1)
-    return _attend(query, k, v, visible, scaling, softcap, sinks)[0].transpose(0, 1)
+        if window is not None:
+            visible &= at > position - window
+        mask = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
+    sinks = None if rules.sinks is None else rules.sinks.reshape(1, -1, 1, 1)
+    return _attend(query, k, v, mask, rules, sinks)[0].transpose(0, 1)
 
 
 def _attend(
     query: Tensor,  # [batch, heads, queries, key_dim]
     key: Tensor,  # [batch, heads, context, key_dim]
     value: Tensor,  # [batch, heads, context, value_dim]
-    visible: Tensor | None,  # bool, broadcast to [batch, heads, queries, context]; None: causal
-    scaling: float,
-    softcap: float | None,
+    mask: Tensor | None,  # 0 or -inf, broadcast to [batch, heads, queries, context]; None: causal
+    rules: AttentionRules,
     sinks: Tensor | None,  # broadcast to [batch, heads, queries, 1]: a logit that attends to nothing
 ) -> Tensor:
     """Softmax attention: [batch, heads, queries, value_dim]. PyTorch's own has neither soft cap nor sinks."""
-    if softcap is None and sinks is None:
+    if rules.softcap is None and sinks is None:
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible, is_causal=visible is None, scale=scaling
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=rules.scaling
         )
-    scores = (query @ key.transpose(-1, -2)).float() * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if visible is None:
-        visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
-    scores = scores.masked_fill(~visible, float("-inf"))
+    scores = (query @ key.transpose(-1, -2)).float() * rules.scaling
+    if rules.softcap is not None:
+        scores = torch.tanh(scores / rules.softcap) * rules.softcap
+    if mask is None:
+        mask = torch.full((query.shape[2], key.shape[2]), float("-inf")).triu(1)
+    scores = scores + mask
     if sinks is not None:
         scores = torch.cat((scores, sinks.float().expand(*scores.shape[:-1], 1)), dim=-1)
     weights = scores.softmax(dim=-1)[..., : key.shape[2]]
     return weights.to(value.dtype) @ value
-
-
-def _gather(view: Tensor, block_tables: Tensor) -> Tensor:
-    """[num_blocks, heads, block_size, dim] by [num, max_blocks] -> [num, heads, max_blocks * block_size, dim]."""
-    heads, dim = view.shape[1], view.shape[3]
-    gathered = view[block_tables[:, None, :], torch.arange(heads)[:, None]]  # one copy, already head-major
-    return gathered.view(block_tables.shape[0], heads, -1, dim)
 
 
 AttentionInterface.register(NAME, paged_attention)

@@ -11,9 +11,10 @@ import xxhash
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..core.errors import ModelLoadFailed, ModelUnsupported
-from ..core.kv_geometry import KvDtype, KvGeometry, LayerGeometry
+from ..core.kv_geometry import KvGeometry, LayerGeometry
 from .architectures import check_architecture
 from .attention import NAME, GeometryProbe, current
+from .cpu_linear import pack_linears
 from .model_files import resolve_model
 from .options import EngineOptions
 from .pool import TORCH_DTYPES
@@ -48,7 +49,8 @@ def load_model(options: EngineOptions) -> LoadedModel:
         ) from error
     check_architecture(config)
     dtype = options.dtype or "float32"
-    model = _load_weights(path, config, _compute_dtype(dtype))
+    model = _load_weights(path, config, TORCH_DTYPES[dtype])
+    pack_linears(model)
     geometry = KvGeometry(
         model_id=f"{config.model_type}@{_digest(path)}",
         layers=_probe_layers(model),
@@ -66,22 +68,6 @@ def load_model(options: EngineOptions) -> LoadedModel:
         model_id=geometry.model_id,
         path=path,
     )
-
-
-def has_native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _compute_dtype(dtype: KvDtype) -> torch.dtype:
-    """The dtype that the model computes in.
-
-    Without hardware support, half-precision matrix products on a CPU take 6 to 9 times as long as float32 ones. The
-    half-precision weights are then widened at load, which changes none of them; the KV cache keeps its own dtype.
-    """
-    if dtype == "float16" or (dtype == "bfloat16" and not has_native_bfloat16()):
-        return torch.float32
-    return TORCH_DTYPES[dtype]
 
 
 def _load_weights(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -57,6 +57,11 @@ class KvPool:
             offset += layer.num_kv_heads * block_size * layer.key_dim
             self._value_offset.append(offset)
             offset += layer.num_kv_heads * block_size * layer.value_dim
+        # With one head size everywhere, heads of any block and layer are rows of one matrix, and keys and values of a
+        # block are neighbours: a single index_select fetches both, twice as fast as indexing the strided views.
+        dims = {dim for layer in geometry.layers for dim in (layer.key_dim, layer.value_dim)}
+        self._head_elements = block_size * dims.pop() if len(dims) == 1 else None
+        self._scratch = torch.empty(0, dtype=self._dtype)
         self._keys = [self._view(i, self._key_offset[i], g.key_dim) for i, g in enumerate(geometry.layers)]
         self._values = [self._view(i, self._value_offset[i], g.value_dim) for i, g in enumerate(geometry.layers)]
 
@@ -67,6 +72,28 @@ class KvPool:
     def values(self, layer: int) -> Tensor:
         """View [num_blocks, num_kv_heads, block_size, value_dim]."""
         return self._values[layer]
+
+    def gather(self, layer: int, block_tables: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the blocks in `block_tables` [num, max_blocks]: two [num, heads, max_blocks * size, dim].
+
+        The result lives until the next call; only the device thread calls.
+        """
+        num, num_blocks = block_tables.shape
+        heads = self.geometry.layers[layer].num_kv_heads
+        if self._head_elements is None:
+            at = (block_tables[:, None, :], torch.arange(heads)[:, None])  # already head-major
+            k, v = self._keys[layer][at], self._values[layer][at]
+            return k.view(num, heads, -1, k.shape[-1]), v.view(num, heads, -1, v.shape[-1])
+        matrix = self._elements.view(-1, self._head_elements)
+        first = block_tables * (matrix.shape[0] // self.num_blocks) + self._key_offset[layer] // self._head_elements
+        rows = (first[None, :, None, :] + torch.arange(2 * heads).view(2, 1, heads, 1)).view(-1)
+        needed = rows.shape[0] * self._head_elements
+        if self._scratch.shape[0] < needed:  # kept, because fresh memory of this size costs page faults on every call
+            self._scratch = torch.empty(needed, dtype=self._dtype)
+        out = self._scratch[:needed].view(-1, self._head_elements)
+        torch.index_select(matrix, 0, rows, out=out)
+        k, v = out.view(2, num, heads, num_blocks * self.block_size, -1)
+        return k, v
 
     def key_offset_bytes(self, layer: int) -> int:
         """Where a layer's keys begin inside a row."""

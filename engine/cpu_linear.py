@@ -1,0 +1,70 @@
+"""Faster matrix products on CPUs: weights packed once for oneDNN, and half precision where the CPU has none.
+
+Measured on 2 cores of an AMD Zen 3 (AVX2, no bfloat16), 576 x 1,536, microseconds at 1 / 8 / 32 / 256 tokens:
+float32 as PyTorch has it 315 / 461 / 727 / 2,880, packed 192 / 290 / 593 / 2,879; bfloat16 as PyTorch has it
+122 / 840 / 2,917 / 23,983.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def has_native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@torch.inference_mode()
+def pack_linears(model: nn.Module) -> None:
+    """Replace the forward pass of every plain linear layer by one over packed weights; the model's code stays as it is.
+
+    float32 weights are replaced by their packed form, unless they are tied to an embedding. Half-precision weights stay
+    for single tokens, where they are read faster; larger products use a packed float32 copy, which costs twice their
+    memory and changes no weight. On a CPU with native bfloat16 such layers are left alone.
+    """
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return
+    embeddings = {m.weight.data_ptr() for m in model.modules() if isinstance(m, nn.Embedding)}
+    for module in model.modules():
+        if type(module) is not nn.Linear or (module.weight.dtype == torch.bfloat16 and has_native_bfloat16()):
+            continue
+        packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.float())
+        if module.weight.dtype == torch.float32:
+            module.forward = _PackedLinear(packed, module.bias)  # type: ignore[method-assign, assignment]
+            if module.weight.data_ptr() not in embeddings:
+                module.weight = nn.Parameter(packed, requires_grad=False)
+        else:
+            module.forward = _WidenedLinear(  # type: ignore[method-assign, assignment]
+                module.weight, packed, module.bias
+            )
+
+
+class _PackedLinear:
+    """float32: one packed product for every number of tokens."""
+
+    def __init__(self, packed: Tensor, bias: Tensor | None) -> None:
+        self.packed = packed
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return y
+
+
+class _WidenedLinear:
+    """Half precision without hardware for it: single tokens as they are, more of them in float32."""
+
+    def __init__(self, weight: Tensor, packed: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
+        self.packed = packed
+        self.bias = bias
+        self.wide_bias = None if bias is None else bias.float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.numel() == x.shape[-1]:
+            return F.linear(x, self.weight, self.bias)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.float(), self.packed, self.wide_bias, "none", [], "")
+        return y.to(x.dtype)
