@@ -47,8 +47,10 @@ class KvProgress:
                 if token_start == token_end:
                     continue
                 token_bytes = self._geometry.layer_bytes_per_token(start)
-                fitting = max(1, max_bytes // token_bytes // self._granularity) * self._granularity
-                token_end = min(token_end, token_start + fitting)
+                pieces = -(-token_bytes * (token_end - token_start) // max_bytes)
+                if pieces > 1:  # one layer is too much: cut it evenly
+                    piece = -(-(token_end - token_start) // pieces)
+                    token_end = min(token_end, token_start + -(-piece // self._granularity) * self._granularity)
                 end, size = start + 1, token_bytes * (token_end - token_start)
                 while (
                     end < len(layers)

@@ -240,23 +240,24 @@ class KvSender:
         stream = object()
         try:
             out = await self._find(grant, context.write)
-            out.stream = stream  # the newest Fetch wins
+            out.stream, out.digest = stream, None  # the newest Fetch wins
             out.changed.set()
             if out.lease is not None:
                 out.lease.cancel()
             shared = request.transport == pb.TRANSPORT_SHARED_MEMORY
             await self._send(out, stream, context.write, shared=shared)
-            if out.finished:
-                self._end(out, None)
-            else:
-                self._start_lease(out, "it was sent but not committed")
+            self._sent(out)
         except SplitserveError as error:
             if out is not None and out.stream is stream:
                 self._end(out, error, report=True)
             await abort(context, error)
         except asyncio.CancelledError:
             if out is not None and out.stream is stream:
-                self._end(out, TransferFailed("the decode worker closed the transfer or went away"), report=True)
+                if out.digest is None:
+                    gone = TransferFailed(f"{grant}: the decode worker closed the transfer or went away")
+                    self._end(out, gone, report=True)
+                else:  # a receiver that has END may close before we see our last write return
+                    self._sent(out)
             raise
         except Exception:
             logger.exception("sending %s failed", grant)
@@ -422,6 +423,13 @@ class KvSender:
             error = TransferFailed(f"{out.grant}: its KV was preempted while it was sent; prefill it again")
             self._end(out, error, report=True)
         out.changed.set()
+
+    def _sent(self, out: _Outgoing) -> None:
+        """END is out: what is left to wait for is the Commit."""
+        if out.finished:
+            self._end(out, None)
+        else:
+            self._start_lease(out, "it was sent but not committed")
 
     def _start_lease(self, out: _Outgoing, why: str) -> None:
         def expire() -> None:
