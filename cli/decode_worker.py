@@ -10,7 +10,7 @@ from ..core.config import ClusterConfig
 from ..deploy.options import worker_options
 from ..deploy.roles import role_keys
 from .flags import config_flags
-from .worker import Host, MetricsPort, Port, ReadyFile, Threads, WorkerId, run_worker
+from .role import Host, MetricsPort, Port, ReadyFile, Threads, WorkerId, run_role
 
 
 @config_flags(role_keys("decode"))
@@ -45,4 +45,4 @@ def command(
         worker_id=worker_id,
         num_threads=threads,
     )
-    run_worker(serve, options, ready_file)
+    run_role(f"{role} worker", serve, options, ready_file)

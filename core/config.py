@@ -30,6 +30,7 @@ Size = Annotated[int, BeforeValidator(parse_size)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Role = Literal["router", "prefill", "decode", "colocated"]
 WorkerRole = Literal["prefill", "decode", "colocated"]
+WORKER_ROLES: tuple[WorkerRole, ...] = ("prefill", "decode", "colocated")
 
 
 class _Section(BaseModel):
@@ -67,12 +68,16 @@ class RouterConfig(_Section):
     )
     port: int = Field(default=50051, ge=0, le=65535, description="Port of the first router; 0 takes a free one")
     max_queued: int = Field(default=256, ge=1, description="Requests waiting for dispatch; more are refused")
+    max_live: int = Field(default=8_192, ge=1, description="Requests not ended, queued ones included; more are refused")
     prefill_bound_s: float = Field(
         default=0.2, gt=0, description="Seconds of prefill work that a prefill worker may have outstanding"
     )
     max_attempts: int = Field(default=3, ge=1, description="Attempts at a request before its error goes to the client")
     default_timeout_s: float = Field(
         default=600.0, gt=0, description="Seconds until a request without a deadline fails"
+    )
+    no_worker_wait_s: float = Field(
+        default=4.0, ge=0, description="Seconds that a request waits while nobody can serve it"
     )
 
 
@@ -151,7 +156,7 @@ class ClusterConfig(_Section):
 
     @model_validator(mode="after")
     def _serves_something(self) -> Self:
-        prefill, decode, colocated = (self.replicas(role) for role in ("prefill", "decode", "colocated"))
+        prefill, decode, colocated = (self.replicas(role) for role in WORKER_ROLES)
         if decode + colocated == 0 or (decode > 0 and prefill + colocated == 0):
             raise ValueError(
                 f"{prefill} prefill, {decode} decode and {colocated} colocated workers cannot serve a request; "

@@ -16,13 +16,14 @@ import grpc.aio
 import ray
 from ray.exceptions import RayActorError
 
-from ..core.config import ClusterConfig, Role, WorkerRole
+from ..client.results import RouterStatus, status_from_proto
+from ..core.config import WORKER_ROLES, ClusterConfig, Role
 from ..core.errors import SplitserveError
 from ..proto import inference_pb2, inference_pb2_grpc
 from ..proto.rpc import CHANNEL_OPTIONS
-from .placement import Needs, create_actor, find_group, place
+from .placement import create_actor, find_group, place
 from .process import Endpoint, Exit, StartFailure
-from .roles import default_threads, role_command, role_environment
+from .roles import role_command, role_environment, role_needs
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,6 @@ _STATUS_PERIOD_S = 0.5
 _STARTING_PERIOD_S = 0.1
 _MAX_BACKOFF_S = 30.0
 _EXIT_S = 3.0  # for a process to end once it has drained
-_WORKER_ROLES: tuple[WorkerRole, ...] = ("prefill", "decode", "colocated")
 
 
 class Phase(Enum):
@@ -62,7 +62,7 @@ class ClusterView:
     """A snapshot. `routers` holds the answer of each router that answers."""
 
     members: tuple[Member, ...]
-    routers: tuple[inference_pb2.GetRouterStatusResponse, ...]
+    routers: tuple[RouterStatus, ...]
     ready: bool
 
     @property
@@ -101,12 +101,12 @@ class Controller:
         self, config: ClusterConfig, log_dir: Path, *, detached: bool = False, command: Command = role_command
     ) -> None:
         self.ready = asyncio.Event()  # every process serves and every router has a session with every worker
+        self.stopping = asyncio.Event()
         self._config = config
         self._log_dir = log_dir
         self._detached = detached
         self._command = command
-        self._threads = default_threads(config)
-        roles: list[tuple[Role, int]] = [(role, config.replicas(role)) for role in _WORKER_ROLES]
+        roles: list[tuple[Role, int]] = [(role, config.replicas(role)) for role in WORKER_ROLES]
         roles.append(("router", config.router.replicas))
         self._members = {
             name: Member(name=name, role=role)
@@ -114,9 +114,8 @@ class Controller:
             for name in (f"{role}-{index}" for index in range(count))
         }
         self._actors: dict[str, Any] = {}
-        self._views: dict[str, inference_pb2.GetRouterStatusResponse] = {}
+        self._views: dict[str, RouterStatus] = {}
         self._routing_changed = asyncio.Event()
-        self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
 
     def view(self) -> ClusterView:
@@ -126,9 +125,9 @@ class Controller:
 
     def stop(self) -> None:
         """Ask `run` to end; a second call cuts the draining short."""
-        if self._stopping.is_set():
+        if self.stopping.is_set():
             self._hurry.set()
-        self._stopping.set()
+        self.stopping.set()
 
     async def run(self) -> None:
         """Raises: MemberFailed, ConfigError, Unavailable: see the class."""
@@ -136,11 +135,11 @@ class Controller:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._keep(name)) for name in self._members]
                 tasks.append(group.create_task(self._tell_routers()))
-                await self._stopping.wait()
+                await self.stopping.wait()
                 for task in tasks:
                     task.cancel()
         except BaseExceptionGroup as failed:
-            raise _first(failed) from failed
+            raise first_error(failed) from failed
         finally:
             await self._stop_all()
 
@@ -179,7 +178,7 @@ class Controller:
     async def _start(self, name: str, port: int) -> Endpoint | StartFailure:
         config, role = self._config, self._members[name].role
         self._update(name, phase=Phase.PLACING)
-        needs, threads = self._needs(role)
+        needs = role_needs(config, role)
         log_path = self._log_dir / f"{name}.log"
         try:
             group = await place(name, needs, detached=self._detached, timeout_s=config.startup_timeout_s)
@@ -187,9 +186,11 @@ class Controller:
             # The first handle is kept: an actor that is not detached ends with it, whatever handles were made since.
             if name not in self._actors:
                 self._actors[name] = create_actor(name, group, needs, log_path=log_path, detached=self._detached)
-            command = self._command(config, role, name=name, host=self._host(role), port=port, num_threads=threads)
+            command = self._command(
+                config, role, name=name, host=self._host(role), port=port, num_threads=needs.num_cpus
+            )
             started: Endpoint | StartFailure = await self._actors[name].start.remote(
-                command, role_environment(threads), config.startup_timeout_s
+                command, role_environment(needs.num_cpus), config.startup_timeout_s
             )
         except SplitserveError as error:  # it cannot be placed
             return StartFailure(code=error.code, message=error.message)
@@ -215,14 +216,6 @@ class Controller:
         self._members[name] = after = replace(before, **changes)
         if before.endpoint != after.endpoint:
             self._routing_changed.set()
-
-    def _needs(self, role: Role) -> tuple[Needs, int]:
-        """What a process of this role asks of its node, and its threads."""
-        if role == "router":
-            return Needs(num_cpus=1, num_gpus=0, labels={}), 1
-        pool = self._config.pool(role)
-        threads = pool.threads or self._threads
-        return Needs(num_cpus=threads, num_gpus=pool.gpus, labels=pool.labels), threads
 
     def _host(self, role: Role) -> str:
         if role == "router":
@@ -261,7 +254,8 @@ class Controller:
                             await stub.SetWorkers(workers, timeout=_RPC_TIMEOUT_S)
                             told[member.name] = (member.endpoint.boot_id, workers)
                         request = inference_pb2.GetRouterStatusRequest()
-                        self._views[member.name] = await stub.GetRouterStatus(request, timeout=_RPC_TIMEOUT_S)
+                        answer = await stub.GetRouterStatus(request, timeout=_RPC_TIMEOUT_S)
+                        self._views[member.name] = status_from_proto(answer)
                     except grpc.aio.AioRpcError as error:
                         logger.warning("%s does not answer: %s", member.name, error.details())
                         self._views.pop(member.name, None)
@@ -302,6 +296,7 @@ class Controller:
 
     async def _stop_all(self) -> None:
         """Routers first, so that no request meets a worker that is going; then workers, all at once."""
+        self.stopping.set()
         for is_router in (True, False):
             names = [name for name in self._actors if (self._members[name].role == "router") == is_router]
             await asyncio.gather(*(self._stop_one(name) for name in names))
@@ -323,7 +318,7 @@ class Controller:
         self._update(name, phase=Phase.STOPPED, endpoint=None)
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """What went wrong first; a typed error if there is one."""
     typed, rest = group.split(SplitserveError)
     found: BaseException = typed or rest or group

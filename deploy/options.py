@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..core.config import ClusterConfig, WorkerRole
 from ..engine.options import EngineOptions
 from ..worker.options import WorkerOptions
+
+if TYPE_CHECKING:
+    from ..router.server import RouterOptions
 
 _TRANSPORTS = {"auto": ("shared_memory", "grpc"), "grpc": ("grpc",), "shared-memory": ("shared_memory",)}
 
@@ -48,4 +53,29 @@ def worker_options(
         trace_dir=config.trace_dir,
         drain_timeout_s=config.drain_timeout_s,
         lease_s=config.lease_s,
+    )
+
+
+def router_options(
+    config: ClusterConfig, *, prefill: tuple[str, ...], decode: tuple[str, ...], metrics_port: int, router_id: str
+) -> RouterOptions:
+    from ..router.server import RouterOptions  # here, so that worker processes need not load the router
+
+    router = config.router
+    return RouterOptions(
+        model=config.model,
+        prefill=prefill,
+        decode=decode,
+        host=router.host,
+        port=router.port,
+        metrics_port=metrics_port,
+        router_id=router_id,
+        max_queued=router.max_queued,
+        max_live=router.max_live,
+        prefill_bound_s=router.prefill_bound_s,
+        max_attempts=router.max_attempts,
+        default_timeout_s=router.default_timeout_s,
+        no_worker_wait_s=router.no_worker_wait_s,
+        drain_timeout_s=config.drain_timeout_s,
+        trace_dir=config.trace_dir,
     )

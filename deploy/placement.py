@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..core.errors import ConfigError, Unavailable
 from .process import Endpoint, Exit, RoleProcess, StartFailure
+from .roles import Needs
 
 _POLL_S = 0.1  # Ray tells the state of a placement group only when asked
 _INFEASIBLE_S = 3.0  # a node that is just joining may still make it feasible
 _OBJECT_STORE_BYTES = 80 << 20  # nothing of ours goes through it; Ray's least is 75 MiB
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Needs:
-    """What one process asks of its node."""
-
-    num_cpus: int
-    num_gpus: int
-    labels: Mapping[str, str]
-
-    def bundle(self) -> dict[str, float]:
-        resources = {"CPU": float(self.num_cpus), "GPU": float(self.num_gpus)}
-        return {name: amount for name, amount in resources.items() if amount}
-
-    def __str__(self) -> str:
-        parts = [f"{amount:g} {name}" for name, amount in self.bundle().items()]
-        parts += [f"label {name}={value}" for name, value in self.labels.items()]
-        return ", ".join(parts)
 
 
 class ProcessActor:

@@ -5,14 +5,41 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from ..core.config import ClusterConfig, Role, WorkerRole, fields
+from ..core.config import WORKER_ROLES, ClusterConfig, Role, fields
 
 _ENGINE = tuple(key for key, _ in fields() if key.startswith("engine."))
 _ROUTER = tuple(key for key, _ in fields() if key.startswith("router.") and key != "router.replicas")
 
 # glibc gives big buffers back to the kernel at once; keeping them makes bulk transfer 20 to 55 % faster.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What one process asks of its node."""
+
+    num_cpus: int
+    num_gpus: int
+    labels: Mapping[str, str]
+
+    def bundle(self) -> dict[str, float]:
+        resources = {"CPU": float(self.num_cpus), "GPU": float(self.num_gpus)}
+        return {name: amount for name, amount in resources.items() if amount}
+
+    def __str__(self) -> str:
+        parts = [f"{amount:g} {name}" for name, amount in self.bundle().items()]
+        parts += [f"label {name}={value}" for name, value in self.labels.items()]
+        return ", ".join(parts)
+
+
+def role_needs(config: ClusterConfig, role: Role) -> Needs:
+    """One core for each thread; a router is one thread."""
+    if role == "router":
+        return Needs(num_cpus=1, num_gpus=0, labels={})
+    pool = config.pool(role)
+    return Needs(num_cpus=pool.threads or default_threads(config), num_gpus=pool.gpus, labels=pool.labels)
 
 
 def flag(key: str) -> str:
@@ -44,7 +71,9 @@ def role_command(
     # Not the console script: the package may be on the path without being installed.
     command = [sys.executable, "-c", "from splitserve.cli.main import main; main()", "-v", subcommand]
     command += ["--host", host, "--port", str(port)]
-    if role != "router":
+    if role == "router":
+        command += ["--router-id", name]
+    else:
         command += ["--worker-id", name, "--threads", str(num_threads)]
         command += ["--role", role] if role != "prefill" else []
     defaults = ClusterConfig()
@@ -67,8 +96,7 @@ def role_environment(num_threads: int) -> Mapping[str, str]:
 
 def default_threads(config: ClusterConfig) -> int:
     """Cores shared out among the workers of one host: oversubscribed threads make steps 50 times slower."""
-    roles: tuple[WorkerRole, ...] = ("prefill", "decode", "colocated")
-    num_workers = sum(config.replicas(role) for role in roles)
+    num_workers = sum(config.replicas(role) for role in WORKER_ROLES)
     return max(1, len(os.sched_getaffinity(0)) // num_workers)
 
 

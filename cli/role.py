@@ -1,17 +1,15 @@
-"""What the two worker commands share: their own flags, and the way from configuration to a serving process."""
+"""What the commands of single processes share: their own flags, and the way from options to a serving process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol, TypeVar
 
 import typer
 
 from ..core.errors import SplitserveError
 from ..deploy.process import report_ready
-from ..worker.options import Ready, WorkerOptions
 
 Host = Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise.")]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")]
@@ -21,15 +19,36 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="
 ReadyFile = Annotated[
     Path | None, typer.Option(help="Write one JSON line here once it serves: address, metrics_address, pid, boot_id.")
 ]
-Serve = Callable[[WorkerOptions, Callable[[Ready], None] | None], None]
 
 
-def run_worker(serve: Serve, options: WorkerOptions, ready_file: Path | None) -> None:
+class Ready(Protocol):
+    """What router and workers tell once they serve."""
+
+    @property
+    def address(self) -> str: ...
+    @property
+    def metrics_address(self) -> str: ...
+    @property
+    def pid(self) -> int: ...
+    @property
+    def boot_id(self) -> str: ...
+
+
+Options = TypeVar("Options")
+
+
+def run_role(
+    name: str,
+    serve: Callable[[Options, Callable[[Ready], None]], None],
+    options: Options,
+    ready_file: Path | None,
+) -> None:
     """Serve until a signal. Raises: SplitserveError: it cannot start; the ready file holds the same error."""
 
     def ready(told: Ready) -> None:
-        report_ready(ready_file, asdict(told))
-        typer.echo(f"{options.role} worker serves at {told.address}, metrics at http://{told.metrics_address}/metrics")
+        row = {"address": told.address, "metrics_address": told.metrics_address}
+        report_ready(ready_file, {**row, "pid": told.pid, "boot_id": told.boot_id})
+        print(f"{name} at {told.address}, metrics at http://{told.metrics_address}/metrics", flush=True)
 
     try:
         serve(options, ready)

@@ -1,0 +1,44 @@
+"""A whole cluster for as long as a block of code runs: used by `splitserve up` and by the demo."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, asynccontextmanager
+from pathlib import Path
+
+from ..core.config import WORKER_ROLES, ClusterConfig
+from ..core.state import state_path
+from .controller import Controller, first_error
+from .placement import joined_ray, local_ray
+from .roles import role_needs
+
+
+def cluster_ray(config: ClusterConfig) -> AbstractContextManager[None]:
+    """The Ray that `config` asks for: one to join, or one of our own with room for every worker."""
+    if config.ray.address is not None:
+        return joined_ray(config.ray.address, config.ray.namespace)
+    num_cpus = sum(role_needs(config, role).num_cpus * config.replicas(role) for role in WORKER_ROLES)
+    return local_ray(num_cpus + config.router.replicas, config.ray.namespace)
+
+
+@asynccontextmanager
+async def running_cluster(config: ClusterConfig, log_dir: Path) -> AsyncIterator[Controller]:
+    """Start a cluster and stop it at the end of the block; needs `cluster_ray`.
+
+    The block begins at once: await `controller.ready`. It is cancelled when the cluster fails, and the failure raised.
+    """
+    controller = Controller(config, log_dir)
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(controller.run())
+            yield controller
+            controller.stopping.set()  # not stop(): the block may end because of one, and a second means hurry
+    except BaseExceptionGroup as failed:
+        raise first_error(failed) from failed
+
+
+def new_log_dir(config: ClusterConfig) -> Path:
+    """Where this start's logs go: a directory of its own."""
+    return (config.log_dir or state_path().parent / "logs") / time.strftime("%Y%m%d-%H%M%S")
