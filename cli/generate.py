@@ -68,9 +68,14 @@ def command(
         client.stream(messages if chat or system is not None else text, **request) as answer,
     ):
         if stream and not as_json:
-            for chunk in answer:
-                print(chunk.text, end="", flush=True)
-            print()
+            printed = False
+            try:
+                for chunk in answer:
+                    printed = True
+                    print(chunk.text, end="", flush=True)
+            finally:
+                if printed:  # an error's line starts below what came of the answer
+                    print(flush=True)
         result = answer.result()
     if as_json:
         print(json.dumps(_row(result)))

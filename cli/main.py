@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import time
 from typing import Annotated, Any
 
@@ -115,4 +116,5 @@ class JsonFormatter(logging.Formatter):
 
 def main() -> None:
     """Entry point of the console script."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # or its C core logs lost connections beside our one line
     app()

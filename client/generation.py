@@ -62,6 +62,7 @@ class Attempts:
             )
         self.sent_s = time.monotonic()
         self._address = address
+        self._timeout_s = timeout_s
         self._deadline_s = self.sent_s + timeout_s
         self._retry = retry
         self._attempt = 1
@@ -72,12 +73,26 @@ class Attempts:
 
     def delay_s(self, error: grpc.RpcError) -> float:
         """Seconds to wait before the next attempt. Raises: SplitserveError: the typed error, where none may help."""
-        typed = _typed(error, self._address)
+        typed = self._typed(error)
         delay_s = self._retry.delay_s(self._attempt, typed)
         if delay_s is None or delay_s >= self.left_s():
             raise typed from error
         self._attempt += 1
         return delay_s
+
+    def _typed(self, error: grpc.RpcError) -> SplitserveError:
+        """The typed error behind a failed call; where gRPC itself ended it, in words that help."""
+        typed = from_rpc_error(error)
+        metadata: Iterable[tuple[str, str]] = cast(Any, error).trailing_metadata() or ()
+        if any(key == ERROR_KEY for key, _ in metadata):
+            return typed
+        if isinstance(typed, DeadlineExceeded):
+            return DeadlineExceeded(f"no end within timeout_s {self._timeout_s:g}; raise it or ask for fewer tokens")
+        if isinstance(typed, Unavailable):
+            return Unavailable(
+                f"no router answers at {self._address} ({typed.message}); check the address and `splitserve status`"
+            )
+        return typed
 
 
 class Generation(Attempts):
@@ -116,7 +131,7 @@ class Generation(Attempts):
     def retry_delay_s(self, error: grpc.RpcError) -> float:
         """As `delay_s`, but once tokens came an attempt more would repeat them: then the error is final."""
         if self._token_ids or self._texts:
-            raise _typed(error, self._address) from error
+            raise self._typed(error) from error
         delay_s = self.delay_s(error)
         self._started = None
         return delay_s
@@ -165,13 +180,3 @@ class Generation(Attempts):
 def closed_error() -> Cancelled:
     """What reading a stream after its close raises."""
     return Cancelled("the stream was closed; its request was cancelled")
-
-
-def _typed(error: grpc.RpcError, address: str) -> SplitserveError:
-    """The typed error behind a failed call; one that no server of ours answered names the address."""
-    typed = from_rpc_error(error)
-    metadata: Iterable[tuple[str, str]] = cast(Any, error).trailing_metadata() or ()
-    from_router = any(key == ERROR_KEY for key, _ in metadata)
-    if from_router or error.code() is not grpc.StatusCode.UNAVAILABLE:
-        return typed
-    return Unavailable(f"no router answers at {address} ({typed.message}); check the address and `splitserve status`")

@@ -10,7 +10,7 @@ from splitserve.cli.main import app
 from splitserve.cli.timeline import spans
 from splitserve.client.results import timing_from_proto
 from splitserve.client.testing import ScriptedRouter, finished, started, token
-from splitserve.core.errors import BY_CODE
+from splitserve.core.errors import BY_CODE, EngineFailed
 from splitserve.core.state import ClusterState, write_state
 from splitserve.proto import inference_pb2 as pb
 from typer.testing import CliRunner
@@ -189,3 +189,14 @@ def test_an_unreachable_router_exits_1() -> None:
     result = runner.invoke(app, ["generate", "a", "--address", address])
     assert result.exit_code == 1
     assert f"no router answers at {address}" in result.stderr
+
+
+def test_an_error_in_the_middle_starts_its_own_line() -> None:
+    async def fail_late(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        yield started()
+        yield token(0)
+        raise EngineFailed("the step failed")
+
+    with ScriptedRouter(fail_late) as router:
+        result = runner.invoke(app, ["generate", "a", "--address", router.address])
+    assert (result.exit_code, result.output) == (1, "0 \nerror: the step failed\n")

@@ -8,12 +8,13 @@ import logging
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 
 import pytest
 import splitserve
 from splitserve.cli import main
-from splitserve.client.testing import ScriptedRouter, started, token
+from splitserve.client.testing import ScriptedRouter, started
 from splitserve.proto import inference_pb2 as pb
 from typer.testing import CliRunner
 
@@ -68,21 +69,35 @@ def test_a_wrong_flag_exits_2(args: list[str], message: str) -> None:
     assert message in result.stderr
 
 
-def test_ctrl_c_exits_130_without_a_traceback_and_frees_the_request() -> None:
+@pytest.mark.parametrize(
+    "args", [["generate", "a"], ["bench", "--concurrency", "1", "--num-requests", "1", "--warmup", "0"]]
+)
+def test_ctrl_c_exits_130_without_a_traceback_and_frees_the_request(args: list[str]) -> None:
+    streaming = threading.Event()
+
     async def hang(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
         yield started()
-        yield token(0)
+        streaming.set()
         await asyncio.Event().wait()
 
     with ScriptedRouter(hang) as router:
-        command = run_splitserve("generate", "a", "--address", router.address)
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            assert process.stdout.read(2) == b"0 "
+        command = run_splitserve(*args, "--address", router.address)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert streaming.wait(timeout=20)
             process.send_signal(signal.SIGINT)
-            _, stderr = process.communicate(timeout=20)
-        assert (process.returncode, stderr) == (130, b"")
+            stdout, stderr = process.communicate(timeout=20)
+        assert (process.returncode, stdout) == (130, "")
+        assert "Traceback" not in stderr
         assert router.freed.acquire(timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"), [("splitserve gen", "generate"), ("splitserve bench --warm", "--warmup")]
+)
+def test_the_shell_completes_subcommands_and_flags(words: str, completed: str) -> None:
+    variables = {"_SPLITSERVE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    result = runner.invoke(main.app, [], prog_name="splitserve", env=variables)
+    assert result.output.split() == [completed]
 
 
 def test_logs_are_json_on_request(capsys: pytest.CaptureFixture[str]) -> None:
