@@ -17,10 +17,12 @@ import torch
 from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
 from splitserve.core.metrics import WorkerMetrics, new_registry
 from splitserve.core.request import Request
+from splitserve.kv_transfer.frames import SERVICE
 from splitserve.kv_transfer.grants import Grant
 from splitserve.kv_transfer.identity import WorkerIdentity, current_host_id
 from splitserve.kv_transfer.receiver import KvReceiver, Received
 from splitserve.kv_transfer.sender import KvSender
+from splitserve.proto import kv_transfer_pb2
 
 # Layers differ in everything that may differ; prime sizes show every mixed-up stride.
 GEOMETRY = KvGeometry(
@@ -106,8 +108,22 @@ class Pair:
     def receive(self, grant: Grant, request: Request) -> Awaitable[Received]:
         return self.receiver.receive(grant, self.address, request.prompt_token_ids, self.target_table)
 
+    def fetch(self, grant: Grant, transport: int = kv_transfer_pb2.TRANSPORT_GRPC) -> Any:
+        """A raw Fetch, without a receiver."""
+        channel = grpc.aio.insecure_channel(self.address)
+        method = channel.unary_stream(
+            f"/{SERVICE}/Fetch", request_serializer=kv_transfer_pb2.FetchRequest.SerializeToString
+        )
+        return method(kv_transfer_pb2.FetchRequest(grant=grant.to_proto(), transport=transport))
+
+    def complete(self, grant: Grant, request: Request) -> None:
+        """Offer it with everything written and its first token known."""
+        self.offer(grant, request)
+        self.write_all(grant)
+        self.sender.finish(grant.request_id, 7, final=False)
+
     def write_all(self, grant: Grant) -> None:
-        self.sender.kv_written(grant.request_id, 0, GEOMETRY.num_layers, 0, grant.num_tokens)
+        self.sender.kv_written(grant.request_id, 0, self.source.geometry.num_layers, 0, grant.num_tokens)
 
     def assert_arrived(self, grant: Grant) -> None:
         span = (grant.num_cached_tokens, grant.num_tokens)
@@ -119,19 +135,21 @@ class Pair:
 PairFactory = Callable[..., Any]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pair() -> PairFactory:
-    """`async with pair(transport=..., **options) as p`: everything is closed on exit."""
+    """`async with pair(*transports, **options) as p`: everything is closed on exit."""
 
     @asynccontextmanager
     async def make(
-        transport: str = "grpc",
+        *transports: str,
         source_block_size: int = 16,
         target_block_size: int = 16,
         sender_options: dict[str, Any] | None = None,
         receiver_options: dict[str, Any] | None = None,
+        geometry: KvGeometry = GEOMETRY,
     ) -> AsyncIterator[Pair]:
-        source, target = TinyPool(source_block_size), TinyPool(target_block_size)
+        source = TinyPool(source_block_size, geometry=geometry)
+        target = TinyPool(target_block_size, geometry=geometry)
         released: list[str] = []
         reports: list[tuple[str, Exception]] = []
         release_seen = asyncio.Event()
@@ -153,7 +171,7 @@ def pair() -> PairFactory:
         receiver = KvReceiver(
             target,
             WorkerIdentity(worker_id="d", boot_id="decode-boot", host_id=host),
-            transports=[transport],
+            transports=transports or ("grpc",),
             metrics=metrics[1],
             **receiver_options or {},
         )

@@ -1,25 +1,344 @@
-"""What both transports must do, over real gRPC servers."""
+"""What every transport must do, between a real sender and a real receiver over a real gRPC server."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+from dataclasses import replace
 
+import grpc.aio
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from splitserve.core.errors import (
+    Cancelled,
+    GeometryMismatch,
+    LeaseExpired,
+    StaleMessage,
+    TransferFailed,
+    Unavailable,
+)
+from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
 
 TRANSPORTS = ["grpc", "shared_memory"]
+both = pytest.mark.parametrize("transport", TRANSPORTS)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+BFLOAT16 = KvGeometry(
+    model_id="other",
+    layers=tuple(LayerGeometry(num_kv_heads=heads, key_dim=6, value_dim=4) for heads in (1, 1, 2, 5)),
+    dtype="bfloat16",
+)
+
+
+def count(counter) -> float:
+    return counter._value.get()
+
+
+async def drained(fetch) -> list[bytes]:
+    """Every frame that is left of a raw Fetch."""
+    frames = []
+    while (frame := await fetch.read()) is not grpc.aio.EOF:
+        frames.append(frame)
+    return frames
+
+
+@both
 async def test_kv_arrives_bit_exact_and_commit_frees_the_sender(pair, transport: str) -> None:
     async with pair(transport) as p:
         request = p.request(100)
         grant = p.grant(request, num_cached_tokens=32)
-        p.offer(grant, request)
-        p.write_all(grant)
-        p.sender.finish("r1", 7, final=False)
+        p.complete(grant, request)
         received = await p.receive(grant, request)
         p.assert_arrived(grant)
         assert (received.first_token_id, received.finished, received.transport) == (7, False, transport)
         assert received.num_bytes == p.source.geometry.bytes_per_token * 68
         assert p.released == []
         await p.receiver.commit(grant, p.address, received)
+        await p.receiver.commit(grant, p.address, received)  # a repeated commit is harmless
+        assert p.released == ["r1"]
+        assert p.reports == []
+        assert count(p.sender_metrics.transfers) == 1
+        assert count(p.sender_metrics.transfer_bytes) == received.num_bytes
+        assert count(p.receiver_metrics.transfer_bytes) == received.num_bytes
+
+
+@both
+async def test_only_granted_blocks_are_written(pair, transport: str) -> None:
+    async with pair(transport) as p:
+        before = p.target.data.clone()
+        request = p.request(50)
+        grant = p.grant(request, num_cached_tokens=16)
+        p.complete(grant, request)
+        await p.receive(grant, request)
+        granted = p.target_table[1:4]
+        others = [block for block in range(p.target.num_blocks) if block not in granted]
+        assert torch.equal(p.target.data[others], before[others])
+        assert not torch.equal(p.target.data[granted], before[granted])
+
+
+schedules = st.fixed_dictionaries(
+    {
+        "num_tokens": st.integers(1, 200),
+        "cached_units": st.integers(0, 3),
+        "sender_hit": st.integers(0, 60),
+        "chunks": st.lists(st.integers(1, 70), min_size=1, max_size=6),
+        "layer_groups": st.lists(st.integers(1, 4), min_size=1, max_size=4),
+        "fetch_first": st.booleans(),
+    }
+)
+
+
+@both
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(plan=schedules)
+def test_any_schedule_of_writes_arrives(pair, transport: str, plan: dict) -> None:
+    """Chunks of any size, layers in any groups, prefix hits on either side, reported from another thread."""
+
+    def compute(p, grant) -> None:
+        num_layers, start = p.source.geometry.num_layers, min(plan["sender_hit"], grant.num_tokens - 1)
+        if start:
+            p.sender.kv_written("r1", 0, num_layers, 0, start)
+        chunk = 0
+        while start < grant.num_tokens:
+            end = min(grant.num_tokens, start + plan["chunks"][chunk % len(plan["chunks"])])
+            layer = 0
+            while layer < num_layers:
+                group = plan["layer_groups"][(layer + chunk) % len(plan["layer_groups"])]
+                p.sender.kv_written("r1", layer, min(num_layers, layer + group), start, end)
+                layer += group
+            start, chunk = end, chunk + 1
+
+    async def run() -> None:
+        async with pair(transport) as p:
+            request = p.request(plan["num_tokens"])
+            cached = min(plan["cached_units"], (plan["num_tokens"] - 1) // 16) * 16
+            grant = p.grant(request, num_cached_tokens=cached)
+            if plan["fetch_first"]:
+                receiving = asyncio.ensure_future(p.receive(grant, request))
+                p.offer(grant, request)
+            else:
+                p.offer(grant, request)
+                receiving = asyncio.ensure_future(p.receive(grant, request))
+            await asyncio.to_thread(compute, p, grant)
+            p.sender.finish("r1", 3, final=False)
+            received = await receiving
+            p.assert_arrived(grant)
+            assert received.num_bytes == p.source.geometry.bytes_per_token * (plan["num_tokens"] - cached)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("source", "target"), [(16, 32), (32, 16), (16, 8)])
+async def test_other_block_size_travels_over_grpc(pair, source: int, target: int) -> None:
+    async with pair("shared_memory", "grpc", source_block_size=source, target_block_size=target) as p:
+        request = p.request(150)
+        grant = p.grant(request, num_cached_tokens=32)
+        p.complete(grant, request)
+        received = await p.receive(grant, request)
+        assert received.transport == "grpc"
+        p.assert_arrived(grant)
+
+
+async def test_bfloat16_layers_of_many_frames_arrive(pair, monkeypatch) -> None:
+    monkeypatch.setattr("splitserve.kv_transfer.sender.FRAME_BYTES", 1000)
+    async with pair("grpc", geometry=BFLOAT16) as p:
+        request = p.request(133)
+        grant = p.grant(request)
+        p.complete(grant, request)
+        received = await p.receive(grant, request)
+        p.assert_arrived(grant)
+        assert received.num_bytes == BFLOAT16.bytes_per_token * 133
+
+
+async def test_unmappable_pool_falls_back_to_grpc(pair) -> None:
+    async with pair("shared_memory", "grpc") as p:
+        memory, p.source.fd = p.source.fd, os.open(os.devnull, os.O_RDONLY)
+        request = p.request(40)
+        grant = p.grant(request)
+        p.complete(grant, request)
+        received = await p.receive(grant, request)
+        os.close(memory)
+        assert received.transport == "grpc"
+        p.assert_arrived(grant)
+
+
+@both
+async def test_final_first_token_ends_the_transfer_without_kv(pair, transport: str) -> None:
+    async with pair(transport) as p:
+        request = p.request(40)
+        grant = p.grant(request)
+        receiving = asyncio.ensure_future(p.receive(grant, request))
+        p.offer(grant, request)
+        p.sender.finish("r1", 9, final=True)
+        assert p.released == ["r1"]  # nobody needs the KV
+        received = await receiving
+        assert (received.finished, received.first_token_id, received.num_bytes) == (True, 9, 0)
+        await p.receiver.commit(grant, p.address, received)
+        assert p.released == ["r1"]
+
+
+@both
+async def test_cancelled_receiver_frees_the_sender(pair, transport: str) -> None:
+    async with pair(transport) as p:
+        request = p.request(64)
+        grant = p.grant(request)
+        fetch = p.fetch(grant)
+        p.offer(grant, request)
+        p.sender.kv_written("r1", 0, 1, 0, 64)
+        await fetch.read()  # the stream is up
+        receiving = asyncio.ensure_future(p.receive(grant, request))  # the newer one replaces it
+        p.sender.kv_written("r1", 1, 2, 0, 64)
+        with pytest.raises(grpc.aio.AioRpcError, match="newer Fetch"):
+            await drained(fetch)
+        receiving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await receiving
+        quiet = p.target.data.clone()
+        await p.release_seen.wait()
+        assert p.released == ["r1"]
+        assert isinstance(p.reports[0][1], TransferFailed)
+        assert torch.equal(p.target.data, quiet)
+
+
+@both
+async def test_failure_reaches_the_receiver_before_and_after_its_fetch(pair, transport: str) -> None:
+    async with pair(transport) as p:
+        early, late = p.request(40, "early"), p.request(40, "late")
+        grants = p.grant(early), p.grant(late)
+        receiving = asyncio.ensure_future(p.receive(grants[0], early))
+        for grant, request in zip(grants, (early, late), strict=True):
+            p.offer(grant, request)
+            p.sender.fail(request.request_id, Cancelled("the user left"))
+            p.sender.fail(request.request_id, Cancelled("again"))
+        for waiting in (receiving, p.receive(grants[1], late)):
+            with pytest.raises(Cancelled, match="the user left"):
+                await waiting
+        assert p.released == ["early", "late"]
+        assert p.reports == []  # the worker knows: it said so
+
+
+async def test_preemption_while_sending_fails_the_transfer(pair) -> None:
+    async with pair("grpc") as p:
+        request = p.request(64)
+        grant = p.grant(request)
+        fetch = p.fetch(grant)
+        p.offer(grant, request)
+        p.sender.kv_written("r1", 0, 4, 0, 32)
+        await fetch.read()
+        p.sender.kv_written("r1", 0, 4, 0, 32)  # computed again, maybe in other blocks
+        p.sender.kv_written("r1", 0, 4, 32, 64)
+        with pytest.raises(grpc.aio.AioRpcError, match="preempted"):
+            await drained(fetch)
+        assert p.released == ["r1"]
+        assert p.reports[0][0] == "r1"
+
+
+async def test_preemption_before_sending_is_harmless(pair) -> None:
+    async with pair("grpc") as p:
+        request = p.request(64)
+        grant = p.grant(request)
+        p.offer(grant, request)
+        p.sender.kv_written("r1", 0, 4, 0, 32)
+        p.sender.kv_written("r1", 0, 4, 0, 64)
+        p.sender.finish("r1", 3, final=False)
+        await p.receive(grant, request)
+        p.assert_arrived(grant)
+
+
+async def test_uncommitted_and_unfetched_kv_is_freed_by_lease(pair) -> None:
+    async with pair("grpc", sender_options={"lease_s": 0.05}) as p:
+        for fetched in (False, True):
+            request = p.request(40, f"fetched-{fetched}")
+            grant = p.grant(request)
+            p.complete(grant, request)
+            if fetched:
+                received = await p.receive(grant, request)
+            p.release_seen.clear()
+            await p.release_seen.wait()
+            with pytest.raises(LeaseExpired):
+                await p.receive(grant, request)
+        await p.receiver.commit(grant, p.address, received)  # too late is not an error: what arrived was verified
+        assert p.released == ["fetched-False", "fetched-True"]
+        assert [type(error) for _, error in p.reports] == [LeaseExpired, LeaseExpired]
+
+
+async def test_fetch_whose_request_never_comes_is_refused(pair) -> None:
+    async with pair("grpc", sender_options={"park_s": 0.05}) as p:
+        request = p.request(40)
+        with pytest.raises(StaleMessage, match="did not come"):
+            await p.receive(p.grant(request), request)
+        assert count(p.sender_metrics.stale_messages) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"epoch": 2}, {"attempt": 2}, {"prefill_boot_id": "other"}, {"decode_boot_id": "x"}, {"num_tokens": 39}]
+)
+async def test_a_grant_that_differs_in_any_field_is_stale(pair, change: dict) -> None:
+    async with pair("grpc") as p:
+        request = p.request(40)
+        grant = p.grant(request)
+        p.complete(grant, request)
+        with pytest.raises(StaleMessage):
+            await p.receive(replace(grant, **change), request)
+        received = await p.receive(grant, request)
+        await p.receiver.commit(replace(grant, **change), p.address, received)  # refused, and logged
+        assert p.released == []
+        await p.receiver.commit(grant, p.address, received)
+        assert p.released == ["r1"]
+        if "prefill_boot_id" not in change:  # that one does not even get past our own link
+            assert count(p.sender_metrics.stale_messages) == 2
+
+
+async def test_offers_for_others_are_refused_and_newer_attempts_replace_older(pair) -> None:
+    async with pair("grpc") as p:
+        request = p.request(40)
+        grant = p.grant(request)
+        for error, change in (
+            (StaleMessage, {"prefill_boot_id": "before the restart"}),
+            (GeometryMismatch, {"geometry_digest": "0" * 16}),
+            (StaleMessage, {"num_tokens": 41}),
+        ):
+            with pytest.raises(error):
+                p.offer(replace(grant, **change), request)
+        p.offer(grant, request)
+        with pytest.raises(StaleMessage):
+            p.offer(p.grant(request), request)
+        newer = p.grant(p.request(40, attempt=2))
+        p.complete(newer, request)
+        assert p.released == ["r1"]
+        with pytest.raises(StaleMessage, match="replaced"):
+            await p.receive(grant, request)
+        await p.receive(newer, request)
+        p.assert_arrived(newer)
+
+
+async def test_other_geometry_is_refused_at_connect(pair) -> None:
+    async with pair("grpc") as p, pair("grpc", geometry=BFLOAT16) as q:
+        request = q.request(40)
+        grant = q.grant(request)
+        with pytest.raises(GeometryMismatch, match="pair workers of one model"):
+            await q.receiver.receive(grant, p.address, request.prompt_token_ids, q.target_table)
+
+
+async def test_failures_raise_the_epoch_of_later_grants(pair) -> None:
+    async with pair("grpc", sender_options={"park_s": 0.01}) as p:
+        request = p.request(40)
+        first = p.grant(request)
+        with pytest.raises(StaleMessage):
+            await p.receive(first, request)
+        assert p.grant(request).epoch == first.epoch + 1
+        assert count(p.receiver_metrics.transfer_failures) == 1
+
+
+async def test_closing_the_sender_ends_its_streams_typed(pair) -> None:
+    async with pair("grpc") as p:
+        request = p.request(40)
+        grant = p.grant(request)
+        receiving = asyncio.ensure_future(p.receive(grant, request))
+        p.offer(grant, request)
+        await p.sender.close()
+        with pytest.raises(Unavailable, match="stopping"):
+            await receiving
         assert p.released == ["r1"]

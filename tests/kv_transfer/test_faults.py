@@ -1,0 +1,239 @@
+"""A wrong, late or missing frame never becomes KV: a server that replays edited frames, and one that is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import grpc.aio
+import pytest
+from splitserve.core.errors import KvCorrupted, ProtocolMismatch, StaleMessage, TransferFailed
+from splitserve.kv_transfer.frames import HEADER_BYTES, SERVICE, FrameHeader, checksum
+from splitserve.kv_transfer.grants import Grant
+from splitserve.proto import kv_transfer_pb2 as pb
+
+Edit = Callable[[list[bytes]], Sequence[bytes]]
+
+
+@asynccontextmanager
+async def replaying(frames: Sequence[bytes], *, hang: bool = False) -> AsyncIterator[str]:
+    """A prefill worker that answers every Fetch with these frames."""
+
+    async def connect(request: pb.ConnectRequest, context: object) -> pb.ConnectResponse:
+        return pb.ConnectResponse(worker_id="p", boot_id="prefill-boot", transport=pb.TRANSPORT_GRPC)
+
+    async def fetch(request: bytes, context: grpc.aio.ServicerContext) -> None:
+        for frame in frames:
+            await context.write(frame)
+        if hang:
+            await asyncio.Event().wait()
+
+    server = grpc.aio.server()
+    handlers = {
+        "Connect": grpc.unary_unary_rpc_method_handler(
+            connect, pb.ConnectRequest.FromString, pb.ConnectResponse.SerializeToString
+        ),
+        "Fetch": grpc.unary_stream_rpc_method_handler(fetch),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0)
+
+
+def sealed(frame: bytes, payload: bytes | None = None, **changes: object) -> bytes:
+    """A frame with other header fields, or another payload and the checksum that fits it."""
+    header = FrameHeader.unpack(frame)
+    if payload is None:
+        payload = frame[HEADER_BYTES:]
+    else:
+        changes |= {"payload_bytes": len(payload), "checksum": checksum(payload)}
+    return replace(header, **changes).pack() + payload
+
+
+def flipped(frame: bytes, position: int) -> bytes:
+    return frame[:position] + bytes([frame[position] ^ 1]) + frame[position + 1 :]
+
+
+def with_end(frames: list[bytes], **changes: object) -> list[bytes]:
+    """The last frame says something else, with a right checksum."""
+    end = pb.TransferEnd.FromString(frames[-1][HEADER_BYTES:])
+    for name, value in changes.items():
+        setattr(end, name, value)
+    return [*frames[:-1], sealed(frames[-1], end.SerializeToString())]
+
+
+def part_of(frame: bytes, **changes: int) -> bytes:
+    return sealed(frame, part=replace(FrameHeader.unpack(frame).part, **changes))
+
+
+EDITS: dict[str, tuple[type[Exception], Edit]] = {
+    "payload bit": (KvCorrupted, lambda f: [flipped(f[0], HEADER_BYTES + 5), *f[1:]]),
+    "last payload bit": (KvCorrupted, lambda f: [*f[:-2], flipped(f[-2], len(f[-2]) - 1), f[-1]]),
+    "end bit": (KvCorrupted, lambda f: [*f[:-1], flipped(f[-1], HEADER_BYTES + 1)]),
+    "digest": (KvCorrupted, lambda f: with_end(f, digest=bytes(16))),
+    "bytes announced": (KvCorrupted, lambda f: with_end(f, num_bytes=1)),
+    "frames announced": (KvCorrupted, lambda f: with_end(f, num_frames=1)),
+    "duplicate": (KvCorrupted, lambda f: [f[0], *f]),
+    "duplicate with its own number": (KvCorrupted, lambda f: [f[0], sealed(f[0], sequence=1), *f[1:]]),
+    "reordered": (KvCorrupted, lambda f: [f[1], f[0], *f[2:]]),
+    "missing": (KvCorrupted, lambda f: [f[0], *f[2:]]),
+    "missing, renumbered": (KvCorrupted, lambda f: with_end([*f[:-2], sealed(f[-1], sequence=len(f) - 2)])),
+    "truncated": (KvCorrupted, lambda f: [f[0][:-1], *f[1:]]),
+    "shorter than a header": (KvCorrupted, lambda f: [b"SSKV", *f]),
+    "layers beyond the model": (KvCorrupted, lambda f: [part_of(f[0], layer_end=99), *f[1:]]),
+    "other layers": (KvCorrupted, lambda f: [part_of(f[0], layer_start=1, layer_end=2), *f[1:]]),
+    "tokens beyond the grant": (KvCorrupted, lambda f: [part_of(f[0], token_end=10**6), *f[1:]]),
+    "empty range": (KvCorrupted, lambda f: [part_of(f[0], token_end=0), *f[1:]]),
+    "other heads": (KvCorrupted, lambda f: [sealed(f[0], head_end=1), *f[1:]]),
+    "other magic": (ProtocolMismatch, lambda f: [b"KVSS" + f[0][4:], *f[1:]]),
+    "version of the future": (ProtocolMismatch, lambda f: [f[0][:4] + b"\x02\0" + f[0][6:], *f[1:]]),
+    "no end": (TransferFailed, lambda f: f[:-1]),
+    "nothing": (TransferFailed, lambda f: []),
+}
+
+
+async def genuine(p, request) -> tuple[Grant, list[bytes]]:
+    grant = p.grant(request)
+    p.complete(grant, request)
+    frames = [frame async for frame in p.fetch(grant)]
+    assert len(frames) > 3
+    return grant, frames
+
+
+async def test_every_edit_of_the_frames_is_refused(pair, monkeypatch) -> None:
+    monkeypatch.setattr("splitserve.kv_transfer.sender.FRAME_BYTES", 3000)
+    async with pair() as p:
+        request = p.request(40)
+        grant, frames = await genuine(p, request)
+        async with replaying(frames) as address:
+            await p.receiver.receive(grant, address, request.prompt_token_ids, p.target_table)
+            p.assert_arrived(grant)
+        for name, (error, edit) in EDITS.items():
+            async with replaying(edit(frames)) as address:
+                with pytest.raises(error) as raised:
+                    await p.receiver.receive(grant, address, request.prompt_token_ids, p.target_table)
+                assert type(raised.value) is error, name
+
+
+async def test_kv_of_another_prompt_is_refused(pair) -> None:
+    async with pair() as p:
+        request = p.request(40)
+        grant = p.grant(request)
+        p.complete(grant, request)
+        others = (*request.prompt_token_ids[:-1], 99)
+        with pytest.raises(KvCorrupted, match="another prompt"):
+            await p.receiver.receive(grant, p.address, others, p.target_table)
+
+
+@pytest.mark.parametrize("change", [{"epoch": 9}, {"attempt": 9}, {"grant_id": "ab" * 16}])
+async def test_frames_of_other_grants_are_counted_and_dropped(pair, monkeypatch, change: dict) -> None:
+    monkeypatch.setattr("splitserve.kv_transfer.sender.FRAME_BYTES", 3000)
+    async with pair() as p:
+        request = p.request(40)
+        grant, frames = await genuine(p, request)
+        stale = [sealed(flipped(frame, HEADER_BYTES + 3), **change) for frame in frames]
+        mixed = [frame for both in zip(stale, frames, strict=True) for frame in both]
+        async with replaying(mixed) as address:
+            await p.receiver.receive(grant, address, request.prompt_token_ids, p.target_table)
+        p.assert_arrived(grant)
+        assert p.receiver_metrics.stale_messages._value.get() == len(frames)
+
+
+@pytest.mark.parametrize("num_frames", [0, 1])
+async def test_a_silent_sender_is_given_up(pair, num_frames: int) -> None:
+    async with pair(receiver_options={"silence_s": 0.1, "stall_s": 0.05}) as p:
+        request = p.request(40)
+        grant = p.grant(request)
+        p.complete(grant, request)
+        frames = [frame async for frame in p.fetch(grant)][:num_frames]
+        async with replaying(frames, hang=True) as address:
+            with pytest.raises(TransferFailed, match="said nothing"):
+                await p.receiver.receive(grant, address, request.prompt_token_ids, p.target_table)
+
+
+async def test_nobody_listening_is_a_failed_transfer(pair) -> None:
+    async with pair() as p:
+        async with replaying([]) as address:
+            pass
+        request = p.request(40)
+        with pytest.raises(TransferFailed, match="cannot be reached"):
+            await p.receiver.receive(p.grant(request), address, request.prompt_token_ids, p.target_table)
+
+
+class SenderProcess:
+    """A real prefill side that can be killed; `sender_process.py` says what it does."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).with_name("sender_process.py")
+        self._process = subprocess.Popen(
+            [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.address = self.say("address")
+
+    def say(self, line: str) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def is_mapped(inode: str) -> bool:
+    """Whether this process maps the file, told by its inode."""
+    return any(line.split()[4] == inode for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.parametrize("transport", ["grpc", "shared_memory"])
+async def test_killed_sender_fails_the_transfer_and_is_unmapped(pair, transport: str) -> None:
+    async with pair(transport, "grpc") as p:
+        process = SenderProcess()
+        try:
+            request = p.request(100)
+            tokens = request.prompt_token_ids
+            whole = p.receiver.make_grant(request, process.address, "prefill-boot", 0)
+            process.say(f"all {whole.grant_id} {whole.epoch}")
+            received = await p.receiver.receive(whole, process.address, tokens, p.target_table)
+            assert received.transport == transport
+            pool_inode = process.say("inode")
+            assert is_mapped(pool_inode) == (transport == "shared_memory")
+            half = p.receiver.make_grant(request, process.address, "prefill-boot", 0)
+            receiving = asyncio.ensure_future(p.receiver.receive(half, process.address, tokens, p.target_table))
+            assert await asyncio.to_thread(process.say, f"half {half.grant_id} {half.epoch}") == "ok"
+        finally:
+            process.kill()
+        with pytest.raises(TransferFailed):
+            await receiving
+        with pytest.raises(TransferFailed, match="cannot be reached"):
+            await p.receiver.receive(half, process.address, tokens, p.target_table)
+        assert not is_mapped(pool_inode)
+        # The worker comes back elsewhere, with another boot.
+        grant = p.grant(request)
+        p.complete(grant, request)
+        await p.receive(grant, request)
+        p.assert_arrived(grant)
+
+
+async def test_a_grant_of_another_boot_keeps_the_link(pair) -> None:
+    async with pair() as p:
+        request = p.request(40)
+        stale = p.receiver.make_grant(request, p.address, "boot before", 0)
+        grant = p.grant(request)
+        receiving = asyncio.ensure_future(p.receive(grant, request))
+        with pytest.raises(StaleMessage, match="boot before"):
+            await p.receiver.receive(stale, p.address, request.prompt_token_ids, p.target_table)
+        p.complete(grant, request)
+        await receiving
+        p.assert_arrived(grant)
