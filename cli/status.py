@@ -52,7 +52,7 @@ def worker_row(name: str, view: WorkerView, tokens_per_s: float | None = None, n
 
 def cluster_table(rows: Sequence[Row], routers: Sequence[RouterStatus]) -> Table:
     """Every process, and below them what the routers count."""
-    table = Table(header_style="bold", caption=_counts(routers), caption_justify="left")
+    table = Table(header_style="bold", box=None, caption=_counts(routers), caption_justify="left")
     for title in ("process", "role", "state"):
         table.add_column(title, no_wrap=True)
     for title in ("running", "waiting", "KV use", "tokens/s"):

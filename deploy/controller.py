@@ -93,18 +93,14 @@ class Controller:
     """Owns the processes of one cluster; needs an initialised Ray.
 
     `run` returns after `stop`, or raises when the cluster cannot start or serve any more; either way it leaves no
-    process, actor or placement group behind. After its own restart it finds detached actors by their names and takes
-    them as they are.
+    process, actor or placement group behind.
     """
 
-    def __init__(
-        self, config: ClusterConfig, log_dir: Path, *, detached: bool = False, command: Command = role_command
-    ) -> None:
+    def __init__(self, config: ClusterConfig, log_dir: Path, *, command: Command = role_command) -> None:
         self.ready = asyncio.Event()  # every process serves and every router has a session with every worker
         self.stopping = asyncio.Event()
         self._config = config
         self._log_dir = log_dir
-        self._detached = detached
         self._command = command
         roles: list[tuple[Role, int]] = [(role, config.replicas(role)) for role in WORKER_ROLES]
         roles.append(("router", config.router.replicas))
@@ -181,11 +177,11 @@ class Controller:
         needs = role_needs(config, role)
         log_path = self._log_dir / f"{name}.log"
         try:
-            group = await place(name, needs, detached=self._detached, timeout_s=config.startup_timeout_s)
+            group = await place(name, needs, timeout_s=config.startup_timeout_s)
             self._update(name, phase=Phase.STARTING)
             # The first handle is kept: an actor that is not detached ends with it, whatever handles were made since.
             if name not in self._actors:
-                self._actors[name] = create_actor(name, group, needs, log_path=log_path, detached=self._detached)
+                self._actors[name] = create_actor(name, group, needs, log_path=log_path)
             command = self._command(
                 config, role, name=name, host=self._host(role), port=port, num_threads=needs.num_cpus
             )

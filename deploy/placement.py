@@ -55,8 +55,8 @@ class ProcessActor:
         await self._process.stop(grace_s)
 
 
-async def place(name: str, needs: Needs, *, detached: bool, timeout_s: float) -> PlacementGroup:
-    """A placement group for one process, once its resources are held; a detached one is found again by its name.
+async def place(name: str, needs: Needs, *, timeout_s: float) -> PlacementGroup:
+    """A placement group for one process, once its resources are held; after a restart, the one it had.
 
     Raises: ConfigError: no node has what it needs. Unavailable: nodes have it, but others hold it.
     """
@@ -64,7 +64,6 @@ async def place(name: str, needs: Needs, *, detached: bool, timeout_s: float) ->
         [needs.bundle()],
         strategy="STRICT_PACK",
         name=name,
-        lifetime="detached" if detached else None,
         bundle_label_selector=[dict(needs.labels)] if needs.labels else None,
     )
     started = time.monotonic()
@@ -94,14 +93,12 @@ def find_group(name: str) -> PlacementGroup | None:
     return group
 
 
-def create_actor(name: str, group: PlacementGroup, needs: Needs, *, log_path: Path, detached: bool) -> Any:
-    """The actor of this name in the placement group; one that lives already is taken as it is."""
+def create_actor(name: str, group: PlacementGroup, needs: Needs, *, log_path: Path) -> Any:
+    """The actor of this name in the placement group; it lives as long as the handle does."""
     return (
         ray.remote(ProcessActor)
         .options(
             name=name,
-            get_if_exists=True,
-            lifetime="detached" if detached else None,
             num_cpus=needs.num_cpus,
             num_gpus=needs.num_gpus,
             max_restarts=0,  # the controller decides about restarts
