@@ -179,7 +179,7 @@ class Controller:
         try:
             group = await place(name, needs, timeout_s=config.startup_timeout_s)
             self._update(name, phase=Phase.STARTING)
-            # The first handle is kept: an actor that is not detached ends with it, whatever handles were made since.
+            # The first handle is kept: the actor ends with it, whatever handles were made since.
             if name not in self._actors:
                 self._actors[name] = create_actor(name, group, needs, log_path=log_path)
             command = self._command(

@@ -94,11 +94,12 @@ def find_group(name: str) -> PlacementGroup | None:
 
 
 def create_actor(name: str, group: PlacementGroup, needs: Needs, *, log_path: Path) -> Any:
-    """The actor of this name in the placement group; it lives as long as the handle does."""
+    """The actor of this name in the placement group; it lives as long as this handle does."""
     return (
         ray.remote(ProcessActor)
         .options(
             name=name,
+            get_if_exists=True,  # the name of one that just died may not be free yet: using it fails, and is retried
             num_cpus=needs.num_cpus,
             num_gpus=needs.num_gpus,
             max_restarts=0,  # the controller decides about restarts
