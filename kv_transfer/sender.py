@@ -167,8 +167,8 @@ class KvSender:
         out = self._by_request.get(request_id)
         if out is None:
             return
-        out.progress.wrote(layer_start, layer_end, token_start, token_end)
-        if not out.wake_pending:  # one wake-up for however many layers until the loop gets to it
+        due = out.progress.wrote(layer_start, layer_end, token_start, token_end)
+        if due and not out.wake_pending:  # one wake-up for however many parts until the loop gets to it
             out.wake_pending = True
             self._loop.call_soon_threadsafe(self._woken, out)
 
