@@ -28,6 +28,10 @@ from .processes import process_cluster
 from .report import write_json
 
 
+# Of the router's timeline: what happens before the first token, and the transfer's end after it.
+PARTS = ("queue_s", "grant_s", "prefill_queue_s", "prefill_s", "ttft_s", "transfer_exposed_s")
+
+
 def main(
     model: Annotated[str, typer.Option(help="Model to serve.")] = "smollm2-135m",
     prompts: Annotated[int, typer.Option(min=3, help="Prompts, each sent both ways.")] = 40,
@@ -51,7 +55,7 @@ async def _main(
     config = load_config(None, {"model": model, "transport": transport, "engine.dtype": "float32"})
     bare: list[float] = []
     split: list[float] = []
-    exposed: list[float] = []
+    parts: dict[str, list[float]] = {name: [] for name in PARTS}
     with tempfile.TemporaryDirectory() as logs:
         async with (
             process_cluster(config, Path(logs), num_threads=threads) as cluster,
@@ -70,8 +74,10 @@ async def _main(
                 if number >= 3:
                     bare.append(bare_s)
                     split.append(split_s)
-                    exposed.append((await stream.result()).timing.transfer_exposed_s)
-    rows = {"bare engine": bare, "router + prefill + decode": split, "exposed transfer": exposed}
+                    timing = (await stream.result()).timing
+                    for name, seconds in parts.items():
+                        seconds.append(getattr(timing, name))
+    rows = {"bare engine": bare, "router + prefill + decode": split, **{f"  {name}": parts[name] for name in PARTS}}
     table = Table(title=f"TTFT, {prompt_tokens}-token prompts, idle, {threads} thread(s), n={prompts}")
     for column in ("", "p50 ms", "p90 ms"):
         table.add_column(column, justify="left" if not column else "right")
