@@ -56,7 +56,7 @@ class KvProgress:
             return due
 
     def take(self, max_bytes: int) -> KvPart | None:
-        """The next ready part of at most about `max_bytes`, or None. Neighbouring layers go together."""
+        """The next ready part, or None. Neighbouring layers go together, up to `max_bytes`."""
         layers = self._geometry.layers
         with self._lock:
             for start in range(len(layers)):
@@ -64,8 +64,9 @@ class KvProgress:
                 if token_start == token_end:
                     continue
                 token_bytes = self._geometry.layer_bytes_per_token(start)
-                pieces = -(-token_bytes * (token_end - token_start) // max_bytes)
-                if pieces > 1:  # one layer is too much: cut it evenly
+                # One layer that is too much is cut evenly; up to one and a half times too much, cutting costs more.
+                pieces = (token_bytes * (token_end - token_start) + max_bytes // 2) // max_bytes
+                if pieces > 1:
                     piece = -(-(token_end - token_start) // pieces)
                     token_end = min(token_end, token_start + -(-piece // self._granularity) * self._granularity)
                 end, size = start + 1, token_bytes * (token_end - token_start)

@@ -1,0 +1,63 @@
+"""What is written leaves once, in frames neither tiny nor huge."""
+
+from __future__ import annotations
+
+from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
+from splitserve.kv_transfer.frames import KvPart
+from splitserve.kv_transfer.progress import KvProgress
+
+LAYER = LayerGeometry(num_kv_heads=3, key_dim=64, value_dim=64)
+SMOLLM2 = KvGeometry(model_id="smollm2", layers=(LAYER,) * 30, dtype="float32")
+MIB = 1 << 20
+
+
+def taken(progress: KvProgress, max_bytes: int) -> list[KvPart]:
+    return list(iter(lambda: progress.take(max_bytes), None))
+
+
+def num_bytes(part: KvPart) -> int:
+    return part.num_tokens * sum(SMOLLM2.layer_bytes_per_token(n) for n in range(part.layer_start, part.layer_end))
+
+
+def test_frames_of_any_prompt_are_of_one_to_three_mib() -> None:
+    for num_tokens in (1400, 1456, 2100, 5000, 16_000):
+        progress = KvProgress(SMOLLM2, 0, num_tokens)
+        progress.wrote(0, 30, 0, num_tokens)
+        sizes = [num_bytes(part) for part in taken(progress, 2 * MIB)]
+        assert sum(sizes) == SMOLLM2.bytes_per_token * num_tokens
+        assert min(sizes) >= MIB
+        assert max(sizes) <= 3 * MIB
+        assert progress.all_taken
+
+
+def test_what_is_ready_leaves_at_once_and_only_once() -> None:
+    progress = KvProgress(SMOLLM2, 16, 100)
+    assert progress.take(MIB) is None
+    progress.wrote(0, 30, 0, 16)  # the receiver has these
+    assert progress.take(MIB) is None
+    progress.wrote(0, 1, 16, 40)
+    assert taken(progress, MIB) == [KvPart(layer_start=0, layer_end=1, token_start=16, token_end=40)]
+    progress.wrote(1, 30, 16, 40)
+    progress.wrote(0, 30, 40, 100)
+    parts = taken(progress, 64 * MIB)
+    assert parts[1] == KvPart(layer_start=1, layer_end=30, token_start=16, token_end=100)
+    assert len(parts) == 2
+
+
+def test_whole_blocks_wait_for_their_last_token_but_for_the_prompts_end() -> None:
+    progress = KvProgress(SMOLLM2, 0, 100)
+    progress.restart(16)
+    progress.wrote(0, 30, 0, 50)
+    assert {part.token_end for part in taken(progress, MIB)} == {48}
+    progress.wrote(0, 30, 50, 100)
+    assert {(part.token_start, part.token_end) for part in taken(progress, MIB)} == {(48, 100)}
+
+
+def test_writing_again_is_torn_only_after_something_was_taken() -> None:
+    progress = KvProgress(SMOLLM2, 0, 100)
+    progress.wrote(0, 30, 0, 50)
+    progress.wrote(0, 2, 0, 50)
+    assert not progress.torn
+    assert {part.layer_end for part in taken(progress, 64 * MIB)} == {2}
+    progress.wrote(0, 30, 0, 50)
+    assert progress.torn
