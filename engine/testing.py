@@ -106,7 +106,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def make_tiny_model(architecture: str, directory: Path, seed: int = 0) -> Path:
-    """Save a random model of `architecture` with a byte-level tokenizer; returns `directory`, for `EngineOptions.model`.
+    """Save a random model of `architecture` with a byte-level tokenizer; returns `directory`.
 
     Its weights are large enough that attention matters and that greedy outputs do not settle on one token.
     """

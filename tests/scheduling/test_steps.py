@@ -1,0 +1,333 @@
+"""The step scheduler: order, chunks, preemption, reservations; and no block is ever lost whatever happens."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from splitserve.core.errors import InvalidRequest, Overloaded
+from splitserve.core.request import FinishReason, Request
+from splitserve.scheduling.blocks import BlockAllocator
+from splitserve.scheduling.sequence import SequenceState
+from splitserve.scheduling.steps import SampledToken, StepPlan, StepScheduler
+
+BLOCK = 16
+END = 7  # the stop token
+
+
+def make_scheduler(num_blocks: int = 64, *, prefix_cache: bool = True, **limits: int) -> StepScheduler:
+    return StepScheduler(
+        BlockAllocator(num_blocks, BLOCK, prefix_cache=prefix_cache),
+        model_id="m",
+        kv_dtype="float32",
+        **{"max_running": 8, "max_waiting": 16, "max_step_tokens": 64, **limits},
+    )
+
+
+def make_request(request_id: str, num_prompt: int = 20, max_tokens: int = 8, seed: int = 0, **more: object) -> Request:
+    prompt = tuple(1000 + seed * 10_000 + i for i in range(num_prompt))
+    return Request(request_id=request_id, prompt_token_ids=prompt, max_tokens=max_tokens, **more)  # type: ignore[arg-type]
+
+
+def run_step(scheduler: StepScheduler, token_id: int = 1) -> tuple[StepPlan | None, list[SampledToken]]:
+    plan = scheduler.schedule()
+    if plan is None:
+        return None, []
+    return plan, scheduler.commit({part.sequence.request_id: token_id for part in plan.parts if part.samples})
+
+
+def run_all(scheduler: StepScheduler, max_steps: int = 2000) -> dict[str, list[int]]:
+    """Indices of the tokens of each request, in order."""
+    indices: dict[str, list[int]] = {}
+    for _ in range(max_steps):
+        plan, tokens = run_step(scheduler)
+        if plan is None:
+            return indices
+        for token in tokens:
+            indices.setdefault(token.sequence.request_id, []).append(token.index)
+    raise AssertionError("the scheduler never ran out of work")
+
+
+def assert_conserved(scheduler: StepScheduler) -> None:
+    counts = scheduler.blocks.counts()
+    assert counts.free + counts.cached + counts.granted + counts.live == counts.total
+    assert scheduler.num_orphaned_blocks() == 0
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_of_the_budget() -> None:
+    scheduler = make_scheduler(max_step_tokens=24)
+    scheduler.add(make_request("a", 60))
+    chunks = []
+    for _ in range(3):
+        plan, _ = run_step(scheduler)
+        assert plan is not None
+        chunks.append((plan.parts[0].start, plan.parts[0].end))
+    assert chunks == [(0, 24), (24, 48), (48, 60)]
+
+
+def test_decodes_go_on_beside_a_prefill_and_do_not_use_its_budget() -> None:
+    scheduler = make_scheduler(max_step_tokens=32)
+    scheduler.add(make_request("a", 20, seed=1))
+    run_step(scheduler)
+    scheduler.add(make_request("b", 40, seed=2))
+    plan, tokens = run_step(scheduler)
+    assert plan is not None
+    assert (plan.num_decode_tokens, plan.num_prefill_tokens) == (1, 32)
+    assert [token.sequence.request_id for token in tokens] == ["a"]
+
+
+def test_higher_priority_is_prefilled_first_and_equals_in_order_of_arrival() -> None:
+    scheduler = make_scheduler(max_running=1)
+    for name, priority in (("a", 0), ("b", 0), ("c", 5)):
+        scheduler.add(make_request(name, max_tokens=1, priority=priority, seed=ord(name)))
+    order = [run_step(scheduler)[1][0].sequence.request_id for _ in range(3)]
+    assert order == ["c", "a", "b"]
+
+
+def test_stop_tokens_and_max_tokens_end_a_request() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", stop_token_ids=frozenset({END})))
+    assert run_step(scheduler, END)[1][0].finish_reason is FinishReason.STOP
+    scheduler.add(make_request("b", max_tokens=2))
+    assert run_step(scheduler)[1][0].finish_reason is None
+    assert run_step(scheduler)[1][0].finish_reason is FinishReason.LENGTH
+    assert not scheduler.has_work
+
+
+def test_a_resumed_request_goes_on_after_its_output() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", max_tokens=5, output_token_ids=(1, 1, 1)))
+    assert run_all(scheduler) == {"a": [3, 4]}
+
+
+def test_the_prefix_cache_serves_whole_blocks_and_leaves_one_token_to_compute() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 48))
+    run_all(scheduler)
+    scheduler.add(make_request("b", 48))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert (plan.parts[0].start, plan.parts[0].end) == (32, 48)
+    assert scheduler.cached_tokens == 32
+
+
+def test_the_prefix_cache_does_not_cross_tenants() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 48, tenant="x"))
+    run_all(scheduler)
+    scheduler.add(make_request("b", 48, tenant="y"))
+    run_all(scheduler)
+    assert scheduler.cached_tokens == 0
+
+
+def test_the_queue_is_bounded_and_ids_are_unique() -> None:
+    scheduler = make_scheduler(max_waiting=2)
+    scheduler.add(make_request("a"))
+    with pytest.raises(InvalidRequest):
+        scheduler.add(make_request("a"))
+    scheduler.add(make_request("b"))
+    with pytest.raises(Overloaded):
+        scheduler.add(make_request("c"))
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_preempted_sequences_finish_and_emit_each_token_once(prefix_cache: bool) -> None:
+    scheduler = make_scheduler(6, prefix_cache=prefix_cache)
+    for i in range(4):
+        scheduler.add(make_request(str(i), 20, max_tokens=40, seed=i))
+    assert run_all(scheduler) == {str(i): list(range(40)) for i in range(4)}
+    assert scheduler.num_preemptions > 0
+    assert_conserved(scheduler)
+
+
+def test_the_first_in_the_queue_is_never_preempted() -> None:
+    scheduler = make_scheduler(6)
+    for i in range(4):
+        scheduler.add(make_request(str(i), 20, max_tokens=40, seed=i))
+    while scheduler.has_work:
+        oldest = min((s for s in scheduler._sequences.values()), key=lambda s: s.queue_key)
+        plan, _ = run_step(scheduler)
+        assert plan is not None
+        assert oldest not in plan.preempted
+
+
+def test_a_prefill_only_sequence_is_held_until_it_is_released() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", max_tokens=1), prefill_only=True)
+    assert run_step(scheduler)[1][0].finish_reason is FinishReason.LENGTH
+    assert run_step(scheduler)[0] is None
+    assert scheduler.num_in(SequenceState.HELD) == 1
+    assert scheduler.blocks.counts().live == 2
+    assert scheduler.release("a")
+    assert not scheduler.release("a")
+    assert scheduler.blocks.counts().live == 0
+
+
+def test_a_reservation_takes_prompt_and_headroom_and_decodes_without_prefill() -> None:
+    scheduler = make_scheduler()
+    sequence = scheduler.reserve(make_request("a", 20, max_tokens=100), headroom_tokens=30)
+    assert len(sequence.block_table) == 4  # 50 tokens
+    assert scheduler.blocks.counts().granted == 4
+    scheduler.start_reserved("a", 1)
+    plan, tokens = run_step(scheduler)
+    assert plan is not None
+    assert (plan.num_decode_tokens, plan.num_prefill_tokens) == (1, 0)
+    assert tokens[0].index == 1
+    assert scheduler.blocks.counts().granted == 0
+
+
+def test_a_reservation_pins_what_the_cache_holds() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 48))
+    run_all(scheduler)
+    sequence = scheduler.reserve(make_request("b", 48), headroom_tokens=0)
+    assert sequence.num_cached == 32
+    assert scheduler.blocks.counts().granted == 3
+
+
+def test_a_reservation_that_does_not_fit_takes_nothing() -> None:
+    scheduler = make_scheduler(4)
+    scheduler.reserve(make_request("a", 40, seed=1), headroom_tokens=0)
+    before = scheduler.blocks.counts()
+    with pytest.raises(Overloaded, match="needs 2 KV blocks, 1 can be had"):
+        scheduler.reserve(make_request("b", 20, seed=2), headroom_tokens=8)
+    assert scheduler.blocks.counts() == before
+    scheduler.release("a")
+    assert scheduler.blocks.counts().free == 4
+
+
+def test_reservations_wait_behind_a_preempted_sequence() -> None:
+    scheduler = make_scheduler(5)
+    for name, num_tokens in (("a", 31), ("b", 31)):
+        scheduler.reserve(make_request(name, num_tokens, max_tokens=40, seed=ord(name)), headroom_tokens=1)
+        scheduler.start_reserved(name, 1)
+    while not scheduler.num_preemptions:
+        run_step(scheduler)
+    with pytest.raises(Overloaded, match="arrived before"):
+        scheduler.reserve(make_request("c", 10, seed=3), headroom_tokens=0)
+    run_all(scheduler)
+    scheduler.reserve(make_request("c", 10, seed=3), headroom_tokens=0)
+
+
+def test_a_first_token_that_ends_the_request_is_not_started() -> None:
+    scheduler = make_scheduler()
+    scheduler.reserve(make_request("a", stop_token_ids=frozenset({END})), headroom_tokens=0)
+    with pytest.raises(InvalidRequest):
+        scheduler.start_reserved("a", END)
+    with pytest.raises(InvalidRequest):
+        scheduler.start_reserved("unknown", 1)
+    assert scheduler.release("a")
+    assert_conserved(scheduler)
+
+
+def test_a_release_during_a_step_frees_when_the_step_ends() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a"))
+    scheduler.schedule()
+    assert scheduler.release("a")
+    assert scheduler.blocks.counts().live == 2
+    assert scheduler.commit({"a": 1}) == []
+    assert scheduler.blocks.counts().live == 0
+
+
+def test_an_abandoned_step_drops_its_sequences_only() -> None:
+    scheduler = make_scheduler(max_running=1)
+    scheduler.add(make_request("a"))
+    scheduler.add(make_request("b"))
+    scheduler.schedule()
+    assert [sequence.request_id for sequence in scheduler.abandon()] == ["a"]
+    assert_conserved(scheduler)
+    assert list(run_all(scheduler)) == ["b"]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Random requests, reservations, steps, failures and cancels in any order."""
+
+    ids = Bundle("ids")
+    reserved = Bundle("reserved")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = make_scheduler(12, max_running=5, max_waiting=6, max_step_tokens=40)
+        self.count = 0
+        self.in_step = False
+
+    def new_request(self, num_prompt: int, max_tokens: int, seed: int, priority: int = 0) -> Request:
+        self.count += 1
+        return make_request(
+            str(self.count), num_prompt, max_tokens, seed, priority=priority, stop_token_ids=frozenset({END})
+        )
+
+    @rule(
+        target=ids,
+        num_prompt=st.integers(1, 90),
+        max_tokens=st.integers(1, 60),
+        seed=st.integers(0, 2),
+        priority=st.integers(0, 1),
+        prefill_only=st.booleans(),
+    )
+    def add(self, num_prompt: int, max_tokens: int, seed: int, priority: int, prefill_only: bool) -> str:
+        request = self.new_request(num_prompt, max_tokens, seed, priority)
+        if self.scheduler.num_waiting < 6:
+            self.scheduler.add(request, prefill_only=prefill_only)
+        return request.request_id
+
+    @rule(target=reserved, num_prompt=st.integers(1, 90), max_tokens=st.integers(2, 60), seed=st.integers(0, 2))
+    def reserve(self, num_prompt: int, max_tokens: int, seed: int) -> object:
+        request = self.new_request(num_prompt, max_tokens, seed)
+        before = self.scheduler.blocks.counts()
+        try:
+            self.scheduler.reserve(request, headroom_tokens=20)
+        except Overloaded:
+            assert self.scheduler.blocks.counts() == before
+            return multiple()
+        return request.request_id
+
+    @rule(target=ids, request_id=consumes(reserved), commit=st.booleans())
+    def end_transfer(self, request_id: str, commit: bool) -> str:
+        if commit:
+            self.scheduler.start_reserved(request_id, 1)
+        else:
+            assert self.scheduler.release(request_id)
+        return request_id
+
+    @rule(request_id=ids)
+    def release(self, request_id: str) -> None:
+        self.scheduler.release(request_id)
+        assert not self.scheduler.release(request_id)
+
+    @rule(token_id=st.sampled_from([1, 1, 1, 2, END]), ending=st.sampled_from(["commit", "commit", "fail", "open"]))
+    def step(self, token_id: int, ending: str) -> None:
+        plan = self.scheduler._plan or self.scheduler.schedule()
+        if plan is None or ending == "open":
+            return
+        if ending == "fail":
+            self.scheduler.abandon()
+        else:
+            self.scheduler.commit({part.sequence.request_id: token_id for part in plan.parts if part.samples})
+
+    @invariant()
+    def blocks_are_conserved(self) -> None:
+        assert_conserved(self.scheduler)
+
+    @invariant()
+    def tables_hold_what_was_computed(self) -> None:
+        for sequence in self.scheduler._sequences.values():
+            assert len(sequence.block_table) * BLOCK >= sequence.num_computed
+            assert len(set(sequence.block_table)) == len(sequence.block_table)
+
+    def teardown(self) -> None:
+        """Everything that still runs can end, and then only the cache holds blocks."""
+        plan = self.scheduler._plan
+        if plan is not None:
+            self.scheduler.commit({part.sequence.request_id: 1 for part in plan.parts if part.samples})
+        for sequence in list(self.scheduler._sequences.values()):
+            if sequence.prefill_only or sequence.state is SequenceState.RESERVED:
+                self.scheduler.release(sequence.request_id)
+        run_all(self.scheduler)
+        assert not self.scheduler.has_work
+        counts = self.scheduler.blocks.counts()
+        assert (counts.live, counts.granted) == (0, 0)
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
