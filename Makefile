@@ -38,9 +38,11 @@ verify: lint  ## Lint, then every test, the exhaustive ones included
 chaos: $(READY)  ## The tests that kill and freeze processes
 	pytest -m chaos --timeout 600
 
-bench: $(READY)  ## Measure the engine and the KV transports on this CPU
+bench: $(READY)  ## Measure engine, KV transports, hand-over, and split against colocated, on this CPU
 	python -m splitserve.benchmarks.engine --device cpu
 	python -m splitserve.benchmarks.kv_transfer
+	python -m splitserve.benchmarks.handover
+	python -m splitserve.benchmarks.split
 
 lint: $(READY)  ## ruff, mypy --strict, import direction, committed stubs, buf
 	ruff check
