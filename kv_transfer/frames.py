@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from ..core.errors import KvCorrupted, ProtocolMismatch
 from .grants import Grant
@@ -19,6 +22,11 @@ VERSION = 1
 # magic, version, kind, -, grant id, attempt, epoch, layers, heads, tokens, sequence, payload bytes, checksum
 _HEADER = struct.Struct("<4sHBx16sIIHHHHIIIIQ")
 HEADER_BYTES = _HEADER.size  # 64
+
+_bytes_new = ctypes.pythonapi.PyBytes_FromStringAndSize
+_bytes_new.argtypes, _bytes_new.restype = (ctypes.c_void_p, ctypes.c_ssize_t), ctypes.py_object
+_bytes_address = ctypes.pythonapi.PyBytes_AsString
+_bytes_address.argtypes, _bytes_address.restype = (ctypes.py_object,), ctypes.c_void_p
 
 
 class FrameKind(IntEnum):
@@ -102,6 +110,17 @@ class FrameHeader:
             payload_bytes=payload_bytes,
             checksum=checksum,
         )
+
+
+def new_frame(size_bytes: int) -> tuple[bytes, NDArray[np.uint8]]:
+    """An uninitialised `bytes` and the view to fill it through, before anybody else sees it.
+
+    gRPC takes nothing but `bytes`; filling one in place (as the C API allows for a new one) spares a copy of every
+    frame, a tenth of the sender's time. The view must not outlive the filling.
+    """
+    frame = _bytes_new(None, size_bytes)
+    view = (ctypes.c_uint8 * size_bytes).from_address(_bytes_address(frame))
+    return frame, np.ctypeslib.as_array(view)
 
 
 def checksum(data: bytes | bytearray | memoryview) -> int:

@@ -7,7 +7,7 @@ numpy byte views: one thread, no interpreter lock while it copies, and any dtype
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from .frames import KvPart
 from .pool import KvPool
 
 Bytes = NDArray[np.uint8]
+_Index = slice | NDArray[np.intp]
 
 
 class PoolBytes:
@@ -47,46 +48,46 @@ class PoolBytes:
 
     def pack(self, part: KvPart, block_table: Sequence[int], out: Bytes) -> None:
         """Gather a part from its blocks into `out` [part_bytes]."""
-        for plane, canonical in self._canonical(part, out):
-            for blocks, inside, tokens in self._runs(part, block_table):
-                canonical[:, tokens].reshape(_paged(canonical, blocks, inside))[...] = plane[
-                    blocks, :, inside
-                ].swapaxes(0, 1)
+        for plane, blocks, inside, canonical in self._pieces(part, block_table, out):
+            canonical[...] = plane[blocks, :, inside].swapaxes(0, 1)
 
     def unpack(self, part: KvPart, block_table: Sequence[int], payload: Bytes) -> None:
         """Scatter a canonical payload [part_bytes] into its blocks."""
-        for plane, canonical in self._canonical(part, payload):
-            for blocks, inside, tokens in self._runs(part, block_table):
-                plane[blocks, :, inside] = (
-                    canonical[:, tokens].reshape(_paged(canonical, blocks, inside)).swapaxes(0, 1)
-                )
+        for plane, blocks, inside, canonical in self._pieces(part, block_table, payload):
+            plane[blocks, :, inside] = canonical.swapaxes(0, 1)
 
-    def _canonical(self, part: KvPart, flat: Bytes) -> Iterator[tuple[Bytes, Bytes]]:
-        """Each plane [num_blocks, heads, block_size, dim bytes] and its piece of `flat` [heads, tokens, dim bytes]."""
-        position = 0
-        for pair in self._planes[part.layer_start : part.layer_end]:
-            for plane in pair:
-                shape = (plane.shape[1], part.num_tokens, plane.shape[3])
-                size = shape[0] * shape[1] * shape[2]
-                yield plane, flat[position : position + size].reshape(shape)
-                position += size
+    def _pieces(
+        self, part: KvPart, block_table: Sequence[int], flat: Bytes
+    ) -> Iterator[tuple[Bytes, _Index, slice, Bytes]]:
+        """What goes together: (plane [num_blocks, heads, block_size, dim bytes], blocks, tokens inside each of them,
+        their place in `flat` [heads, blocks, tokens, dim bytes])."""
+        runs, position = list(self._runs(part, block_table)), 0
+        for plane in (plane for pair in self._planes[part.layer_start : part.layer_end] for plane in pair):
+            _, heads, _, dim = plane.shape
+            size = heads * part.num_tokens * dim
+            canonical = flat[position : position + size].reshape(heads, part.num_tokens, dim)
+            position += size
+            for blocks, inside, tokens in runs:  # splitting one axis of a strided view never copies
+                yield plane, blocks, inside, canonical[:, tokens].reshape(heads, -1, inside.stop - inside.start, dim)
 
-    def _runs(self, part: KvPart, block_table: Sequence[int]) -> Iterator[tuple[NDArray[np.intp], slice, slice]]:
+    def _runs(self, part: KvPart, block_table: Sequence[int]) -> Iterator[tuple[_Index, slice, slice]]:
         """Cut a token range into a partial first block, whole blocks and a partial last block.
 
-        Yields (block ids, tokens inside each block, tokens of the part).
+        Yields (blocks, tokens inside each block, tokens of the part).
         """
         size, token = self.block_size, part.token_start
         while token < part.token_end:
             inside = token % size
             whole = (part.token_end - token) // size if inside == 0 else 0
             end = token + whole * size if whole else min(part.token_end, token - inside + size)
-            blocks = np.asarray(block_table[token // size : -(-end // size)], dtype=np.intp)
+            blocks = _consecutive(block_table[token // size : -(-end // size)])
             stop = size if whole else inside + end - token
             yield blocks, slice(inside, stop), slice(token - part.token_start, end - part.token_start)
             token = end
 
 
-def _paged(canonical: Bytes, blocks: NDArray[np.intp], inside: slice) -> tuple[Any, ...]:
-    """[heads, blocks, tokens in each, dim bytes]: splitting one axis of a strided view never copies."""
-    return canonical.shape[0], len(blocks), inside.stop - inside.start, canonical.shape[2]
+def _consecutive(ids: Sequence[int]) -> _Index:
+    """Index of some blocks: a slice where it can be one, since numpy gathers by array through a copy."""
+    if all(after - before == 1 for before, after in pairwise(ids)):
+        return slice(ids[0], ids[-1] + 1)
+    return np.asarray(ids, dtype=np.intp)

@@ -30,7 +30,7 @@ from ..core.metrics import WorkerMetrics
 from ..proto import kv_transfer_pb2 as pb
 from ..proto.convert import check_protocol
 from ..proto.rpc import abort
-from .frames import HEADER_BYTES, SERVICE, FrameHeader, FrameKind, KvPart, RunningDigest, checksum
+from .frames import HEADER_BYTES, SERVICE, FrameHeader, FrameKind, KvPart, RunningDigest, checksum, new_frame
 from .grants import Grant
 from .identity import WorkerIdentity
 from .layout import PoolBytes
@@ -388,12 +388,12 @@ class KvSender:
             ids = np.asarray(table[part.token_start // size : -(-part.token_end // size)], dtype="<u4")
             payload, value = ids.tobytes(), block_checksum(self._bytes, part, ids)
             return self._header(out.grant, FrameKind.DATA, part, sequence, len(payload), value) + payload
-        frame = np.empty(HEADER_BYTES + self._bytes.part_bytes(part), dtype=np.uint8)
-        body = frame[HEADER_BYTES:]
+        frame, view = new_frame(HEADER_BYTES + self._bytes.part_bytes(part))
+        body = view[HEADER_BYTES:]
         self._bytes.pack(part, table, body)
         header = self._header(out.grant, FrameKind.DATA, part, sequence, body.nbytes, checksum(body.data))
-        frame[:HEADER_BYTES] = np.frombuffer(header, dtype=np.uint8)
-        return frame.tobytes()
+        view[:HEADER_BYTES] = np.frombuffer(header, dtype=np.uint8)
+        return frame
 
     def _control(self, grant: Grant, kind: FrameKind, sequence: int, payload: bytes = b"") -> bytes:
         whole = KvPart(

@@ -130,9 +130,12 @@ def test_any_schedule_of_writes_arrives(pair, transport: str, plan: dict) -> Non
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("neighbours", [True, False])
 @pytest.mark.parametrize(("source", "target"), [(16, 32), (32, 16), (16, 8)])
-async def test_other_block_size_travels_over_grpc(pair, source: int, target: int) -> None:
+async def test_other_block_size_travels_over_grpc(pair, source: int, target: int, neighbours: bool) -> None:
     async with pair("shared_memory", "grpc", source_block_size=source, target_block_size=target) as p:
+        if neighbours:  # blocks side by side are copied as slices
+            p.source_table, p.target_table = list(range(3, 24)), list(range(2, 24))
         request = p.request(150)
         grant = p.grant(request, num_cached_tokens=32)
         p.complete(grant, request)
