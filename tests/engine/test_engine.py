@@ -117,7 +117,7 @@ REAL_PROMPTS = (
     "Once upon a time in a village by the river there lived a clockmaker. " * 6,
     "The quick brown fox jumps over the lazy dog. " * 20,
     "A distributed system is one in which the failure of a computer you did not know existed matters. " * 25,
-    "First, the committee reviewed the minutes of the previous meeting and found no objection to them. " * 80,
+    "First, the committee reviewed the minutes of the previous meeting and found no objection to them. " * 90,
 )
 
 
