@@ -67,6 +67,9 @@ class RouterMetrics:
         self.duplicate_tokens = Counter(
             "splitserve_duplicate_tokens", "Token messages dropped as already seen", registry=registry
         )
+        self.stale_messages = Counter(
+            "splitserve_router_stale_messages", "Worker messages dropped: of no live attempt", registry=registry
+        )
         self.workers = Gauge("splitserve_ready_workers", "Workers ready", ["role"], registry=registry)
         self.ttft_seconds = Histogram(
             "splitserve_ttft_seconds", "Arrival to first token", buckets=_SECONDS, registry=registry

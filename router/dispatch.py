@@ -1,0 +1,431 @@
+"""The life of a request in the router: queue, place, grant, prefill, stream, retry, and exactly one end.
+
+Everything here runs on the event loop and never awaits, so a message is handled whole before the next: the only task of
+a request is the one that reads its answer (`Job.read`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import Enum
+
+from ..core.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    KvCorrupted,
+    Overloaded,
+    SplitserveError,
+    TransferFailed,
+    Unavailable,
+    WorkerLost,
+)
+from ..core.events import Event, Recorder
+from ..core.kv_geometry import blocks_for
+from ..core.metrics import RouterMetrics
+from ..core.request import FinishReason, Request
+from ..proto import kv_transfer_pb2
+from ..scheduling.admission import Admission
+from ..scheduling.attempts import Answer, NewTokens
+from ..scheduling.routing import Placement, place
+from .membership import WorkerPool
+from .session import DecodeLink, DecodeReport, PrefillLink, PrefillReport, TransferReport, WorkerLink
+from .timeline import Timeline
+
+logger = logging.getLogger(__name__)
+
+
+class Phase(Enum):
+    """What a request that has not ended waits for."""
+
+    QUEUED = "waiting for a worker"
+    GRANTING = "waiting for a grant of KV blocks"
+    PREFILLING = "being prefilled"
+    DECODING = "being decoded"
+
+
+class Job:
+    """One request from submission to its end. Made by `Dispatcher.open`."""
+
+    def __init__(self, request: Request, timeline: Timeline, deadline_at: float, order: int) -> None:
+        self.request = request  # as the live attempt sends it
+        self.answer = Answer(request.output_token_ids)
+        self.timeline = timeline
+        self.deadline_at = deadline_at
+        self.order = order
+        self.phase = Phase.QUEUED
+        self.queued_at = timeline.arrived_at
+        self.prefill: PrefillLink | None = None
+        self.decode: DecodeLink | None = None
+        self.avoid: set[str] = set()  # addresses of workers that failed it
+        self.num_failures = 0
+        self.error: SplitserveError | None = None
+        self.deadline_timer: asyncio.TimerHandle | None = None
+        self._num_read = len(request.output_token_ids)
+        self._reader: asyncio.Future[None] | None = None
+
+    def __lt__(self, other: Job) -> bool:
+        """Order of the queue: priority, then arrival; a retried request keeps its place."""
+        return (-self.request.priority, self.order) < (-other.request.priority, other.order)
+
+    async def read(self) -> list[int]:
+        """The next tokens, all that are there; [] once the answer is complete. Raises: SplitserveError: it failed."""
+        while True:
+            if new := self.answer.token_ids[self._num_read :]:
+                self._num_read += len(new)
+                return new
+            if self.error is not None:
+                raise self.error
+            if self.answer.ended:
+                return []
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+
+    def wake_reader(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+
+class Dispatcher:
+    """All live requests of one router. Implements `WorkerEvents`.
+
+    Args:
+        prefill_bound_s: seconds of prefill work that a worker may have outstanding.
+        max_attempts: failures of a request before its error goes to the client.
+        no_worker_wait_s: how long a request waits while nobody can serve it.
+    """
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        admission: Admission,
+        metrics: RouterMetrics,
+        recorder: Recorder,
+        *,
+        prefill_bound_s: float,
+        max_attempts: int,
+        no_worker_wait_s: float,
+    ) -> None:
+        self._pool = pool
+        self._admission = admission
+        self._metrics = metrics
+        self._recorder = recorder
+        self._prefill_bound_s = prefill_bound_s
+        self._max_attempts = max_attempts
+        self._no_worker_wait_s = no_worker_wait_s
+        self._jobs: dict[str, Job] = {}
+        self._queue: list[Job] = []  # heap; jobs that ended while queued stay until they surface
+        self._num_submitted = 0
+        self._unusable_since = time.monotonic()
+        self._give_up_timer: asyncio.TimerHandle | None = None
+        self.num_queued = 0
+        self.num_finished = 0
+        self.num_failed = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    @property
+    def num_live(self) -> int:
+        return len(self._jobs)
+
+    @contextmanager
+    def open(self, request: Request, *, arrived_at: float, deadline_at: float) -> Iterator[Job]:
+        """Submit a request; on leaving, whatever it still holds anywhere is freed.
+
+        Raises: Overloaded: no room. InvalidRequest: a live request has this id. DeadlineExceeded: it is past.
+        """
+        if request.request_id in self._jobs:
+            raise InvalidRequest(
+                f"request {request.request_id!r} is still live; read its stream, cancel it, or use another key",
+                field="idempotency_key",
+            )
+        timeline = Timeline(request_id=request.request_id, arrived_at=arrived_at, recorder=self._recorder)
+        timeline.mark(Event.ARRIVED, arrived_at)
+        self._admission.check(num_queued=self.num_queued, num_live=self.num_live)
+        now = time.monotonic()
+        if deadline_at <= now:
+            raise DeadlineExceeded("the deadline is in the past; send the request with more time")
+        timeline.mark(Event.ADMITTED, now)
+        job = Job(request, timeline, deadline_at, self._num_submitted)
+        self._num_submitted += 1
+        loop = asyncio.get_running_loop()
+        job.deadline_timer = loop.call_later(deadline_at - now, self._expire, job)
+        self._jobs[request.request_id] = job
+        self._metrics.live.set(len(self._jobs))
+        self.idle.clear()
+        self._enqueue(job)
+        try:
+            yield job
+        finally:
+            if time.monotonic() >= job.deadline_at:  # gRPC ends the call at the same moment as our timer does
+                self._expire(job)
+            self._end(job, Cancelled("the client went away"))
+
+    def finish(self, job: Job) -> None:
+        """The router itself found the end of the answer: a stop string."""
+        job.answer.finish_reason = FinishReason.STOP
+        self._end(job, None)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a live request; False if there is none of this id."""
+        job = self._jobs.get(request_id)
+        if job is None:
+            return False
+        self._end(job, Cancelled("the request was cancelled"))
+        return True
+
+    def close(self, error: SplitserveError) -> None:
+        """End every request with the error."""
+        for job in list(self._jobs.values()):
+            self._end(job, error)
+
+    # What workers tell.
+
+    def workers_changed(self) -> None:
+        was_usable = self._pool.usable
+        self._pool.refresh()
+        if was_usable and not self._pool.usable:
+            self._unusable_since = time.monotonic()
+        self._pump()
+
+    def granted(self, worker: WorkerLink, grant: kv_transfer_pb2.Grant) -> None:
+        job = self._live(worker, grant.request_id, grant.attempt)
+        if job is None or job.phase is not Phase.GRANTING or job.prefill is None:
+            return
+        now = time.monotonic()
+        job.phase = Phase.PREFILLING
+        job.timeline.granted_at = now
+        job.timeline.mark(Event.GRANTED, now, grant.attempt, worker=worker.worker_id)
+        job.timeline.mark(Event.PREFILL_QUEUED, now, grant.attempt, worker=job.prefill.worker_id)
+        job.prefill.run(job.request, job.deadline_at - now, grant)
+
+    def first_token(self, worker: WorkerLink, tokens: NewTokens, report: PrefillReport) -> None:
+        job = self._live(worker, tokens.request_id, tokens.attempt)
+        if job is None or job.prefill is None:
+            return
+        job.timeline.prefill = report
+        job.prefill.prefilled(tokens.request_id)
+        self._extend(job, worker, tokens)
+        self._pump()
+
+    def transferred(self, worker: WorkerLink, tokens: NewTokens, report: TransferReport) -> None:
+        job = self._live(worker, tokens.request_id, tokens.attempt)
+        if job is None or job.prefill is None:
+            return
+        now = time.monotonic()
+        job.phase = Phase.DECODING
+        job.timeline.transfer = report
+        job.timeline.mark(Event.TRANSFER_FINISHED, now, tokens.attempt, num_bytes=report.num_bytes)
+        job.timeline.mark(Event.DECODE_QUEUED, now, tokens.attempt, worker=worker.worker_id)
+        job.prefill.detach(tokens.request_id)  # from here on its death does not matter
+        self._extend(job, worker, tokens)
+
+    def decoded(self, worker: WorkerLink, tokens: NewTokens, report: DecodeReport | None) -> None:
+        job = self._live(worker, tokens.request_id, tokens.attempt)
+        if job is None:
+            return
+        if not job.timeline.decoding:
+            job.timeline.decoding = True
+            job.timeline.mark(Event.DECODE_STARTED, time.monotonic(), tokens.attempt, worker=worker.worker_id)
+        if report is not None:
+            job.timeline.decode = report
+        self._extend(job, worker, tokens)
+
+    def failed(self, worker: WorkerLink, request_id: str, attempt: int, error: SplitserveError) -> None:
+        job = self._live(worker, request_id, attempt)
+        if job is None or request_id not in worker.runs:
+            return
+        worker.detach(request_id)
+        if isinstance(error, Overloaded) and len(job.answer.token_ids) == len(job.request.output_token_ids):
+            # Refused before any work was done: no failure, the request waits for room as it would have before.
+            worker.full = True
+            self._requeue(job)
+        else:
+            self._attempt_failed(job, worker, error)
+
+    def lost(self, worker: WorkerLink, error: WorkerLost) -> None:
+        for request_id in list(worker.runs):
+            worker.detach(request_id)
+            self._attempt_failed(self._jobs[request_id], worker, error)
+
+    # The queue.
+
+    def _enqueue(self, job: Job) -> None:
+        job.phase = Phase.QUEUED
+        job.queued_at = time.monotonic()
+        heapq.heappush(self._queue, job)
+        self._count_queued(+1)
+        self._pump()
+
+    def _count_queued(self, change: int) -> None:
+        self.num_queued += change
+        self._metrics.queued.set(self.num_queued)
+
+    def _pump(self) -> None:
+        """Dispatch from the head of the queue while there is a pair for it; strict order, so that nobody starves."""
+        while self._queue:
+            job = self._queue[0]
+            if job.answer.ended:
+                heapq.heappop(self._queue)
+                continue
+            placement = place(
+                [link.load for link in self._pool.prefills.values() if link.takes_work],
+                [link.load for link in self._pool.decodes.values() if link.takes_work],
+                any_prefill_alive=self._pool.any_prefill_alive,
+                prefill_bound_s=self._prefill_bound_s,
+                avoid=job.avoid,
+            )
+            if placement is None:
+                break
+            heapq.heappop(self._queue)
+            self._count_queued(-1)
+            self._start(job, placement)
+        self._mind_the_queue()
+
+    def _start(self, job: Job, placement: Placement) -> None:
+        """Begin an attempt: ask for a grant, or have a colocated worker do everything."""
+        request, now = job.request, time.monotonic()
+        job.decode = decode = self._pool.decodes[placement.decode]
+        job.prefill = prefill = self._pool.prefills[placement.prefill] if placement.prefill is not None else None
+        job.timeline.dispatched(now, prefill.worker_id if prefill is not None else "", decode.worker_id)
+        decode.attach(request.request_id, blocks_for(request.num_tokens, decode.block_size))
+        if prefill is None:
+            job.phase = Phase.DECODING
+            job.timeline.mark(Event.PREFILL_QUEUED, now, request.attempt, worker=decode.worker_id)
+            decode.run_local(request, job.deadline_at - now)
+        else:
+            job.phase = Phase.GRANTING
+            prefill.attach(request.request_id, request.num_tokens)
+            decode.request_grant(request, job.deadline_at - now, prefill)
+
+    def _mind_the_queue(self) -> None:
+        """While nobody can serve, each queued request has `no_worker_wait_s`, then it is told."""
+        if self._give_up_timer is not None:
+            self._give_up_timer.cancel()
+            self._give_up_timer = None
+        if self._pool.usable or self.num_queued == 0:
+            return
+        oldest = min(job.queued_at for job in self._queue if not job.answer.ended)
+        wait_s = max(oldest, self._unusable_since) + self._no_worker_wait_s - time.monotonic()
+        self._give_up_timer = asyncio.get_running_loop().call_later(wait_s, self._give_up)
+
+    def _give_up(self) -> None:
+        self._give_up_timer = None
+        latest = time.monotonic() - self._no_worker_wait_s + 0.001  # timers may fire that early
+        for job in [job for job in self._queue if not job.answer.ended]:
+            if max(job.queued_at, self._unusable_since) <= latest:
+                self._end(
+                    job,
+                    Unavailable(
+                        f"no pair of prefill and decode worker was ready within {self._no_worker_wait_s:g} s; "
+                        "try again, or see the router's status for why",
+                        retry_after_s=1.0,
+                    ),
+                )
+        self._mind_the_queue()
+
+    # Attempts and the end.
+
+    def _live(self, worker: WorkerLink, request_id: str, attempt: int) -> Job | None:
+        """The job that a message is for; None, and counted, if it is of a revoked attempt or of nobody."""
+        job = self._jobs.get(request_id)
+        if job is None or attempt != job.answer.attempt or (worker is not job.prefill and worker is not job.decode):
+            self._metrics.stale_messages.inc()
+            return None
+        return job
+
+    def _extend(self, job: Job, worker: WorkerLink, tokens: NewTokens) -> None:
+        try:
+            grown = job.answer.accept(tokens)
+        except KvCorrupted as error:
+            self._attempt_failed(job, worker, error)
+            return
+        if grown:
+            self._metrics.tokens.inc(grown)
+            job.timeline.last_token_at = now = time.monotonic()
+            if job.timeline.first_token_at is None:
+                job.timeline.first_token_at = now
+                job.timeline.mark(Event.FIRST_TOKEN, now, tokens.attempt)
+            job.wake_reader()
+        if job.answer.finish_reason is not None:
+            for link in (job.prefill, job.decode):  # both free by themselves what a complete answer held
+                if link is not None:
+                    link.detach(tokens.request_id)
+            self._end(job, None)
+
+    def _attempt_failed(self, job: Job, worker: WorkerLink, error: SplitserveError) -> None:
+        job.num_failures += 1
+        if not error.retryable or job.num_failures >= self._max_attempts:
+            self._end(job, error)
+            return
+        # A transfer's failure is told by the receiver; the sender is as likely its cause, and is the cheaper to avoid.
+        culprit = job.prefill if isinstance(error, TransferFailed) and job.prefill is not None else worker
+        job.avoid.add(culprit.address)
+        self._metrics.retries.inc()
+        logger.warning("request %s: attempt %d: %s", job.request.request_id, job.request.attempt, error.message)
+        self._requeue(job)
+
+    def _requeue(self, job: Job) -> None:
+        """Revoke the attempt and queue the next, which goes on after the tokens that are there."""
+        self._revoke(job)
+        attempt = job.answer.next_attempt()
+        job.request = replace(job.request, attempt=attempt, output_token_ids=tuple(job.answer.token_ids))
+        job.timeline.mark(Event.RESUMED, time.monotonic(), attempt)
+        self._enqueue(job)
+
+    def _revoke(self, job: Job) -> None:
+        for link in (job.prefill, job.decode):
+            if link is not None:
+                link.cancel(job.request.request_id, job.request.attempt)
+        job.prefill = job.decode = None
+
+    def _expire(self, job: Job) -> None:
+        given = len(job.answer.token_ids)
+        self._end(
+            job, DeadlineExceeded(f"the deadline passed while the request was {job.phase.value}, after {given} tokens")
+        )
+
+    def _end(self, job: Job, error: SplitserveError | None) -> None:
+        """The one terminal event; later calls do nothing."""
+        if not job.answer.end():
+            return
+        now = time.monotonic()
+        if job.phase is Phase.QUEUED:
+            self._count_queued(-1)
+        self._revoke(job)
+        if job.deadline_timer is not None:
+            job.deadline_timer.cancel()
+        del self._jobs[job.request.request_id]
+        job.error = error
+        job.timeline.ended_at = now
+        self._admission.left(now)
+        self._record_end(job, now)
+        if not self._jobs:
+            self.idle.set()
+        job.wake_reader()
+        self._pump()
+
+    def _record_end(self, job: Job, now: float) -> None:
+        reason, error, timeline, metrics = job.answer.finish_reason, job.error, job.timeline, self._metrics
+        outcome = error.code if error is not None else reason.value if reason is not None else "internal"
+        if error is None:
+            event = Event.FINISHED
+            self.num_finished += 1
+        else:
+            event = Event.CANCELLED if isinstance(error, Cancelled) else Event.FAILED
+            self.num_failed += 1
+        timeline.mark(event, now, job.request.attempt, outcome=outcome)
+        metrics.requests.labels(outcome).inc()
+        metrics.live.set(len(self._jobs))
+        metrics.duplicate_tokens.inc(job.answer.num_duplicates)
+        if timeline.first_token_at is not None:
+            metrics.ttft_seconds.observe(timeline.first_token_at - timeline.arrived_at)
+            num_gaps = len(job.answer.token_ids) - 1
+            if error is None and num_gaps > 0:
+                metrics.tpot_seconds.observe((now - timeline.first_token_at) / num_gaps)

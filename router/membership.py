@@ -1,0 +1,116 @@
+"""The workers that the router knows, and which of them go together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Iterator
+from typing import TypeVar
+
+from ..core.metrics import RouterMetrics
+from ..proto import worker_pb2
+from ..scheduling.admission import ModelLimits
+from .session import DecodeLink, PrefillLink, WorkerEvents, WorkerLink
+
+L = TypeVar("L", bound=WorkerLink)
+
+
+class WorkerPool:
+    """Every worker on the list, and whether they go together.
+
+    All workers of a pool serve one model with one KV geometry, the one that the first of them brought; others are
+    refused until it has gone.
+    """
+
+    def __init__(self, model: str, router_id: str, metrics: RouterMetrics) -> None:
+        self._model = model
+        self._router_id = router_id
+        self._metrics = metrics
+        self._geometry = ""
+        self.prefills: dict[str, PrefillLink] = {}
+        self.decodes: dict[str, DecodeLink] = {}
+        self.limits: ModelLimits | None = None  # what the workers can do; None until the first one said hello
+        self.usable = False  # somebody can serve a request, now or when it is less busy
+        self.usable_changed = asyncio.Event()  # for the one task that tells health watchers, which clears it
+        self.known = asyncio.Event()  # `limits` is set
+
+    def __iter__(self) -> Iterator[WorkerLink]:
+        yield from self.prefills.values()
+        yield from self.decodes.values()
+
+    @property
+    def any_prefill_alive(self) -> bool:
+        return any(link.state == "ready" for link in self.prefills.values())
+
+    def set_workers(self, prefill: Collection[str], decode: Collection[str], events: WorkerEvents) -> None:
+        """Replace the list. Workers already known keep their sessions; those gone finish what they run."""
+        self._replace(self.prefills, prefill, lambda at: PrefillLink(at, self._router_id, events, self._judge))
+        self._replace(self.decodes, decode, lambda at: DecodeLink(at, self._router_id, events, self._judge))
+        events.workers_changed()
+
+    def refresh(self) -> None:
+        """Look again at who goes with whom; called whenever a worker came, went or reported."""
+        if not any(self._sets_geometry(link) for link in self):
+            self._geometry = ""
+        for link in self:
+            link.reconsider()
+        ready_prefills = sum(link.state == "ready" for link in self.prefills.values())
+        ready_decodes = [link for link in self.decodes.values() if link.state == "ready"]
+        self._metrics.workers.labels("prefill").set(ready_prefills)
+        self._metrics.workers.labels("decode").set(len(ready_decodes))
+        usable = any(link.colocated for link in ready_decodes) or (ready_prefills > 0 and bool(ready_decodes))
+        infos = [link.info for link in self if link.info is not None and link.state != "refused"]
+        if infos:
+            self.limits = ModelLimits(
+                max_model_len=min(info.max_model_len for info in infos),
+                vocab_size=min(info.vocab_size for info in infos),
+                eos_token_ids=frozenset(infos[0].eos_token_ids),
+            )
+            self.known.set()
+        if usable != self.usable:
+            self.usable = usable
+            self.usable_changed.set()
+
+    async def close(self) -> None:
+        """End every session."""
+        links = list(self)
+        for link in links:
+            link.stop()
+        await asyncio.gather(*(link.join() for link in links))
+
+    def _replace(self, known: dict[str, L], wanted: Collection[str], make: Callable[[str], L]) -> None:
+        for address in wanted:
+            link = known.get(address)
+            if link is not None and not link.stopping:
+                link.retired = False
+            else:
+                known[address] = make(address)
+                known[address].start(lambda gone: self._gone(known, gone))
+        for address, link in known.items():
+            if address not in wanted:
+                link.retire()
+
+    @staticmethod
+    def _gone(known: dict[str, L], link: WorkerLink) -> None:
+        if known.get(link.address) is link:
+            del known[link.address]
+
+    def _sets_geometry(self, link: WorkerLink) -> bool:
+        return link.info is not None and link.state != "refused" and link.info.geometry_digest == self._geometry
+
+    def _judge(self, link: WorkerLink) -> str:
+        """Why the worker cannot be used; "" if it can."""
+        info = link.info
+        assert info is not None
+        if (info.role == worker_pb2.ROLE_PREFILL) != (link.role == "prefill"):
+            return (
+                f"it is listed as a {link.role} worker, but is a {worker_pb2.Role.Name(info.role)[5:].lower()} worker"
+            )
+        if info.model != self._model:
+            return f"it serves model {info.model!r}, this router serves {self._model!r}; start both with the same one"
+        self._geometry = self._geometry or info.geometry_digest
+        if info.geometry_digest != self._geometry:
+            return (
+                f"its KV geometry is {info.geometry_digest}, that of the workers before it {self._geometry}; "
+                "all need the same model revision and KV dtype"
+            )
+        return ""

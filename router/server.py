@@ -1,0 +1,163 @@
+"""The router process: its options, its parts put together, start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core import metrics
+from ..core.errors import AddressInUse, Unavailable
+from ..core.events import Recorder
+from ..core.metrics import RouterMetrics
+from ..engine.model_files import resolve_model
+from ..proto.server import RpcServer
+from ..scheduling.admission import Admission
+from .dispatch import Dispatcher
+from .frontend import ADMIN, INFERENCE, Inference, RouterAdmin, add_to_server
+from .membership import WorkerPool
+from .text import ModelText
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterOptions:
+    """One router process. `port` and `metrics_port` 0 take free ports."""
+
+    model: str  # whose tokenizer it uses: built in, a directory, a .gguf file or a hub id
+    model_name: str = ""  # name that requests ask for, the same as the workers'; empty takes `model`
+    prefill: tuple[str, ...] = ()  # host:port of each prefill worker; more come through SetWorkers
+    decode: tuple[str, ...] = ()  # host:port of each decode or colocated worker
+    host: str = "127.0.0.1"
+    port: int = 50051
+    metrics_port: int = 0
+    router_id: str = ""  # unique in the cluster; empty makes one
+    max_queued: int = 256  # requests waiting for dispatch; more are refused
+    max_live: int = 8_192  # requests not ended; more are refused
+    prefill_bound_s: float = 0.2  # seconds of prefill work that a worker may have outstanding
+    max_attempts: int = 3  # failures of a request before its error goes to the client
+    default_timeout_s: float = 600.0  # deadline of a call that has none
+    no_worker_wait_s: float = 4.0  # how long a request waits while nobody can serve it
+    drain_timeout_s: float = 5.0  # how long SIGTERM waits for live requests
+    trace_dir: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """What a started process tells its parent."""
+
+    address: str
+    metrics_address: str
+    pid: int
+    boot_id: str
+
+
+class Router:
+    """One router: made on a running event loop, then `start` and `stop`.
+
+    Raises: AddressInUse, ModelLoadFailed: it cannot start.
+    """
+
+    def __init__(self, options: RouterOptions) -> None:
+        self.options = options
+        self.boot_id = secrets.token_hex(8)
+        model_name = options.model_name or options.model
+        text = ModelText(resolve_model(options.model))
+        self._registry = metrics.new_registry()
+        self.metrics = RouterMetrics(self._registry)
+        self.recorder = Recorder(options.router_id or "router", options.trace_dir)
+        self.pool = WorkerPool(model_name, self.boot_id, self.metrics)
+        self.dispatcher = Dispatcher(
+            self.pool,
+            Admission(max_queued=options.max_queued, max_live=options.max_live),
+            self.metrics,
+            self.recorder,
+            prefill_bound_s=options.prefill_bound_s,
+            max_attempts=options.max_attempts,
+            no_worker_wait_s=options.no_worker_wait_s,
+        )
+        self._inference = Inference(
+            model_name,
+            text,
+            self.pool,
+            self.dispatcher,
+            default_timeout_s=options.default_timeout_s,
+            no_worker_wait_s=options.no_worker_wait_s,
+        )
+        self._rpc = RpcServer(options.host, options.port, [INFERENCE, ADMIN])
+        add_to_server(self._rpc.server, self._inference, RouterAdmin(self.pool, self.dispatcher))
+        self._health: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> str:
+        return self._rpc.address
+
+    async def start(self) -> Ready:
+        """Serve. Health says serving as soon as a pair of workers is ready."""
+        options = self.options
+        try:
+            metrics_port = metrics.serve(self._registry, options.host, options.metrics_port)
+        except OSError as error:
+            raise AddressInUse(
+                f"cannot serve metrics on {options.host}:{options.metrics_port}: {error}; choose another --metrics-port"
+            ) from error
+        await self._rpc.start()
+        await self._rpc.set_serving(False)
+        self._health = asyncio.create_task(self._tell_health())
+        self.pool.set_workers(options.prefill, options.decode, self.dispatcher)
+        logger.info("router on %s, metrics on port %d", self.address, metrics_port)
+        host = self.address.rpartition(":")[0]
+        return Ready(
+            address=self.address,
+            metrics_address=f"{host}:{metrics_port}",
+            pid=os.getpid(),
+            boot_id=self.boot_id,
+        )
+
+    async def stop(self, drain_timeout_s: float = 0.0) -> None:
+        """Take no new requests, give live ones `drain_timeout_s`, end the rest with a typed error, and go."""
+        self._inference.draining = True
+        if self._health is not None:
+            self._health.cancel()
+            await self._rpc.set_serving(False)
+        try:
+            async with asyncio.timeout(drain_timeout_s):
+                await self.dispatcher.idle.wait()
+        except TimeoutError:
+            self.dispatcher.close(Unavailable("the router is shutting down; send the request again", retry_after_s=1.0))
+        await self._rpc.stop()
+        await self.pool.close()
+        self.recorder.close()
+
+    async def _tell_health(self) -> None:
+        while True:
+            await self.pool.usable_changed.wait()
+            self.pool.usable_changed.clear()
+            await self._rpc.set_serving(self.pool.usable)
+            logger.info("%s", "serving" if self.pool.usable else "not serving: no pair of workers is ready")
+
+
+async def serve_async(options: RouterOptions, ready: Callable[[Ready], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT. `ready` is called once the address answers."""
+    router = Router(options)
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    try:
+        told = await router.start()
+        if ready is not None:
+            ready(told)
+        await stopped.wait()
+    finally:
+        await router.stop(options.drain_timeout_s)
+
+
+def serve(options: RouterOptions, ready: Callable[[Ready], None] | None = None) -> None:
+    """Run a router in this process. Raises: SplitserveError: it cannot start."""
+    asyncio.run(serve_async(options, ready))

@@ -1,0 +1,424 @@
+"""One session per worker, in both dialects: kept alive, checked, and given up when it goes silent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import grpc
+import grpc.aio
+
+from ..core.errors import ProtocolMismatch, SplitserveError, WorkerLost
+from ..core.request import Request
+from ..proto import kv_transfer_pb2, worker_pb2, worker_pb2_grpc
+from ..proto.convert import PROTOCOL_VERSION, check_protocol, failure_from_proto, reason_from_proto, request_to_proto
+from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
+from ..scheduling.attempts import NewTokens
+from ..scheduling.routing import DecodeLoad, PrefillLoad
+
+logger = logging.getLogger(__name__)
+
+SILENCE_S = 3.0  # a worker reports at least once a second; silent for this long it hangs, or its host does
+MIN_RECONNECT_S, MAX_RECONNECT_S = 0.1, 1.0
+
+State = Literal["connecting", "ready", "draining", "refused"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillReport:
+    """What a prefill worker measured, with the first token."""
+
+    queue_s: float
+    prefill_s: float
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferReport:
+    """What a decode worker measured of one committed transfer."""
+
+    transport: str
+    num_bytes: int
+    transfer_s: float
+    exposed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeReport:
+    """What a decode worker knows about an attempt at its end."""
+
+    queue_s: float
+    prefill_s: float  # local runs
+    preemptions: int
+    num_cached_tokens: int  # local runs
+
+
+class WorkerEvents(Protocol):
+    """What workers tell; called on the event loop, must not block."""
+
+    def workers_changed(self) -> None: ...
+    def granted(self, worker: WorkerLink, grant: kv_transfer_pb2.Grant) -> None: ...
+    def first_token(self, worker: WorkerLink, tokens: NewTokens, report: PrefillReport) -> None: ...
+    def transferred(self, worker: WorkerLink, tokens: NewTokens, report: TransferReport) -> None: ...
+    def decoded(self, worker: WorkerLink, tokens: NewTokens, report: DecodeReport | None) -> None: ...
+    def failed(self, worker: WorkerLink, request_id: str, attempt: int, error: SplitserveError) -> None: ...
+    def lost(self, worker: WorkerLink, error: WorkerLost) -> None: ...
+
+
+class WorkerLink:
+    """One worker as the router sees it, and the session with it. `PrefillLink` and `DecodeLink` speak its two dialects.
+
+    Args:
+        address: host:port of the worker's session service.
+        judge: tells, from the worker's introduction, why it cannot be used ("" if it can).
+    """
+
+    role: Literal["prefill", "decode"]
+    _service: str
+
+    def __init__(self, address: str, router_id: str, events: WorkerEvents, judge: Callable[[WorkerLink], str]) -> None:
+        self.address = address
+        self.reason = "not connected yet"
+        self.info: worker_pb2.WorkerInfo | None = None  # None while there is no session
+        self.status = worker_pb2.WorkerStatus()
+        self.full = False  # it said "overloaded"; asked again after its next status or when a run here ends
+        self.retired = False  # no longer on the list: finishes what it runs
+        self.runs: dict[str, int] = {}  # request id to the load it adds (prefill tokens or KV blocks)
+        self._refusal = ""
+        self._router_id = router_id
+        self._events = events
+        self._judge = judge
+        self._outbox: asyncio.Queue[Any] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> State:
+        if self._refusal:
+            return "refused"
+        if self.info is None:
+            return "connecting"
+        return "draining" if self.retired or self.status.draining or self.status.stalled else "ready"
+
+    @property
+    def takes_work(self) -> bool:
+        return self.state == "ready" and not self.full
+
+    @property
+    def worker_id(self) -> str:
+        return self.info.worker_id if self.info is not None else self.address
+
+    @property
+    def shown_role(self) -> str:
+        """For the operator: prefill, decode or colocated."""
+        return self.role
+
+    def attach(self, request_id: str, load: int) -> None:
+        """Count a run that is about to be sent."""
+        self.runs[request_id] = load
+
+    def detach(self, request_id: str) -> None:
+        """Forget a run; a retired worker without runs lets go of its session."""
+        if self.runs.pop(request_id, None) is not None:
+            self.full = False
+        if self.retired and not self.runs:
+            self.stop()
+
+    def cancel(self, request_id: str, attempt: int) -> None:
+        """Tell the worker to free whatever the attempt holds, and forget it."""
+        if request_id in self.runs:
+            self._send(cancel=worker_pb2.CancelRun(request_id=request_id, attempt=attempt))
+            self.detach(request_id)
+
+    @property
+    def stopping(self) -> bool:
+        return self._task is not None and (self._task.done() or self._task.cancelling() > 0)
+
+    def start(self, on_gone: Callable[[WorkerLink], object]) -> None:
+        """Keep a session until stopped; `on_gone` is called after that."""
+        self._task = asyncio.create_task(self._keep_session(), name=f"session with {self.address}")
+        self._task.add_done_callback(lambda _: on_gone(self))
+
+    def retire(self) -> None:
+        """Take no new work; stop when nothing runs here any more."""
+        self.retired = True
+        if not self.runs:
+            self.stop()
+
+    def stop(self) -> None:
+        """End the session; the worker frees what we had running there."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def join(self) -> None:
+        if self._task is not None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    def reconsider(self) -> None:
+        """Judge again: what it was compared with has changed."""
+        if self.info is not None:
+            self._refusal = self._judge(self)
+            self.reason = self._refusal or ("stalled: work is queued, no step finishes" if self.status.stalled else "")
+
+    def _send(self, **message: Any) -> None:
+        raise NotImplementedError
+
+    def _open(self, channel: grpc.aio.Channel, requests: AsyncIterator[Any]) -> Any:
+        raise NotImplementedError
+
+    def _received(self, kind: str, message: Any) -> None:
+        raise NotImplementedError
+
+    async def _keep_session(self) -> None:
+        """Session after session until stopped, with back-off between them."""
+        delay_s = MIN_RECONNECT_S
+        while True:
+            reason, refusal = "the worker ended the session", ""
+            try:
+                async with asyncio.timeout(SILENCE_S) as watchdog:
+                    await self._session(watchdog)
+            except asyncio.CancelledError:
+                reason = "the router let go of it"
+                raise
+            except TimeoutError:
+                reason = f"no word for {SILENCE_S:g} s: the worker or its host hangs"
+            except grpc.aio.AioRpcError as error:
+                reason = f"{error.code().name}: {error.details()}"
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    reason = refusal = f"nothing at {self.address} is a {self.role} worker"
+                elif isinstance(from_rpc_error(error), ProtocolMismatch):
+                    refusal = reason
+            except ProtocolMismatch as error:
+                reason = refusal = error.message
+            finally:  # also when stopped
+                was_up, self.info = self.info is not None, None
+                self._refusal, self.full = refusal, False
+                if reason != self.reason:
+                    logger.warning("%s worker %s: %s", self.role, self.address, reason)
+                self.reason = reason
+                if was_up:
+                    self._events.lost(self, WorkerLost(f"{self.role} worker {self.address} was lost: {reason}"))
+                    self.runs.clear()
+                self._events.workers_changed()
+            delay_s = MIN_RECONNECT_S if was_up else min(2 * delay_s, MAX_RECONNECT_S)
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # back-off, not polling
+
+    async def _session(self, watchdog: asyncio.Timeout) -> None:
+        """One session from hello to its end. A fresh channel, so that no back-off of an old one delays it."""
+        loop = asyncio.get_running_loop()
+        outbox = self._outbox = asyncio.Queue()
+        self._send(hello=worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_id=self._router_id))
+        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+            call = self._open(channel, _drain(outbox))
+            try:
+                async for message in call:
+                    watchdog.reschedule(loop.time() + SILENCE_S)
+                    kind = message.WhichOneof("message")
+                    body: Any = getattr(message, kind) if kind else None
+                    if kind == "hello":
+                        self._hello(body)
+                    elif self.info is None:
+                        raise ProtocolMismatch(f"{self.address} sent {kind} before its hello")
+                    elif kind == "status":
+                        self._status(body)
+                    elif kind == "failed":
+                        error = failure_from_proto(body.failure)
+                        self._events.failed(self, body.request_id, body.attempt, error)
+                    elif kind is not None:  # None: a message of a newer minor version, not for us
+                        self._received(kind, body)
+            finally:
+                call.cancel()
+                outbox.put_nowait(None)  # ends _drain, which the call no longer reads
+
+    def _hello(self, info: worker_pb2.WorkerInfo) -> None:
+        check_protocol(info.protocol_version, f"{self.role} worker {self.address}")
+        self.info = info
+        self.status = worker_pb2.WorkerStatus()
+        self.reconsider()
+        logger.info("%s worker %s (%s): %s", self.role, self.address, info.worker_id, self.reason or "connected")
+        self._events.workers_changed()
+
+    def _status(self, status: worker_pb2.WorkerStatus) -> None:
+        self.status = status
+        self.full = False
+        self.reconsider()
+        self._events.workers_changed()
+
+
+async def _drain(outbox: asyncio.Queue[Any]) -> AsyncIterator[Any]:
+    while (message := await outbox.get()) is not None:
+        yield message
+
+
+class PrefillLink(WorkerLink):
+    """A prefill worker. The load of a run is its prompt tokens until the first token is there, then 0."""
+
+    role = "prefill"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._own_tokens = 0  # of our runs without a first token
+        self._others_tokens = 0  # of other routers' runs, as of the last status
+
+    @property
+    def boot_id(self) -> str:
+        return self.info.boot_id if self.info is not None else ""
+
+    @property
+    def kv_address(self) -> str:
+        return self.info.kv_address if self.info is not None else ""
+
+    @property
+    def load(self) -> PrefillLoad:
+        return PrefillLoad(
+            worker=self.address,
+            outstanding_tokens=self._own_tokens + self._others_tokens,
+            tokens_per_s=self.status.prefill_tokens_per_s,
+        )
+
+    def attach(self, request_id: str, load: int) -> None:
+        self._own_tokens += load
+        super().attach(request_id, load)
+
+    def detach(self, request_id: str) -> None:
+        self._own_tokens -= self.runs.get(request_id, 0)
+        super().detach(request_id)
+
+    def prefilled(self, request_id: str) -> None:
+        """The run computes no more; it only holds KV until that has moved."""
+        self._own_tokens -= self.runs.get(request_id, 0)
+        self.runs[request_id] = 0
+
+    def run(self, request: Request, timeout_s: float, grant: kv_transfer_pb2.Grant) -> None:
+        work = request_to_proto(request, timeout_s)
+        self._send(run=worker_pb2.RunPrefill(request=work, grant=grant))
+
+    def _send(self, **message: Any) -> None:
+        self._outbox.put_nowait(worker_pb2.PrefillSessionRequest(**message))
+
+    def _open(self, channel: grpc.aio.Channel, requests: AsyncIterator[Any]) -> Any:
+        self._own_tokens = self._others_tokens = 0
+        return worker_pb2_grpc.PrefillWorkerStub(channel).PrefillSession(requests)
+
+    def _status(self, status: worker_pb2.WorkerStatus) -> None:
+        self._others_tokens = max(0, status.num_outstanding_prefill_tokens - self._own_tokens)
+        super()._status(status)
+
+    def _received(self, kind: str, message: Any) -> None:
+        if kind == "first_token":
+            self._events.first_token(
+                self,
+                NewTokens(
+                    request_id=message.request_id,
+                    attempt=message.attempt,
+                    index=message.index,
+                    token_ids=(message.token_id,),
+                    finish_reason=reason_from_proto(message.finish_reason),
+                ),
+                PrefillReport(
+                    queue_s=message.prefill_queue_s,
+                    prefill_s=message.prefill_s,
+                    num_cached_tokens=message.num_cached_tokens,
+                ),
+            )
+
+
+_TRANSPORTS = {
+    kv_transfer_pb2.TRANSPORT_GRPC: "grpc",
+    kv_transfer_pb2.TRANSPORT_SHARED_MEMORY: "shared_memory",
+}
+
+
+class DecodeLink(WorkerLink):
+    """A decode or colocated worker. The load of a run is its KV blocks until the next status counts them, then 0."""
+
+    role = "decode"
+
+    @property
+    def colocated(self) -> bool:
+        return self.info is not None and self.info.role == worker_pb2.ROLE_COLOCATED
+
+    @property
+    def shown_role(self) -> str:
+        return "colocated" if self.colocated else self.role
+
+    @property
+    def block_size(self) -> int:
+        return (self.info.block_size if self.info is not None else 0) or 16
+
+    @property
+    def load(self) -> DecodeLoad:
+        available = self.status.num_free_blocks + self.status.num_cached_blocks
+        return DecodeLoad(
+            worker=self.address,
+            available_blocks=available - sum(self.runs.values()),
+            num_sequences=max(self.status.num_running + self.status.num_waiting, len(self.runs)),
+            colocated=self.colocated,
+        )
+
+    def request_grant(self, request: Request, timeout_s: float, prefill: PrefillLink) -> None:
+        grant = worker_pb2.RequestGrant(
+            request=request_to_proto(request, timeout_s),
+            kv_address=prefill.kv_address,
+            prefill_boot_id=prefill.boot_id,
+        )
+        self._send(grant=grant)
+
+    def run_local(self, request: Request, timeout_s: float) -> None:
+        self._send(run=worker_pb2.RunLocal(request=request_to_proto(request, timeout_s)))
+
+    def _send(self, **message: Any) -> None:
+        self._outbox.put_nowait(worker_pb2.DecodeSessionRequest(**message))
+
+    def _open(self, channel: grpc.aio.Channel, requests: AsyncIterator[Any]) -> Any:
+        return worker_pb2_grpc.DecodeWorkerStub(channel).DecodeSession(requests)
+
+    def _status(self, status: worker_pb2.WorkerStatus) -> None:
+        self.runs = dict.fromkeys(self.runs, 0)
+        super()._status(status)
+
+    def _received(self, kind: str, message: Any) -> None:
+        if kind == "tokens":
+            for entry in message.sequences:
+                self._decoded(entry)
+        elif kind == "grant":
+            self._events.granted(self, message)
+        elif kind == "transfer_done":
+            self._events.transferred(
+                self,
+                NewTokens(
+                    request_id=message.request_id,
+                    attempt=message.attempt,
+                    index=message.index,
+                    token_ids=(message.first_token_id,),
+                ),
+                TransferReport(
+                    transport=_TRANSPORTS.get(message.transport, "unknown"),
+                    num_bytes=message.num_bytes,
+                    transfer_s=message.transfer_s,
+                    exposed_s=message.transfer_exposed_s,
+                ),
+            )
+
+    def _decoded(self, entry: worker_pb2.SequenceTokens) -> None:
+        tokens = NewTokens(
+            request_id=entry.request_id,
+            attempt=entry.attempt,
+            index=entry.index,
+            token_ids=tuple(entry.token_ids),
+            finish_reason=reason_from_proto(entry.finish_reason),
+        )
+        report = None
+        if entry.HasField("report"):
+            report = DecodeReport(
+                queue_s=entry.report.queue_s,
+                prefill_s=entry.report.prefill_s,
+                preemptions=entry.report.preemptions,
+                num_cached_tokens=entry.report.num_cached_tokens,
+            )
+        self._events.decoded(self, tokens, report)

@@ -1,0 +1,202 @@
+"""Text to token ids and back: chat template, tokenise once, detokenise as tokens come, stop strings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from ..core.errors import InvalidRequest, ModelLoadFailed
+
+LONG_TEXT_CHARS = 4_096  # from here on tokenising leaves the event loop
+MAX_STOP_STRINGS = 16
+
+
+class ModelText:
+    """A model's tokenizer and chat template. Imports neither torch nor transformers: the router starts in a moment.
+
+    Args: directory: holds tokenizer.json, and for chat tokenizer_config.json or chat_template.jinja.
+    Raises: ModelLoadFailed: a file is missing or damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise ModelLoadFailed(
+                f"there is no tokenizer.json in {directory}; make one with transformers: "
+                "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
+            )
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ModelLoadFailed(f"{path} is damaged: {error}; fetch the model again") from error
+        self.tokenizer.no_truncation()  # a prompt that is too long is an error, not a shorter prompt
+        self.tokenizer.no_padding()
+        config = _read_json(directory / "tokenizer_config.json")
+        self._special = {
+            name: _token_text(config[name]) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+            if config.get(name) is not None
+        }  # fmt: skip
+        self._template = _load_template(directory, config)
+
+    async def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, with the special tokens (BOS) that the model's tokenizer adds to it."""
+        return await self._encode(text, special_tokens=True)
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's turn. The template writes BOS itself.
+
+        Raises: InvalidRequest: there is no chat template, or it refuses the conversation.
+        """
+        return await self._encode(self.render(messages), special_tokens=False)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The conversation as text. Raises: InvalidRequest."""
+        if self._template is None:
+            raise InvalidRequest("the model has no chat template; send text or token ids", field="messages")
+        if not messages:
+            raise InvalidRequest("the conversation is empty; send at least one message", field="messages")
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=True, **self._special)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise InvalidRequest(f"the chat template refuses the conversation: {error}", field="messages") from error
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token's own text."""
+        return [self.tokenizer.decode([token_id], skip_special_tokens=False) for token_id in token_ids]
+
+    async def _encode(self, text: str, *, special_tokens: bool) -> list[int]:
+        check_utf8(text)
+        if len(text) < LONG_TEXT_CHARS:
+            return list(self.tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+        return list((await self.tokenizer.async_encode(text, add_special_tokens=special_tokens)).ids)
+
+
+def check_utf8(text: str) -> None:
+    """Raises: InvalidRequest: a lone surrogate, which no UTF-8 text has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"the text is not valid Unicode at character {error.start} ({error.reason}); send UTF-8", field="text"
+        ) from error
+
+
+class AnswerText:
+    """The text of one answer as its tokens come.
+
+    Text leaves only when it is certain: no partial character, and nothing that may turn out to be a stop string.
+    """
+
+    def __init__(self, model_text: ModelText, stop: Sequence[str] = ()) -> None:
+        if len(stop) > MAX_STOP_STRINGS or not all(stop):
+            raise InvalidRequest(
+                f"stop has {len(stop)} strings{'' if all(stop) else ', one of them empty'}; "
+                f"send at most {MAX_STOP_STRINGS}, none empty",
+                field="stop",
+            )
+        self._tokenizer = model_text.tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop = tuple(stop)
+        self._pending: list[int] = []  # tokens whose text is not out of the decoder yet
+        self._held = ""  # text that may be the beginning of a stop string
+        self.stopped = False  # a stop string was found; text ends before it
+
+    def push(self, token_ids: Sequence[int]) -> tuple[str, int]:
+        """Text that became certain, and how many of the tokens were used: not all if a stop string came before."""
+        parts = []
+        for used, token_id in enumerate(token_ids, 1):
+            self._pending.append(token_id)
+            text = self._stream.step(self._tokenizer, token_id)
+            if text is None:
+                continue
+            self._pending.clear()
+            parts.append(self._until_stop(text) if self._stop else text)
+            if self.stopped:
+                return "".join(parts), used
+        return "".join(parts), len(token_ids)
+
+    def flush(self) -> str:
+        """What is left at the end of the answer: held text, and a last character that never became whole."""
+        text, self._held = self._held, ""
+        if self._pending and not self.stopped:
+            text += self._tokenizer.decode(self._pending, skip_special_tokens=True)
+        return text
+
+    def _until_stop(self, text: str) -> str:
+        """Of the stop strings in the text the one that ends first counts, however the text was cut into tokens."""
+        text = self._held + text
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelLoadFailed(f"{path} is damaged: {error}; fetch the model again") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _token_text(token: Any) -> str:
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def _load_template(directory: Path, config: Mapping[str, Any]) -> jinja2.Template | None:
+    """The model's chat template, compiled as transformers does; it is the model's code, so it runs in a sandbox."""
+    path = directory / "chat_template.jinja"
+    source: Any = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+    if isinstance(source, list):  # several named ones
+        source = {row["name"]: row["template"] for row in source}.get("default")
+    if source is None:
+        return None
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise ModelLoadFailed(f"the chat template in {directory} is damaged: {error}") from error
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` marks the assistant's words for training; here it is only its body."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja2's own declaration
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
