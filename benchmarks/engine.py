@@ -106,7 +106,7 @@ def generate_batch_decode(model: PreTrainedModel, batch: int, context: int, step
     prompt = torch.randint(10, 1000, (context,), generator=torch.Generator().manual_seed(SEED)).tolist()
     outputs = model.generate_batch(  # type: ignore[operator]
         inputs=[prompt] * batch,
-        generation_config=GenerationConfig(
+        generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=steps + 1, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cache=True
         ),
         continuous_batching_config=ContinuousBatchingConfig(
@@ -119,7 +119,7 @@ def generate_batch_decode(model: PreTrainedModel, batch: int, context: int, step
     # From the moment when all run to the moment when the first ends: prefill is over, the batch is full.
     began_s, ended_s = max(t[0] for t in times), min(t[-1] for t in times)
     tokens = sum(sum(began_s < t <= ended_s for t in stamps) for stamps in times)
-    return tokens / (ended_s - began_s)
+    return float(tokens / (ended_s - began_s))
 
 
 def engine_prefill(engine: Engine, tokens: int) -> float:
