@@ -40,7 +40,7 @@ def config(**overrides: Any) -> ClusterConfig:
 
 async def until(controller: Controller, condition: Callable[[ClusterView], bool]) -> ClusterView:
     async with asyncio.timeout(20):
-        while not condition(controller.view()):  # noqa: ASYNC110 (a view for screens has no event)
+        while not condition(controller.view()):
             await asyncio.sleep(0.02)
     return controller.view()
 

@@ -74,7 +74,7 @@ async def test_a_process_that_never_serves_is_killed_in_time(tmp_path: Path) -> 
 
 async def test_a_cancelled_start_leaves_no_process(tmp_path: Path) -> None:
     task = asyncio.create_task(RoleProcess(tmp_path / "log").start(stand_in("--fail", "hang"), {}, 30.0))
-    while not psutil.Process().children():  # noqa: ASYNC110 (the kernel tells nobody)
+    while not psutil.Process().children():
         await asyncio.sleep(0.01)
     task.cancel()
     await asyncio.wait([task])

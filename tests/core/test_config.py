@@ -1,0 +1,81 @@
+"""The configuration: defaults, merging, and errors that name the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from splitserve.core.config import ClusterConfig, fields, load_config, parse_size
+from splitserve.core.errors import ConfigError
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_nothing_said_is_one_prefill_and_one_decode_worker() -> None:
+    config = load_config(None, {})
+    assert config == ClusterConfig()
+    assert [config.replicas(role) for role in ("prefill", "decode", "colocated")] == [1, 1, 0]
+
+
+def test_colocated_workers_replace_the_default_pools() -> None:
+    config = load_config(None, {"colocated.replicas": 2})
+    assert [config.replicas(role) for role in ("prefill", "decode", "colocated")] == [0, 0, 2]
+
+
+def test_flags_go_over_the_file_and_unset_ones_leave_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: a\nengine: {max_running: 8, kv_memory: 512MiB}\ndecode: {labels: {zone: b}}\n")
+    config = load_config(path, {"engine.max_running": "9", "model": None, "prefill.replicas": 2})
+    assert (config.model, config.engine.max_running, config.engine.kv_memory) == ("a", 9, 512 << 20)
+    assert (config.replicas("prefill"), config.decode.labels) == (2, {"zone": "b"})
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "# nothing yet\n"), {}) == ClusterConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("engine: {max_runing: 3}", r"engine\.max_runing: unknown key; did you mean engine\.max_running\?"),
+        ("engine: {max_running: many}", r"engine\.max_running: got 'many', wanted: a valid integer"),
+        ("engine: {max_running: 0}", r"engine\.max_running: got 0, wanted: greater than or equal to 1"),
+        ("engine: {kv_memory: 12 parsecs}", r"engine\.kv_memory: got '12 parsecs', wanted: a size"),
+        ("transport: pigeon", r"transport: got 'pigeon', wanted: 'auto', 'grpc' or 'shared-memory'"),
+        ("decode: {replicas: 0}", r"1 prefill, 0 decode and 0 colocated workers cannot serve"),
+        ("prefill: {replicas: 0}", r"0 prefill, 1 decode and 0 colocated workers cannot serve"),
+        ("[1, 2]", r"got list, wanted keys and values"),
+        ("a: {b", r"is not YAML"),
+    ],
+)
+def test_a_wrong_file_is_told_by_name_and_key(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(path, {})
+    assert str(path) in error.value.message
+
+
+def test_a_flag_below_a_section_that_is_no_section(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="engine: got 5, wanted keys and values"):
+        load_config(write(tmp_path, "engine: 5"), {"engine.max_running": 1})
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the configuration file .*none\.yaml: No such file"):
+        load_config(tmp_path / "none.yaml", {})
+
+
+@given(st.integers(0, 10**6), st.sampled_from([("KiB", 10), ("MiB", 20), ("GiB", 30), ("gi", 30), ("", 0)]))
+def test_sizes_have_binary_units(amount: int, unit: tuple[str, int]) -> None:
+    assert parse_size(f"{amount}{unit[0]}") == amount << unit[1]
+
+
+def test_every_key_has_a_default_and_says_what_it_means() -> None:
+    for key, field in fields():
+        assert not field.is_required(), key
+        assert field.description, key

@@ -1,0 +1,146 @@
+"""`splitserve up`, `status`, `down` and `demo` as a person runs them: real Ray, real roles, a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from splitserve.client import Client
+from splitserve.engine.testing import make_tiny_model
+
+pytestmark = pytest.mark.cluster
+
+SPLITSERVE = [sys.executable, "-c", "from splitserve.cli.main import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A state file of the test's own; afterwards no process that knows of it is left."""
+    values = {"XDG_RUNTIME_DIR": str(tmp_path / "run"), "RAY_AUTH_MODE": "token", "COLUMNS": "200"}
+    yield {**os.environ, **values}
+    assert not [process.cmdline() for process in belonging_to(tmp_path)]
+
+
+def belonging_to(directory: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("XDG_RUNTIME_DIR") == str(directory / "run"):
+                found.append(process)
+        except psutil.Error:  # it ended, or is not ours
+            continue
+    _, alive = psutil.wait_procs(found, timeout=5)
+    return alive
+
+
+def splitserve(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*SPLITSERVE, *arguments], env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+# Makes the standard streams' terminal its controlling one: only then is Ctrl-C a signal.
+_ON_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def start_on_terminal(environment: dict[str, str], arguments: Sequence[str]) -> tuple[subprocess.Popen[bytes], int]:
+    """The process, and the terminal it believes to be at; Ctrl-C typed there reaches its whole process group."""
+    terminal, inner = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", _ON_TERMINAL, *SPLITSERVE, *arguments],
+        env=environment,
+        stdin=inner,
+        stdout=inner,
+        stderr=inner,
+    )
+    os.close(inner)
+    return process, terminal
+
+
+def read_until(terminal: int, text: str) -> str:
+    seen = ""
+    while text not in seen:
+        seen += os.read(terminal, 65_536).decode(errors="replace")
+    return seen
+
+
+def rest_of(terminal: int) -> str:
+    seen = ""
+    try:
+        while chunk := os.read(terminal, 65_536):
+            seen += chunk.decode(errors="replace")
+    except OSError:  # the other side is closed
+        pass
+    return seen
+
+
+def test_a_detached_cluster_serves_until_it_is_taken_down(environment: dict[str, str], model: Path) -> None:
+    flags = ("--port", "0", "--model", str(model), "--kv-memory", "8MiB", "--detach")
+    up = splitserve(environment, "up", *flags)
+    assert up.returncode == 0, up.stdout + up.stderr
+
+    status = json.loads(splitserve(environment, "status", "--json").stdout)
+    assert {(w["worker_id"], w["state"]) for w in status["workers"]} == {("prefill-0", "ready"), ("decode-0", "ready")}
+    with Client(status["router"]) as client:
+        result = client.generate([5, 6, 7], max_tokens=4, ignore_eos=True)
+    assert len(result.token_ids) == 4
+    assert result.timing.transport == "shared_memory"
+
+    again = splitserve(environment, "up", *flags)
+    assert again.returncode == 2
+    assert "a local cluster already runs" in again.stderr
+
+    down = splitserve(environment, "down")
+    assert (down.returncode, down.stdout) == (0, "the cluster has stopped\n")
+    assert splitserve(environment, "down").stdout == "no local cluster is running\n"
+
+
+def test_ctrl_c_while_starting_stops_everything(environment: dict[str, str], model: Path) -> None:
+    process, terminal = start_on_terminal(environment, ["up", "--port", "0", "--model", str(model)])
+    read_until(terminal, "starting")
+    read_until(terminal, "prefill-0")
+    os.write(terminal, b"\x03")
+    assert "everything has stopped" in rest_of(terminal)
+    assert process.wait(20) == 0
+
+
+@pytest.mark.verify
+def test_a_failing_worker_ends_the_start_with_its_reason(environment: dict[str, str], tmp_path: Path) -> None:
+    up = splitserve(environment, "up", "--port", "0", "--model", str(tmp_path / "missing"))
+    assert up.returncode == 2
+    assert "did not start" in up.stderr
+    assert "missing does not exist" in up.stderr
+
+
+@pytest.mark.verify
+def test_killing_the_front_process_stops_the_cluster(environment: dict[str, str], model: Path) -> None:
+    process, terminal = start_on_terminal(environment, ["up", "--port", "0", "--model", str(model)])
+    read_until(terminal, "splitserve generate")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "everything has stopped" in rest_of(terminal)
+
+
+@pytest.mark.verify
+def test_demo_answers_every_prompt(environment: dict[str, str]) -> None:
+    demo = splitserve(environment, "demo", "--max-tokens", "8")
+    assert demo.returncode == 0, demo.stdout + demo.stderr
+    assert demo.stdout.count("prefill-0") == demo.stdout.count("decode-0") == 8
