@@ -51,7 +51,7 @@ class Row:
     target: float | None
 
 
-class StepClock(StoppingCriteria):  # type: ignore[misc]
+class StepClock(StoppingCriteria):
     """Notes when each of generate's steps ended."""
 
     def __init__(self) -> None:

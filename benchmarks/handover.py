@@ -27,7 +27,6 @@ from ..engine.options import EngineOptions
 from .processes import process_cluster
 from .report import write_json
 
-
 # Of the router's timeline: what happens before the first token, and the transfer's end after it.
 PARTS = ("queue_s", "grant_s", "prefill_queue_s", "prefill_s", "ttft_s", "transfer_exposed_s")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,7 @@ async def process_cluster(
 
 
 async def _start(
-    processes: list[RoleProcess], log: Path, command: list[str] | tuple[str, ...], threads: int, config: ClusterConfig
+    processes: list[RoleProcess], log: Path, command: Sequence[str], threads: int, config: ClusterConfig
 ) -> Endpoint:
     process = RoleProcess(log)
     processes.append(process)

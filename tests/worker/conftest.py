@@ -111,7 +111,7 @@ class Pair:
 
 async def until(condition: Callable[[Usage], bool], host: Any) -> None:
     """Poll an engine's usage: the one thing here that has no event to wait for."""
-    while not condition(host.engine.usage()):  # noqa: ASYNC110
+    while not condition(host.engine.usage()):
         await asyncio.sleep(0.002)
 
 
