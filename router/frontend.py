@@ -73,12 +73,13 @@ class Inference(inference_pb2_grpc.InferenceServicer):
             work = await self._prepare(request, context)
             answer = AnswerText(self._text, request.stop)
             answer.push(work.output_token_ids)  # the client has this text; what it holds back may still come
-            yield self._started(work)
             if (reason := _already_complete(work, answer)) is not None:
+                yield self._started(work)
                 yield _finished(reason, work, len(work.output_token_ids))
                 return
             deadline_at = arrived_at + work.timeout_s
             with self._dispatcher.open(work, arrived_at=arrived_at, deadline_at=deadline_at) as job:
+                yield self._started(work)
                 index = len(work.output_token_ids)
                 while token_ids := await job.read():
                     text, used = answer.push(token_ids)
