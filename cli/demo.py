@@ -105,12 +105,13 @@ async def _answer(client: AsyncClient, console: Console, prompt: str, max_tokens
 
 def _table(results: list[GenerationResult]) -> Table:
     table = Table(title="Where the time went (ms)", title_justify="left", header_style="bold", box=None)
+    table.padding, table.pad_edge = (0, 2, 0, 0), False  # fits 80 columns
     for title in ("in", "out", "TTFT", "TPOT", "KV bytes"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("transport", no_wrap=True)
     table.add_column("exposed", justify="right", no_wrap=True)
-    table.add_column("prefill on", no_wrap=True)
-    table.add_column("decode on", no_wrap=True)
+    table.add_column("prefill", no_wrap=True)
+    table.add_column("decode", no_wrap=True)
     for result in results:
         usage, timing = result.usage, result.timing
         table.add_row(
