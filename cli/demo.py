@@ -110,8 +110,8 @@ def _table(results: list[GenerationResult]) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("transport", no_wrap=True)
     table.add_column("exposed", justify="right", no_wrap=True)
-    table.add_column("prefill", no_wrap=True)
-    table.add_column("decode", no_wrap=True)
+    table.add_column("prefill on", no_wrap=True)
+    table.add_column("decode on", no_wrap=True)
     for result in results:
         usage, timing = result.usage, result.timing
         table.add_row(
