@@ -105,7 +105,7 @@ async def _answer(client: AsyncClient, console: Console, prompt: str, max_tokens
 
 def _table(results: list[GenerationResult]) -> Table:
     table = Table(title="Where the time went (ms)", title_justify="left", header_style="bold", box=None)
-    table.padding, table.pad_edge = (0, 2, 0, 0), False  # fits 80 columns
+    table.padding, table.pad_edge = (0, 1, 0, 0), False  # fits 80 columns
     for title in ("in", "out", "TTFT", "TPOT", "KV bytes"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("transport", no_wrap=True)
