@@ -37,7 +37,7 @@ _MLA: dict[str, Any] = {
     "kv_lora_rank": 32,
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
-    "v_head_dim": 24,
+    "v_head_dim": 20,  # keys have 16 + 8
     "head_dim": 8,
     "n_routed_experts": 4,
     "n_shared_experts": 1,
@@ -103,6 +103,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "minimax_m2": _MOE,
     "apertus": {},
 }
+# These settle on a few tokens with the others' weights.
+_GAIN = {"gpt_neox": 2.0, "phi": 2.0, "starcoder2": 2.0}
 
 
 def make_tiny_model(architecture: str, directory: Path, seed: int = 0) -> Path:
@@ -114,10 +116,11 @@ def make_tiny_model(architecture: str, directory: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(seed)
+    gain = _GAIN.get(architecture, 1.5)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:  # norms and biases keep what the model's code gives them
-                scale = 1.5 / parameter.shape[-1] ** 0.5
+                scale = gain / parameter.shape[-1] ** 0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     model.generation_config.eos_token_id = EOS_TOKEN_ID
     model.save_pretrained(directory)
