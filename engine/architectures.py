@@ -52,12 +52,12 @@ SUPPORTED = frozenset(
     }
 )
 
-# Seen to run without an error and yet to be wrong: what the self-check would say, known before any weight is read.
-_OTHER_LOGITS = "its logits through the attention interface differ from those of its own attention"
+# Seen to run without an error and yet to be wrong, or to fail late: known here before any weight is read.
+_CHUNKED = "its chunked attention needs masks that do not reach our attention function"
 REFUSED = {
-    "llama4": f"{_OTHER_LOGITS}: its chunked attention needs masks that do not reach us",
-    "llama4_text": f"{_OTHER_LOGITS}: its chunked attention needs masks that do not reach us",
-    "phimoe": _OTHER_LOGITS,
+    "llama4": _CHUNKED,
+    "llama4_text": _CHUNKED,
+    "phimoe": "its rotary embedding follows the longest sequence of a batch, so sequences would change each other",
     "diffllama": "its layers attend twice, so one KV cache per layer would be overwritten",
     "falcon_h1": "it keeps Mamba state beside its KV, which blocks cannot hold",
 }
@@ -65,12 +65,26 @@ REFUSED = {
 
 def check_architecture(config: PretrainedConfig) -> None:
     """Raises: ModelUnsupported: the model type is refused or not proven."""
+    instead = f"serve a model of one of these types: {', '.join(sorted(SUPPORTED))}"
     if config.is_encoder_decoder:
-        raise ModelUnsupported(f"{config.model_type} is an encoder-decoder; only decoder-only models can be served")
-    if reason := REFUSED.get(config.model_type):
-        raise ModelUnsupported(f"{config.model_type} cannot be served: {reason}")
-    if config.model_type not in SUPPORTED:
         raise ModelUnsupported(
-            f"model type {config.model_type} is not among those proven to be served right: "
-            + ", ".join(sorted(SUPPORTED))
+            f"{config.model_type} is an encoder-decoder; only decoder-only models can be served; {instead}"
         )
+    if reason := REFUSED.get(config.model_type):
+        raise ModelUnsupported(f"{config.model_type} cannot be served: {reason}; {instead}")
+    if config.model_type not in SUPPORTED:
+        raise ModelUnsupported(f"model type {config.model_type} is not proven to be served right; {instead}")
+
+
+def max_positions(config: PretrainedConfig) -> int:
+    """Tokens that one sequence may hold.
+
+    LongRoPE picks one set of frequencies for all tokens of a forward pass, by the largest position among them. Past the
+    original length a sequence would invalidate its own KV and change its neighbours in the batch, so it ends there.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # One set for the model, or one for each type of layer.
+    ropes = (parameters, *(value for value in parameters.values() if isinstance(value, dict)))
+    longrope = [rope for rope in ropes if rope.get("rope_type") == "longrope"]
+    limit = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+    return min([limit, *(int(rope["original_max_position_embeddings"]) for rope in longrope)])

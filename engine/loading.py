@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from ..core.errors import ModelLoadFailed, ModelUnsupported
 from ..core.kv_geometry import KvGeometry, LayerGeometry
-from .architectures import check_architecture
+from .architectures import check_architecture, max_positions
 from .attention import NAME, GeometryProbe, current
 from .cpu_linear import pack_linears
 from .model_files import resolve_model
@@ -64,7 +64,7 @@ def load_model(options: EngineOptions) -> LoadedModel:
         model=model,
         geometry=geometry,
         vocab_size=int(text.vocab_size),
-        max_model_len=int(getattr(text, "max_position_embeddings", None) or 1 << 20),
+        max_model_len=max_positions(text),
         eos_token_ids=_eos_token_ids(model),
         model_id=geometry.model_id,
         path=path,
