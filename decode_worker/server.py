@@ -10,8 +10,9 @@ import grpc.aio
 
 from ..core.errors import SplitserveError
 from ..proto import worker_pb2, worker_pb2_grpc
+from ..proto.server import Ready
 from ..worker.edge import open_session, sequence_from_proto
-from ..worker.options import Ready, WorkerOptions
+from ..worker.options import WorkerOptions
 from .worker import DecodeWorker, RouterSession
 
 __all__ = ["DecodeServer", "Ready", "WorkerOptions", "serve"]

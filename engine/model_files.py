@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 import xxhash
 
 from ..core.errors import ModelLoadFailed
@@ -99,6 +98,8 @@ def _converted(gguf: Path, name: str) -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> None:
+    # Here, because the router needs this file for its tokenizer only, and torch takes seconds to import.
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:

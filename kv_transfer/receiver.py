@@ -251,4 +251,4 @@ def _typed(error: grpc.aio.AioRpcError, kv_address: str) -> SplitserveError:
         grpc.StatusCode.UNAVAILABLE
     ):
         return typed
-    return TransferFailed(f"the link to the prefill worker at {kv_address} broke: {error.details()}")
+    return TransferFailed(f"the prefill worker at {kv_address} cannot be reached any more: {error.details()}")

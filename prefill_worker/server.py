@@ -12,8 +12,9 @@ import grpc.aio
 from ..core.errors import SplitserveError
 from ..kv_transfer.grants import Grant
 from ..proto import worker_pb2, worker_pb2_grpc
+from ..proto.server import Ready
 from ..worker.edge import open_session, sequence_from_proto
-from ..worker.options import Ready, WorkerOptions
+from ..worker.options import WorkerOptions
 from .worker import PrefillWorker, RouterSession
 
 __all__ = ["PrefillServer", "Ready", "WorkerOptions", "serve"]

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
@@ -60,6 +61,16 @@ class RefuseUnreadable(grpc.aio.ServerInterceptor):
         if not inspect.isasyncgenfunction(handler.unary_stream):
             return handler
         return grpc.unary_stream_rpc_method_handler(stream, read, handler.response_serializer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """What a started process tells its parent."""
+
+    address: str
+    metrics_address: str
+    pid: int
+    boot_id: str
 
 
 class RpcServer:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import metrics
-from ..core.errors import AddressInUse, Unavailable
+from ..core.errors import Unavailable
 from ..core.events import Recorder
 from ..core.metrics import RouterMetrics
 from ..engine.model_files import resolve_model
-from ..proto.server import RpcServer
+from ..proto.server import Ready, RpcServer
 from ..scheduling.admission import Admission
 from .dispatch import Dispatcher
 from .frontend import ADMIN, INFERENCE, Inference, RouterAdmin, add_to_server
@@ -46,16 +46,6 @@ class RouterOptions:
     no_worker_wait_s: float = 4.0  # how long a request waits while nobody can serve it
     drain_timeout_s: float = 5.0  # how long SIGTERM waits for live requests
     trace_dir: Path | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
-    """What a started process tells its parent."""
-
-    address: str
-    metrics_address: str
-    pid: int
-    boot_id: str
 
 
 class Router:
@@ -101,12 +91,7 @@ class Router:
     async def start(self) -> Ready:
         """Serve. Health says serving as soon as a pair of workers is ready."""
         options = self.options
-        try:
-            metrics_port = metrics.serve(self._registry, options.host, options.metrics_port)
-        except OSError as error:
-            raise AddressInUse(
-                f"cannot serve metrics on {options.host}:{options.metrics_port}: {error}; choose another --metrics-port"
-            ) from error
+        metrics_port = metrics.serve(self._registry, options.host, options.metrics_port)
         await self._rpc.start()
         await self._rpc.set_serving(False)
         self._health = asyncio.create_task(self._tell_health())

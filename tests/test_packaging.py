@@ -102,7 +102,7 @@ def test_default_install_brings_no_torch_and_serve_does() -> None:
     assert names(PYPROJECT["project"]["optional-dependencies"]["serve"]) >= set(HEAVY)
 
 
-@pytest.mark.parametrize("package", ["core", "scheduling", "client", "planner"])
+@pytest.mark.parametrize("package", ["core", "scheduling", "client", "planner", "router"])
 def test_light_packages_import_nothing_heavy(package: str) -> None:
     modules = [f"splitserve.{package}.{path.stem}" for path in (ROOT / package).glob("*.py")]
     code = (

@@ -22,8 +22,8 @@ from ..engine.loop import DeviceLoop
 from ..kv_transfer.identity import WorkerIdentity, current_host_id
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.convert import PROTOCOL_VERSION
-from ..proto.server import RpcServer
-from .options import Ready, WorkerOptions
+from ..proto.server import Ready, RpcServer
+from .options import WorkerOptions
 from .session import Session
 
 logger = logging.getLogger(__name__)

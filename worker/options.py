@@ -27,13 +27,3 @@ class WorkerOptions:
     drain_timeout_s: float = 30.0  # how long SIGTERM waits for running requests
     lease_s: float = 30.0  # finished KV is held this long without a sign of life from its receiver
     stall_bound_s: float = 30.0  # work queued and no step finished for this long: unhealthy
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
-    """What a started process tells its parent."""
-
-    address: str
-    metrics_address: str
-    pid: int
-    boot_id: str

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
 from collections import Counter
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -22,9 +24,14 @@ from splitserve.client import (
     SplitserveError,
     Unavailable,
 )
+from splitserve.core.errors import AddressInUse
+from splitserve.decode_worker.server import DecodeServer
+from splitserve.engine.options import EngineOptions
 from splitserve.proto import inference_pb2, inference_pb2_grpc
 from splitserve.proto.convert import PROTOCOL_VERSION
 from splitserve.proto.rpc import from_rpc_error
+from splitserve.router.server import Router, RouterOptions
+from splitserve.worker.options import WorkerOptions
 
 from .conftest import Cluster, StartCluster
 
@@ -263,6 +270,18 @@ async def test_a_wrong_worker_address_is_told_in_the_status(start_cluster: Start
     assert views["127.0.0.1:1"].state == "connecting"
     assert "UNAVAILABLE" in views["127.0.0.1:1"].reason
     assert "prefill" in wrong_role.reason
+
+
+async def test_a_metrics_port_in_use_is_told_by_every_role(tiny: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        router = Router(RouterOptions(model=str(tiny), port=0, metrics_port=port))
+        with pytest.raises(AddressInUse, match=f"{port}.*--metrics-port"):
+            await router.start()
+        options = EngineOptions(model=str(tiny), dtype="float32", num_kv_blocks=8, self_check=False)
+        worker = DecodeServer(WorkerOptions(engine=options, role="decode", metrics_port=port))
+        with pytest.raises(AddressInUse, match=f"{port}.*--metrics-port"):
+            await worker.worker.host.start()
 
 
 async def test_a_failing_step_fails_its_requests_and_not_the_worker(start_cluster: StartCluster) -> None:

@@ -216,7 +216,7 @@ async def test_killed_sender_fails_the_transfer_and_is_unmapped(pair, transport:
             process.kill()
         with pytest.raises(TransferFailed):
             await receiving
-        with pytest.raises(TransferFailed, match=r"cannot be reached|link .* broke"):
+        with pytest.raises(TransferFailed, match="cannot be reached"):
             await p.receiver.receive(half, process.address, tokens, p.target_table)
         assert not is_mapped(pool_inode)
         # The worker comes back elsewhere, with another boot.
