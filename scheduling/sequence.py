@@ -7,6 +7,8 @@ from enum import Enum
 
 from ..core.request import FinishReason, Request
 
+PENDING = -1  # stands for an output token that a running step is still choosing
+
 
 class SequenceState(Enum):
     WAITING = "waiting"  # owns nothing
@@ -33,7 +35,9 @@ class Sequence:
     num_cached: int = 0  # leading tokens found there at the last admission
     started: bool = False
     preempted: bool = False
-    released: bool = False  # cancelled while a step was using its blocks
+    num_in_flight: int = 0  # planned steps that are not committed yet and use its blocks
+    complete: bool = False  # a planned step yields its last token here
+    released: bool = False  # over, but a planned step still uses its blocks
 
     def __post_init__(self) -> None:
         self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]
@@ -65,8 +69,14 @@ class Sequence:
         """Who goes first: higher priority, then earlier arrival."""
         return (-self.request.priority, self.arrival)
 
-    def finish_reason(self) -> FinishReason | None:
-        """Whether the newest output token is the last one."""
-        if self.token_ids[-1] in self.request.stop_token_ids:
+    @property
+    def can_run(self) -> bool:
+        """Whether a further step may compute something for it."""
+        return not (self.released or self.complete)
+
+    def finish_reason(self, position: int) -> FinishReason | None:
+        """Whether the output token at `position` of the token list is the last one."""
+        if self.token_ids[position] in self.request.stop_token_ids:
             return FinishReason.STOP
-        return FinishReason.LENGTH if self.num_output >= self.request.max_tokens else None
+        num_output = position + 1 - self.request.num_prompt_tokens
+        return FinishReason.LENGTH if num_output >= self.request.max_tokens else None

@@ -2,11 +2,15 @@
 
 Decodes go first, one token each; what is left of the step's budget goes to prefill chunks in queue order. Out of
 blocks, the sequence that would be served last gives its blocks up and is recomputed later.
+
+A step may be planned while the one before it still runs, so that a device never waits for the host. Which token that
+one chooses is not known then, only that there will be one: `PENDING` takes its place.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,9 +19,10 @@ from ..core.kv_geometry import PREFIX_UNIT, blocks_for
 from ..core.request import FinishReason, Request
 from .blocks import BlockAllocator
 from .prefix import extend_hashes, prefix_namespace
-from .sequence import Sequence, SequenceState
+from .sequence import PENDING, Sequence, SequenceState
 
 _RETRY_AFTER_S = 0.5
+_MAX_PLANS = 2  # one running, one ready to follow it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,15 +32,12 @@ class ScheduledTokens:
     sequence: Sequence
     start: int
     end: int
+    samples: bool  # the last known token is among them, so the step yields the next one
+    index: int  # of that next one among the request's output tokens
 
     @property
     def num_tokens(self) -> int:
         return self.end - self.start
-
-    @property
-    def samples(self) -> bool:
-        """The last known token is among them, so the step yields the next one."""
-        return self.end == self.sequence.num_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +85,7 @@ class StepScheduler:
         self._sequences: dict[str, Sequence] = {}  # every one that is not finished
         self._waiting: list[Sequence] = []  # in queue order
         self._running: list[Sequence] = []  # in queue order
-        self._plan: StepPlan | None = None  # being run
+        self._plans: deque[StepPlan] = deque()  # being run, the oldest first
         self._preempted: list[Sequence] = []  # by the plan being made
         self._starved = False  # somebody waits for blocks, so reservations must not take them
         self._arrivals = 0
@@ -171,39 +173,42 @@ class StepScheduler:
         if sequence is None or sequence.state is not SequenceState.RESERVED:
             raise InvalidRequest(f"request {request_id} has no reservation here; reserve before start_reserved")
         sequence.token_ids.append(first_token_id)
-        if sequence.finish_reason() is not None:
+        if sequence.finish_reason(sequence.num_tokens - 1) is not None:
             sequence.token_ids.pop()
             raise InvalidRequest(f"request {request_id} ends with its first token; release it instead of starting it")
         sequence.num_computed = sequence.num_tokens - 1
         self.blocks.grant_to_live(sequence.block_table)
         sequence.state = SequenceState.RUNNING
-        self._publish(sequence)
+        self._publish(sequence, sequence.num_computed)
         insort(self._running, sequence, key=_queue_key)
 
     def release(self, request_id: str) -> bool:
-        """Forget a sequence in whatever state; blocks that the running step uses are freed when it ends."""
+        """Forget a sequence in whatever state; blocks that a running step uses are freed when it ends."""
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.released:
             return False
-        if self._plan is not None and any(part.sequence is sequence for part in self._plan.parts):
-            sequence.released = True
-        else:
-            self._finish(sequence)
+        self._finish(sequence)
         return True
 
     # --- steps ---
 
     def schedule(self) -> StepPlan | None:
-        """Plan the next step; None when no sequence can go on."""
-        assert self._plan is None, "the previous step is still running"
+        """Plan the next step; None when no sequence can go on, or none before the running step is committed."""
+        assert len(self._plans) < _MAX_PLANS, "commit the running steps first"
         self._preempted = []
         # Evaluated one by one: growing one sequence may preempt those behind it, which then no longer decode.
-        parts = [_part(s, 1) for s in tuple(self._running) if s.is_decoding and self._grow(s)]
+        parts: list[ScheduledTokens] = []
+        for sequence in tuple(self._running):
+            if sequence.is_decoding and sequence.can_run and sequence.state is SequenceState.RUNNING:
+                if self._must_preempt(sequence) and self._plans:
+                    return None  # the running step needs the victim's blocks, and its token is not known yet
+                if self._grow(sequence):
+                    parts.append(_part(sequence, 1))
         num_decode = len(parts)
 
         budget = self._max_step_tokens
         for sequence in self._running:
-            if budget and not sequence.is_decoding:
+            if budget and sequence.can_run and not sequence.is_decoding:
                 parts.append(_part(sequence, budget))
                 budget -= parts[-1].num_tokens
         started: list[Sequence] = []
@@ -222,7 +227,7 @@ class StepScheduler:
             if not part.sequence.started:
                 part.sequence.started = True
                 started.append(part.sequence)
-        self._plan = StepPlan(
+        plan = StepPlan(
             parts=tuple(parts),
             num_decode_tokens=num_decode,
             num_prefill_tokens=sum(part.num_tokens for part in parts[num_decode:]),
@@ -231,26 +236,28 @@ class StepScheduler:
             resumed=tuple(resumed),
             preempted=tuple(self._preempted),
         )
-        return self._plan
+        self._plans.append(plan)
+        for part in parts:
+            _advance(part)
+        return plan
 
     def commit(self, sampled: Mapping[str, int]) -> list[SampledToken]:
-        """The planned step ran: advance its sequences by the sampled token of each request id that has one."""
-        assert self._plan is not None, "commit without schedule"
-        plan, self._plan = self._plan, None
+        """The oldest planned step ran: its sequences have the sampled token of each request id that has one."""
+        assert self._plans, "commit without schedule"
         tokens: list[SampledToken] = []
-        for part in plan.parts:
-            sequence, samples = part.sequence, part.samples
+        for part in self._plans.popleft().parts:
+            sequence = part.sequence
+            sequence.num_in_flight -= 1
             if sequence.released:
                 self._finish(sequence)
                 continue
-            sequence.num_computed = part.end
-            self._publish(sequence)
-            if not samples:
+            self._publish(sequence, part.end)
+            if not part.samples:
                 continue
-            index, token_id = sequence.num_output, sampled[sequence.request_id]
-            sequence.token_ids.append(token_id)
-            reason = sequence.finish_reason()
-            tokens.append(SampledToken(sequence=sequence, index=index, token_id=token_id, finish_reason=reason))
+            token_id = sampled[sequence.request_id]
+            sequence.token_ids[part.end] = token_id
+            reason = sequence.finish_reason(part.end)
+            tokens.append(SampledToken(sequence=sequence, index=part.index, token_id=token_id, finish_reason=reason))
             if sequence.prefill_only:
                 self._running.remove(sequence)
                 sequence.state = SequenceState.HELD
@@ -259,13 +266,14 @@ class StepScheduler:
         return tokens
 
     def abandon(self) -> list[Sequence]:
-        """The planned step failed: forget its sequences and return those that nobody had released."""
-        if self._plan is None:
-            return []
-        plan, self._plan = self._plan, None
-        for part in plan.parts:
-            self._finish(part.sequence)
-        return [part.sequence for part in plan.parts if not part.sequence.released]
+        """The planned steps failed: forget their sequences and return those that nobody had released."""
+        dropped = {part.sequence.request_id: part.sequence for plan in self._plans for part in plan.parts}
+        self._plans.clear()
+        lost = [sequence for sequence in dropped.values() if not sequence.released]
+        for sequence in dropped.values():
+            sequence.num_in_flight = 0
+            self._finish(sequence)
+        return lost
 
     def num_orphaned_blocks(self) -> int:
         """Blocks that are owned according to the allocator but in no block table; anything but 0 is a bug."""
@@ -313,6 +321,11 @@ class StepScheduler:
         insort(self._running, sequence, key=_queue_key)
         return sequence
 
+    def _must_preempt(self, sequence: Sequence) -> bool:
+        """Whether a decoding sequence needs a block for its next token that nobody has left."""
+        full = len(sequence.block_table) * self.blocks.block_size < sequence.num_tokens
+        return full and not self.blocks.can_allocate(1)
+
     def _grow(self, sequence: Sequence) -> bool:
         """Give a decoding sequence the block of its next token, if need be at the cost of those behind it."""
         while len(sequence.block_table) * self.blocks.block_size < sequence.num_tokens:
@@ -338,18 +351,23 @@ class StepScheduler:
         self._starved = True
         self.num_preemptions += 1
 
-    def _publish(self, sequence: Sequence) -> None:
-        """Enter the blocks that became full into the prefix index."""
-        full = sequence.num_computed // self.blocks.block_size
-        if full == sequence.num_published:
+    def _publish(self, sequence: Sequence, num_computed: int) -> None:
+        """Enter the blocks that became full with the first `num_computed` tokens into the prefix index."""
+        full = num_computed // self.blocks.block_size
+        if full <= sequence.num_published:
             return
-        extend_hashes(sequence.prefix_hashes, sequence.token_ids, self._namespace(sequence.request))
+        known = sequence.token_ids[:num_computed]  # those behind may be pending
+        extend_hashes(sequence.prefix_hashes, known, self._namespace(sequence.request))
         units = self.blocks.block_size // PREFIX_UNIT
         for index in range(sequence.num_published, full):
             self.blocks.publish(sequence.block_table[index], sequence.prefix_hashes[(index + 1) * units - 1])
         sequence.num_published = full
 
     def _finish(self, sequence: Sequence) -> None:
+        """Free what a sequence has, once no planned step uses it."""
+        sequence.released = True
+        if sequence.num_in_flight:
+            return
         if sequence.state is SequenceState.WAITING:
             self._waiting.remove(sequence)
         elif sequence.state is SequenceState.RUNNING:
@@ -369,4 +387,17 @@ def _queue_key(sequence: Sequence) -> tuple[int, int]:
 
 def _part(sequence: Sequence, budget: int) -> ScheduledTokens:
     start = sequence.num_computed
-    return ScheduledTokens(sequence=sequence, start=start, end=start + min(budget, sequence.num_uncomputed))
+    end = start + min(budget, sequence.num_uncomputed)
+    return ScheduledTokens(
+        sequence=sequence, start=start, end=end, samples=end == sequence.num_tokens, index=sequence.num_output
+    )
+
+
+def _advance(part: ScheduledTokens) -> None:
+    """What is known of a sequence as soon as its step is planned."""
+    sequence = part.sequence
+    sequence.num_in_flight += 1
+    sequence.num_computed = part.end
+    if part.samples:
+        sequence.token_ids.append(PENDING)
+        sequence.complete = sequence.prefill_only or sequence.num_output >= sequence.request.max_tokens

@@ -7,7 +7,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from splitserve.core.errors import InvalidRequest, Overloaded
 from splitserve.core.request import FinishReason, Request
 from splitserve.scheduling.blocks import BlockAllocator
-from splitserve.scheduling.sequence import SequenceState
+from splitserve.scheduling.sequence import PENDING, SequenceState
 from splitserve.scheduling.steps import SampledToken, StepPlan, StepScheduler
 
 BLOCK = 16
@@ -73,6 +73,62 @@ def test_decodes_go_on_beside_a_prefill_and_do_not_use_its_budget() -> None:
     assert plan is not None
     assert (plan.num_decode_tokens, plan.num_prefill_tokens) == (1, 32)
     assert [token.sequence.request_id for token in tokens] == ["a"]
+
+
+def plan_ahead(scheduler: StepScheduler) -> tuple[StepPlan, StepPlan | None]:
+    """One step that runs and the one planned behind it."""
+    first = scheduler.schedule()
+    assert first is not None
+    return first, scheduler.schedule()
+
+
+def test_a_step_planned_ahead_decodes_the_token_that_is_not_known_yet() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 20))
+    first, second = plan_ahead(scheduler)
+    assert second is not None
+    assert (second.parts[0].start, second.parts[0].end, second.parts[0].index) == (20, 21, 1)
+    assert second.parts[0].sequence.token_ids[20:] == [PENDING, PENDING]
+    assert [(t.index, t.token_id) for t in scheduler.commit({"a": 5})] == [(0, 5)]
+    assert [(t.index, t.token_id) for t in scheduler.commit({"a": 6})] == [(1, 6)]
+    assert first.parts[0].sequence.token_ids[20:] == [5, 6]
+
+
+def test_what_was_computed_past_a_stop_token_is_dropped_and_its_blocks_wait_for_the_step() -> None:
+    scheduler = make_scheduler(prefix_cache=False)
+    scheduler.add(make_request("a", 20, stop_token_ids=frozenset({END})))
+    plan_ahead(scheduler)
+    (last,) = scheduler.commit({"a": END})
+    assert last.finish_reason is FinishReason.STOP
+    assert scheduler.blocks.counts().live > 0  # the second step still writes there
+    assert scheduler.schedule() is None
+    assert scheduler.commit({"a": 1}) == []
+    assert scheduler.blocks.counts().live == 0
+    assert not scheduler.has_work
+
+
+def test_no_step_is_planned_past_the_last_token() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 20, max_tokens=1))
+    scheduler.add(make_request("b", 20, seed=1), prefill_only=True)
+    first, second = plan_ahead(scheduler)
+    assert len(first.parts) == 2
+    assert second is None
+
+
+def test_nobody_is_preempted_while_a_step_runs() -> None:
+    scheduler = make_scheduler(4, prefix_cache=False)
+    scheduler.add(make_request("a", 30, seed=1, max_tokens=30))
+    scheduler.add(make_request("b", 30, seed=2, max_tokens=30))
+    for _ in range(2):
+        run_step(scheduler)  # 31 tokens of KV each: the next token but one needs a block
+    first, second = plan_ahead(scheduler)
+    assert len(first.parts) == 2
+    assert second is None
+    scheduler.commit({"a": 1, "b": 1})
+    after = scheduler.schedule()
+    assert after is not None
+    assert [sequence.request_id for sequence in after.preempted] == ["b"]
 
 
 def test_higher_priority_is_prefilled_first_and_equals_in_order_of_arrival() -> None:
@@ -295,15 +351,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.release(request_id)
         assert not self.scheduler.release(request_id)
 
-    @rule(token_id=st.sampled_from([1, 1, 1, 2, END]), ending=st.sampled_from(["commit", "commit", "fail", "open"]))
+    @rule()
+    def plan(self) -> None:
+        """Perhaps while another step runs."""
+        if len(self.scheduler._plans) < 2:
+            self.scheduler.schedule()
+
+    @rule(token_id=st.sampled_from([1, 1, 1, 2, END]), ending=st.sampled_from(["commit", "commit", "fail"]))
     def step(self, token_id: int, ending: str) -> None:
-        plan = self.scheduler._plan or self.scheduler.schedule()
-        if plan is None or ending == "open":
+        if not self.scheduler._plans and self.scheduler.schedule() is None:
             return
         if ending == "fail":
             self.scheduler.abandon()
         else:
-            self.scheduler.commit({part.sequence.request_id: token_id for part in plan.parts if part.samples})
+            parts = self.scheduler._plans[0].parts
+            self.scheduler.commit({part.sequence.request_id: token_id for part in parts if part.samples})
 
     @invariant()
     def blocks_are_conserved(self) -> None:
@@ -317,9 +379,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Everything that still runs can end, and then only the cache holds blocks."""
-        plan = self.scheduler._plan
-        if plan is not None:
-            self.scheduler.commit({part.sequence.request_id: 1 for part in plan.parts if part.samples})
+        while self.scheduler._plans:
+            parts = self.scheduler._plans[0].parts
+            self.scheduler.commit({part.sequence.request_id: 1 for part in parts if part.samples})
         for sequence in list(self.scheduler._sequences.values()):
             if sequence.prefill_only or sequence.state is SequenceState.RESERVED:
                 self.scheduler.release(sequence.request_id)
