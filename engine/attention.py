@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +61,33 @@ class DecodeBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionRules:
+    """What the model's layer asks of its attention."""
+
+    scaling: float
+    softcap: float | None
+    sliding_window: int | None
+    sinks: Tensor | None  # [num_heads]
+
+
+class StepAttention(Protocol):
+    """What the attention layers of one step need beside the hidden states, on one kind of device."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,  # [1, num_heads, num_tokens, key_dim]
+        key: Tensor,  # [1, num_kv_heads, num_tokens, key_dim]
+        value: Tensor,  # [1, num_kv_heads, num_tokens, value_dim]
+        rules: AttentionRules,
+    ) -> Tensor:
+        """Write the new tokens' KV, then attend over all of their sequences': [num_tokens, num_heads, value_dim]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionBatch:
-    """Everything that the attention layers of one step need beside the hidden states."""
+    """A step on the CPU."""
 
     pool: KvPool
     token_blocks: Tensor  # [num_tokens] int64, block of each new token
@@ -71,15 +97,21 @@ class AttentionBatch:
     announced: Sequence[Chunk]  # those, wherever they are, whose KV leaves this worker
     kv_written: KvWritten | None
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionRules:
-    """What the model's layer asks of its attention."""
-
-    scaling: float
-    softcap: float | None
-    sliding_window: int | None
-    sinks: Tensor | None  # [num_heads]
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rules: AttentionRules) -> Tensor:
+        keys, values = self.pool.keys(layer), self.pool.values(layer)
+        keys[self.token_blocks, :, self.token_offsets] = key[0].transpose(0, 1).to(keys.dtype)
+        values[self.token_blocks, :, self.token_offsets] = value[0].transpose(0, 1).to(values.dtype)
+        if self.kv_written is not None:
+            for chunk in self.announced:
+                self.kv_written(chunk.request_id, layer, layer + 1, chunk.start, chunk.end)
+        output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+        if self.decode is not None:
+            rows = self.decode.num_sequences
+            output[:rows] = _decode(query[0, :, :rows].transpose(0, 1), self.pool, layer, self.decode, rules)
+        for chunk in self.chunks:
+            end = chunk.row + chunk.end - chunk.start
+            output[chunk.row : end] = _prefill(query[:, :, chunk.row : end], self.pool, layer, chunk, rules)
+        return output
 
 
 class GeometryProbe:
@@ -99,7 +131,7 @@ class GeometryProbe:
         )
 
 
-current: ContextVar[AttentionBatch | GeometryProbe] = ContextVar("splitserve_attention_batch")
+current: ContextVar[StepAttention | GeometryProbe] = ContextVar("splitserve_attention_batch")
 
 
 def paged_attention(
@@ -123,22 +155,8 @@ def paged_attention(
         groups = query.shape[1] // key.shape[1]
         return query.new_zeros(1, query.shape[2], key.shape[1] * groups, value.shape[3]), None
 
-    keys, values = batch.pool.keys(layer), batch.pool.values(layer)
-    keys[batch.token_blocks, :, batch.token_offsets] = key[0].transpose(0, 1).to(keys.dtype)
-    values[batch.token_blocks, :, batch.token_offsets] = value[0].transpose(0, 1).to(values.dtype)
-    if batch.kv_written is not None:
-        for chunk in batch.announced:
-            batch.kv_written(chunk.request_id, layer, layer + 1, chunk.start, chunk.end)
-
     rules = AttentionRules(scaling=scaling, softcap=softcap, sliding_window=sliding_window, sinks=s_aux)
-    output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
-    if batch.decode is not None:
-        rows = batch.decode.num_sequences
-        output[:rows] = _decode(query[0, :, :rows].transpose(0, 1), batch.pool, layer, batch.decode, rules)
-    for chunk in batch.chunks:
-        end = chunk.row + chunk.end - chunk.start
-        output[chunk.row : end] = _prefill(query[:, :, chunk.row : end], batch.pool, layer, chunk, rules)
-    return output.unsqueeze(0), None
+    return batch.attend(layer, query, key, value, rules).unsqueeze(0), None
 
 
 def _decode(query: Tensor, pool: KvPool, layer: int, batch: DecodeBatch, rules: AttentionRules) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +21,7 @@ from .attention import KvWritten
 from .loading import LoadedModel
 from .options import EngineOptions
 from .pool import KvPool
-from .runner import SequenceTokens, forward
-from .sampler import SampleInput, sample
+from .runner import CpuRunner, StepRunner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,13 @@ class Usage:
     outstanding_prefill_tokens: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Launched:
+    plan: StepPlan
+    scheduled_s: float  # seconds that planning took
+    at_s: float
+
+
 class Engine:
     """Runs requests by steps. Thread-safe: its lock is held to schedule and postprocess, not during the forward pass.
 
@@ -95,19 +103,10 @@ class Engine:
         self.options = options
         self.geometry = model.geometry
         self.vocab_size = model.vocab_size
-        row_bytes = model.geometry.bytes_per_token * options.block_size
-        num_blocks = options.num_kv_blocks or options.kv_memory_bytes // row_bytes
-        if num_blocks < 1:
-            raise ModelUnsupported(
-                f"one KV block of {options.block_size} tokens takes {row_bytes:,} bytes, kv_memory_bytes is "
-                f"{options.kv_memory_bytes:,}; raise it"
-            )
-        self.pool = KvPool(
-            model.geometry, num_blocks=num_blocks, block_size=options.block_size, shared=options.shared_pool
-        )
         self._model_limit = min(model.max_model_len, options.max_model_len or model.max_model_len)
+        self.pool, self._runner = _on_device(model, options, self._model_limit, kv_written)
+        num_blocks = self.pool.num_blocks
         self.max_model_len = min(self._model_limit, num_blocks * options.block_size)
-        self._model = model.model
         self._recorder = recorder
         self._kv_written = kv_written
         self._lock = threading.Lock()
@@ -120,6 +119,8 @@ class Engine:
             max_step_tokens=options.max_step_tokens,
         )
         self.num_steps = 0
+        self._last_end_s = 0.0
+        self._launched: deque[_Launched] = deque()  # steps that run, the oldest first
         self._step_began_s = 0.0
         self.prompt_tokens = 0  # prompt tokens computed
         self.output_tokens = 0  # tokens sampled
@@ -206,67 +207,67 @@ class Engine:
 
     # --- steps, from the device thread only ---
 
+    def warm_up(self) -> None:
+        """Prepare what this thread needs, so that no step has to."""
+        self._runner.warm_up()
+
     def step(self) -> StepOutput | None:
-        """Compute one step; None when nothing can go on right now."""
+        """Finish the oldest running step; before that, start the one that follows it, so that the device never idles.
+
+        None when nothing can go on right now.
+        """
         self._step_began_s = time.monotonic()
+        output = None
+        while output is None and len(self._launched) < self._runner.max_steps:
+            with self._lock:
+                plan = self._scheduler.schedule()
+            if plan is None:
+                break
+            if self._launched and _needs_history(plan):
+                output = self._finish_step()  # it chooses tokens that this one's sampling looks at
+            self._launch(plan)
+        if output is None and self._launched:
+            output = self._finish_step()
+        return output
+
+    def bare_step(self, batch: int) -> Callable[[], None]:
+        """The device's part of a decode step of `batch` sequences, for benchmarks; on a GPU one replay of its graph."""
+        return self._runner.bare_step(batch)
+
+    def _launch(self, plan: StepPlan) -> None:
+        if self._kv_written is not None:
+            for sequence in plan.started:
+                if sequence.prefill_only and sequence.num_cached:
+                    self._kv_written(sequence.request_id, 0, self.geometry.num_layers, 0, sequence.num_cached)
+        began_s = time.monotonic()
+        self._runner.launch(plan)
+        self._launched.append(_Launched(plan=plan, scheduled_s=began_s - self._step_began_s, at_s=began_s))
+
+    def _finish_step(self) -> StepOutput:
+        sampled = self._runner.collect()
+        launched = self._launched.popleft()
+        ended_s = time.monotonic()
         with self._lock:
-            plan = self._scheduler.schedule()
-        if plan is None:
-            return None
-        scheduled_s = time.monotonic()
-        sampled = self._run(plan)
-        ran_s = time.monotonic()
-        with self._lock:
-            return self._postprocess(plan, sampled, scheduled_s, ran_s)
+            output = self._postprocess(launched, sampled, ended_s)
+        self._last_end_s = ended_s
+        return output
 
     def abandon_step(self, error: Exception) -> StepOutput:
         """After `step` raised: drop the sequences of that step and free their blocks; `failed` says whose."""
         if not isinstance(error, SplitserveError):
             error = EngineFailed(f"the engine step failed with {type(error).__name__}: {error}; send the request again")
         with self._lock:
+            self._launched.clear()
+            self._runner.abandon()
             dropped = self._scheduler.abandon()
-            record = self._record("mixed", num_sequences=len(dropped), scheduled_s=self._step_began_s)
+            record = self._record(
+                "mixed", num_sequences=len(dropped), began_s=self._step_began_s, ended_s=time.monotonic()
+            )
         failed: list[tuple[str, SplitserveError]] = [(sequence.request_id, error) for sequence in dropped]
         return StepOutput(record=record, tokens=[], started=[], preempted=[], resumed=[], failed=failed)
 
-    def _run(self, plan: StepPlan) -> dict[str, int]:
-        """Forward pass and sampling: the new token of each request id that gets one."""
-        if self._kv_written is not None:
-            for sequence in plan.started:
-                if sequence.prefill_only and sequence.num_cached:
-                    self._kv_written(sequence.request_id, 0, self.geometry.num_layers, 0, sequence.num_cached)
-        # Single tokens first: the attention function takes them together.
-        parts = sorted(plan.parts, key=lambda part: part.num_tokens > 1)
-        sequences = [
-            SequenceTokens(
-                request_id=part.sequence.request_id,
-                token_ids=part.sequence.token_ids[part.start : part.end],
-                start=part.start,
-                block_table=part.sequence.block_table,
-                announce=part.sequence.prefill_only,
-            )
-            for part in parts
-        ]
-        sampling, rows, row = [], [], -1
-        for part in parts:
-            row += part.num_tokens
-            if part.samples:
-                sampling.append(part.sequence)
-                rows.append(row)
-        logits = forward(self._model, self.pool, sequences, rows, self._kv_written)
-        inputs = [
-            SampleInput(
-                params=sequence.request.sampling,
-                index=sequence.num_output,
-                token_ids=sequence.token_ids,
-                num_prompt_tokens=sequence.request.num_prompt_tokens,
-            )
-            for sequence in sampling
-        ]
-        token_ids = sample(logits, inputs)
-        return {sequence.request_id: token for sequence, token in zip(sampling, token_ids, strict=True)}
-
-    def _postprocess(self, plan: StepPlan, sampled: dict[str, int], scheduled_s: float, ran_s: float) -> StepOutput:
+    def _postprocess(self, launched: _Launched, sampled: dict[str, int], ended_s: float) -> StepOutput:
+        plan = launched.plan
         for part in plan.parts:
             prompt = max(0, min(part.end, part.sequence.request.num_prompt_tokens) - part.start)
             self.prompt_tokens += prompt
@@ -277,8 +278,10 @@ class Engine:
         record = self._record(
             "prefill" if not plan.num_decode_tokens else "mixed" if plan.num_prefill_tokens else "decode",
             num_sequences=len(plan.parts),
-            scheduled_s=scheduled_s,
-            ran_s=ran_s,
+            # A step that was launched while another ran began when that one ended.
+            began_s=max(launched.at_s, self._last_end_s),
+            ended_s=ended_s,
+            schedule_s=launched.scheduled_s,
             plan=plan,
             num_new_tokens=len(tokens),
         )
@@ -298,25 +301,25 @@ class Engine:
         kind: StepKind,
         *,
         num_sequences: int,
-        scheduled_s: float,
-        ran_s: float | None = None,
+        began_s: float,
+        ended_s: float,
+        schedule_s: float = 0.0,
         plan: StepPlan | None = None,
         num_new_tokens: int = 0,
     ) -> StepRecord:
-        now_s = time.monotonic()
         self.num_steps += 1
         return StepRecord(
             step=self.num_steps,
-            at_s=self._step_began_s,
+            at_s=began_s - schedule_s,
             kind=kind,
             num_sequences=num_sequences,
             num_prefill_tokens=plan.num_prefill_tokens if plan else 0,
             num_decode_tokens=plan.num_decode_tokens if plan else 0,
             num_context_tokens=plan.num_context_tokens if plan else 0,
             num_new_tokens=num_new_tokens,
-            schedule_s=scheduled_s - self._step_began_s,
-            run_s=(now_s if ran_s is None else ran_s) - scheduled_s,
-            total_s=now_s - self._step_began_s,
+            schedule_s=schedule_s,
+            run_s=ended_s - began_s,
+            total_s=schedule_s + time.monotonic() - began_s,
             num_waiting=self._scheduler.num_waiting,
             num_free_blocks=self._scheduler.blocks.num_available,
         )
@@ -340,3 +343,26 @@ def _token_output(token: SampledToken) -> TokenOutput:
         finish_reason=token.finish_reason,
         num_cached_tokens=token.sequence.num_cached,
     )
+
+
+def _on_device(
+    model: LoadedModel, options: EngineOptions, max_model_len: int, kv_written: KvWritten | None
+) -> tuple[KvPool, StepRunner]:
+    """The KV pool and what runs steps on it. Raises: ModelUnsupported: not one block fits."""
+    if model.model.device.type == "cuda":
+        from .gpu.start import start_on_gpu
+
+        return start_on_gpu(model, options, max_model_len, kv_written)
+    row_bytes = model.geometry.bytes_per_token * options.block_size
+    num_blocks = options.num_kv_blocks or options.kv_memory_bytes // row_bytes
+    if num_blocks < 1:
+        raise ModelUnsupported(
+            f"one KV block of {options.block_size} tokens takes {row_bytes:,} bytes, kv_memory_bytes is "
+            f"{options.kv_memory_bytes:,}; raise it"
+        )
+    pool = KvPool(model.geometry, num_blocks=num_blocks, block_size=options.block_size, shared=options.shared_pool)
+    return pool, CpuRunner(model.model, pool, kv_written)
+
+
+def _needs_history(plan: StepPlan) -> bool:
+    return any(part.samples and part.sequence.request.sampling.has_penalties for part in plan.parts)

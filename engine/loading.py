@@ -11,7 +11,7 @@ import xxhash
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ..core.errors import ModelLoadFailed, ModelUnsupported
+from ..core.errors import ConfigError, ModelLoadFailed, ModelUnsupported
 from ..core.kv_geometry import KvGeometry, LayerGeometry
 from .architectures import check_architecture, max_positions
 from .attention import NAME, GeometryProbe, current
@@ -19,7 +19,7 @@ from .cpu_linear import pack_linears
 from .model_files import resolve_model
 from .options import EngineOptions
 from .pool import TORCH_DTYPES
-from .self_check import check_against_eager
+from .self_check import check_against_eager, eager_check_logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,17 +49,30 @@ def load_model(options: EngineOptions) -> LoadedModel:
             "that the model needs no code of its own"
         ) from error
     check_architecture(config)
-    dtype = options.dtype or "float32"
-    model = _load_weights(path, config, TORCH_DTYPES[dtype])
-    pack_linears(model)
-    geometry = KvGeometry(
-        model_id=f"{config.model_type}@{_digest(path)}",
-        layers=_probe_layers(model),
-        dtype=options.kv_dtype or dtype,
-    )
-    if options.self_check:
-        check_against_eager(model, geometry)
-    text = config.get_text_config()
+    device = _device(options.device)
+    dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    model = _load_weights(path, config, TORCH_DTYPES[dtype], device)
+    return prepare_model(model, options, path, f"{config.model_type}@{_digest(path)}")
+
+
+def prepare_model(model: PreTrainedModel, options: EngineOptions, path: Path, model_id: str) -> LoadedModel:
+    """Make a model ready to serve: probe its KV geometry, check it, speed up its layers.
+
+    Raises: ModelUnsupported: it would not be served right.
+    """
+    on_gpu = model.device.type == "cuda"
+    if not on_gpu:
+        pack_linears(model)
+    dtype = next(name for name, torch_dtype in TORCH_DTYPES.items() if torch_dtype == model.dtype)
+    geometry = KvGeometry(model_id=model_id, layers=_probe_layers(model), dtype=options.kv_dtype or dtype)
+    reference = eager_check_logits(model) if options.self_check else None
+    if on_gpu:
+        from .gpu.fusions import fuse
+
+        fuse(model)
+    if reference is not None:
+        check_against_eager(model, geometry, reference)
+    text = model.config.get_text_config()
     return LoadedModel(
         model=model,
         geometry=geometry,
@@ -71,7 +84,25 @@ def load_model(options: EngineOptions) -> LoadedModel:
     )
 
 
-def _load_weights(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _device(name: str) -> torch.device:
+    """Raises: ConfigError: there is no such device here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is not known; use cpu, cuda or cuda:N") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise ConfigError(f"device {name!r} is not supported; use cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if not torch.cuda.is_available() or (device.index or 0) >= count:
+        raise ConfigError(
+            f"device {name!r} is not here: PyTorch {torch.__version__} sees {count} GPUs; use --device cpu"
+        )
+    return torch.device("cuda", device.index or 0)
+
+
+def _load_weights(path: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     try:
         loaded: tuple[PreTrainedModel, dict[str, set[str]]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             path, config=config, dtype=dtype, attn_implementation="eager", output_loading_info=True
@@ -88,7 +119,8 @@ def _load_weights(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> P
             "download the model again"
         )
     model.train(False)
-    return model
+    placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+    return placed
 
 
 @torch.inference_mode()
@@ -99,10 +131,10 @@ def _probe_layers(model: PreTrainedModel) -> tuple[LayerGeometry, ...]:
     token = current.set(probe)
     try:
         model(
-            input_ids=torch.tensor([[1, 2]]),
-            position_ids=torch.tensor([[0, 1]]),
+            input_ids=torch.tensor([[1, 2]], device=model.device),
+            position_ids=torch.tensor([[0, 1]], device=model.device),
             use_cache=False,
-            logits_to_keep=torch.tensor([1]),
+            logits_to_keep=torch.tensor([1], device=model.device),
         )
     except (TypeError, AttributeError, LookupError, RuntimeError, NotImplementedError) as error:
         raise ModelUnsupported(

@@ -54,6 +54,7 @@ class DeviceLoop:
             return not self._idle and time.monotonic() - self._progress_s > bound_s
 
     def _run(self) -> None:
+        self._engine.warm_up()
         while self._wait():
             output = self._step()
             with self._condition:

@@ -13,11 +13,14 @@ class EngineOptions:
     """Limits and sizes of one engine. Raises: ConfigError: a value is out of its range."""
 
     model: str  # "smollm2-135m", a directory, a .gguf file or a hub id
-    dtype: KvDtype | None = None  # of the weights; None: float32 on CPU
+    device: str = "cpu"  # "cpu", "cuda" or "cuda:N"
+    dtype: KvDtype | None = None  # of the weights; None: float32 on CPU, bfloat16 on a GPU
     kv_dtype: KvDtype | None = None  # None: the same as dtype
     block_size: int = 16  # tokens
-    num_kv_blocks: int | None = None  # None: as many as kv_memory_bytes holds
-    kv_memory_bytes: int = 1 << 30
+    num_kv_blocks: int | None = None  # None: as many as kv_memory_bytes holds, or what a GPU has left
+    kv_memory_bytes: int = 1 << 30  # on a CPU
+    gpu_memory_fraction: float = 0.9  # of the device's memory: weights, graphs, activations and the KV pool
+    cuda_graphs: bool = True
     max_model_len: int | None = None  # tokens; None: the model's own limit, capped to what the pool holds
     max_running: int = 64  # sequences in the running batch
     max_waiting: int = 1024  # requests in the queue; one more is refused
@@ -35,6 +38,8 @@ class EngineOptions:
             value = getattr(self, name)
             if (value is None and name not in optional) or (value is not None and value < 1):
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if not 0 < self.gpu_memory_fraction <= 1:
+            raise ConfigError(f"gpu_memory_fraction is {self.gpu_memory_fraction}; it must be over 0 and at most 1")
         if self.block_size % PREFIX_UNIT:
             raise ConfigError(f"block_size is {self.block_size}; it must be a multiple of {PREFIX_UNIT}")
         if self.decode_headroom_tokens < 0:

@@ -28,7 +28,15 @@ class KvPool:
     can map it read-only and nothing else.
     """
 
-    def __init__(self, geometry: KvGeometry, *, num_blocks: int, block_size: int, shared: bool = False) -> None:
+    def __init__(
+        self,
+        geometry: KvGeometry,
+        *,
+        num_blocks: int,
+        block_size: int,
+        shared: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
         self.geometry = geometry
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -38,13 +46,15 @@ class KvPool:
         self._dtype = TORCH_DTYPES[geometry.dtype]
         self._mapping: mmap.mmap | None = None
         # Zeroed either way: padding is read by attention and masked afterwards, and a NaN would survive the mask.
-        if shared:
+        if device is not None and device.type != "cpu":
+            storage = torch.zeros(self.size_bytes, dtype=torch.uint8, device=device)
+        elif shared:
             self.fd, self._mapping = _sealed_memory(self.size_bytes)
             storage = torch.frombuffer(self._mapping, dtype=torch.uint8)
         else:
             storage = _huge_pages(self.size_bytes)
         self.rows = storage.view(num_blocks, self.row_bytes)  # uint8, one row per block
-        self._elements = storage.view(self._dtype)
+        self.elements = storage.view(self._dtype)  # [num_blocks * row], KV dtype
         self._key_offset: list[int] = []  # elements from the row's start, per layer
         self._value_offset: list[int] = []
         offset = 0
@@ -80,7 +90,7 @@ class KvPool:
             at = (block_tables[:, None, :], torch.arange(heads)[:, None])  # already head-major
             k, v = self._keys[layer][at], self._values[layer][at]
             return k.view(num, heads, -1, k.shape[-1]), v.view(num, heads, -1, v.shape[-1])
-        matrix = self._elements.view(-1, self._head_elements)
+        matrix = self.elements.view(-1, self._head_elements)
         first = block_tables * (matrix.shape[0] // self.num_blocks) + self._key_offset[layer] // self._head_elements
         rows = (first[None, :, None, :] + torch.arange(2 * heads).view(2, 1, heads, 1)).view(-1)
         needed = rows.shape[0] * self._head_elements
@@ -90,6 +100,13 @@ class KvPool:
         torch.index_select(matrix, 0, rows, out=out)
         k, v = out.view(2, num, heads, num_blocks * self.block_size, -1)
         return k, v
+
+    def key_offset(self, layer: int) -> int:
+        """Elements from a row's start to a layer's keys."""
+        return self._key_offset[layer]
+
+    def value_offset(self, layer: int) -> int:
+        return self._value_offset[layer]
 
     def key_offset_bytes(self, layer: int) -> int:
         """Where a layer's keys begin inside a row."""
@@ -108,7 +125,7 @@ class KvPool:
     def _view(self, layer: int, offset: int, dim: int) -> Tensor:
         heads, row = self.geometry.layers[layer].num_kv_heads, self.row_bytes // DTYPE_BYTES[self.geometry.dtype]
         shape = (self.num_blocks, heads, self.block_size, dim)
-        return self._elements.as_strided(shape, (row, self.block_size * dim, dim, 1), offset)
+        return self.elements.as_strided(shape, (row, self.block_size * dim, dim, 1), offset)
 
 
 def _huge_pages(size_bytes: int) -> Tensor:

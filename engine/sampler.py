@@ -44,7 +44,7 @@ def sample(logits: Tensor, inputs: Sequence[SampleInput]) -> list[int]:
         logits = logits.clone()
         for values, row in zip(logits, inputs, strict=True):
             if row.params.has_penalties:
-                _penalise(values, row)
+                penalise(values, row)
     chosen: list[int] = logits.argmax(dim=-1).tolist()
     rows = [i for i, row in enumerate(inputs) if not row.params.is_greedy]
     if rows:
@@ -54,15 +54,16 @@ def sample(logits: Tensor, inputs: Sequence[SampleInput]) -> list[int]:
     return chosen
 
 
-def _penalise(logits: Tensor, row: SampleInput) -> None:
+def penalise(logits: Tensor, row: SampleInput) -> None:
+    """Apply a row's penalties in place to its `logits` [vocab], on whatever device."""
     params = row.params
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(list(set(row.token_ids)))
+        seen = torch.tensor(list(set(row.token_ids)), device=logits.device)
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     output = row.token_ids[row.num_prompt_tokens :]
     if output and (params.presence_penalty or params.frequency_penalty):
-        ids, counts = torch.unique(torch.tensor(output), return_counts=True)
+        ids, counts = torch.unique(torch.tensor(output, device=logits.device), return_counts=True)
         logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,8 @@ from ..core.errors import ModelUnsupported
 from ..core.kv_geometry import KvDtype, KvGeometry
 from .attention import NAME
 from .pool import TORCH_DTYPES, KvPool
-from .runner import SequenceTokens, forward
+from .runner import SequenceTokens
+from .runner import forward as cpu_forward
 
 _BLOCK_SIZE = 16
 _LENGTHS = (43, 24)  # tokens of the checked sequences: several blocks, one with a ragged end
@@ -21,18 +23,25 @@ _CHUNKS = (11, 1, 19, 5, 1, 1, 16, 7)  # a chunk schedule that mixes prefill and
 BOUNDS: dict[KvDtype, float] = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
-def check_against_eager(model: PreTrainedModel, geometry: KvGeometry) -> None:
+def eager_check_logits(model: PreTrainedModel) -> list[Tensor]:
+    """What `check_against_eager` compares with, from a model whose layers are still its own."""
+    return eager_logits(model, _sequences(model))
+
+
+def _sequences(model: PreTrainedModel) -> list[list[int]]:
+    vocab = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in _LENGTHS]
+
+
+def check_against_eager(model: PreTrainedModel, geometry: KvGeometry, reference: list[Tensor]) -> None:
     """Teacher-forced logits of two interleaved sequences in chunks against the model's eager attention.
 
     Raises: ModelUnsupported: they differ by more than rounding.
     """
     # In the dtype that the model computes in: a coarser KV dtype would blur what is compared.
     dtype = next(name for name, torch_dtype in TORCH_DTYPES.items() if torch_dtype == model.dtype)
-    vocab = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    sequences = [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in _LENGTHS]
-    ours = paged_logits(model, replace(geometry, dtype=dtype), sequences)
-    reference = eager_logits(model, sequences)
+    ours = paged_logits(model, replace(geometry, dtype=dtype), _sequences(model))
     error = max(relative_error(a, b) for a, b in zip(ours, reference, strict=True))
     if not error <= BOUNDS[dtype]:  # a NaN must fail too
         raise ModelUnsupported(
@@ -51,7 +60,10 @@ def eager_logits(model: PreTrainedModel, sequences: list[list[int]]) -> list[Ten
     """Logits at every position of each sequence, [len, vocab] fp32, by the model's own attention, one at a time."""
     model.set_attn_implementation("eager")
     try:
-        return [model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float() for tokens in sequences]
+        return [
+            model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0].float()
+            for tokens in sequences
+        ]
     finally:
         model.set_attn_implementation(NAME)
 
@@ -64,7 +76,8 @@ def paged_logits(
     `corrupt_block` overwrites one block halfway, the negative control of the tests.
     """
     needed = [-(-len(tokens) // _BLOCK_SIZE) for tokens in sequences]
-    pool = KvPool(geometry, num_blocks=sum(needed) + 1, block_size=_BLOCK_SIZE)
+    pool = KvPool(geometry, num_blocks=sum(needed) + 1, block_size=_BLOCK_SIZE, device=model.device)
+    forward = _forward(model)
     scattered = list(range(sum(needed), 0, -1))
     tables = [[scattered.pop(0) if i % 2 else scattered.pop() for i in range(count)] for count in needed]
     done = [0] * len(sequences)
@@ -89,3 +102,12 @@ def paged_logits(
         if corrupt_block and turn == 3:
             pool.rows[tables[0][0]] = 0
     return [torch.cat(parts) for parts in logits]
+
+
+def _forward(model: PreTrainedModel) -> Callable[..., Tensor]:
+    """The forward pass that serves on the model's device."""
+    if model.device.type == "cpu":
+        return cpu_forward
+    from .gpu.packed import forward
+
+    return forward

@@ -7,7 +7,7 @@ import torch
 from splitserve.core.errors import EngineFailed, InvalidRequest, Overloaded, PromptTooLong
 from splitserve.core.events import Recorder
 from splitserve.core.request import FinishReason, Request, SamplingParams
-from splitserve.engine import engine as engine_module
+from splitserve.engine import runner as runner_module
 from splitserve.engine.attention import NAME
 from splitserve.engine.engine import Engine, TokenOutput
 from splitserve.engine.loading import LoadedModel, load_model
@@ -165,14 +165,14 @@ def half(tiny: LoadedModel) -> LoadedModel:
 
 def capture_logits(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     seen: list[torch.Tensor] = []
-    forward = engine_module.forward
+    forward = runner_module.forward
 
     def capturing(*arguments: Any) -> torch.Tensor:
         logits = forward(*arguments)
         seen.append(logits)
         return logits
 
-    monkeypatch.setattr(engine_module, "forward", capturing)
+    monkeypatch.setattr(runner_module, "forward", capturing)
     return seen
 
 

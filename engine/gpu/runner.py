@@ -1,0 +1,379 @@
+"""Runs planned steps on a GPU: captured decode steps where every sequence gets one token, packed ones otherwise."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...scheduling.sequence import PENDING, SequenceState
+from ...scheduling.sequence import Sequence as RunningSequence
+from ...scheduling.steps import ScheduledTokens, StepPlan
+from ..attention import KvWritten
+from ..pool import KvPool
+from ..runner import SequenceTokens, sample_input, sampled_rows
+from ..sampler import penalise, uniform
+from .attention_kernels import prefill_tiles
+from .batch import CUDNN_FROM_TOKENS, DecodeRows, GpuBatch, PrefillRows, SplitMemory, cudnn_length, layer_views
+from .captured_prefill import MAX_SEQUENCES, CapturedPrefill
+from .packed import pack, run, to_device
+from .sampling import sample_rows
+from .step_kernels import FIELDS, unpack_rows
+
+logger = logging.getLogger(__name__)
+
+_GRAPH_BATCHES = (1, 2, 4, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+_PADDING = np.array([0, -1, 0, 0, 0, 0, 0, 0, 0], np.int32)
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A decoding sequence's place in the device's tables."""
+
+    index: int
+    table: list[int]  # the list that was uploaded; a sequence that was preempted has another
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Running:
+    """A step whose kernels are queued."""
+
+    request_ids: list[str]  # those that get a token, in order
+    chosen: Tensor  # [>= len(request_ids)] int64, pinned; written when `done` is
+    done: torch.cuda.Event
+
+
+class GpuRunner:
+    """Queues steps on one CUDA stream; the host is at most one step ahead.
+
+    Newest tokens, block tables and everything else that the next step needs stay on the device, so that it can be
+    queued before the tokens of this one are known.
+    """
+
+    max_steps = 2
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pool: KvPool,
+        *,
+        max_running: int,
+        max_model_len: int,
+        max_step_tokens: int,
+        num_query_heads: int,
+        kv_written: KvWritten | None = None,
+    ) -> None:
+        self._model = model
+        self._pool = pool
+        self._device = model.device
+        self._layers = layer_views(pool)
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._announcer = None if kv_written is None else _Announcer(kv_written)
+        self._running: deque[_Running] = deque()
+        self.max_running = max_running
+        self._max_step_tokens = max_step_tokens
+        layers = pool.geometry.layers
+        self._split = SplitMemory(
+            self._device,
+            max_batch=max_running,
+            num_heads=num_query_heads,
+            num_kv_heads=min(layer.num_kv_heads for layer in layers),
+            dim=max(layer.value_dim for layer in layers),
+        )
+        # Twice, because a finished sequence keeps its slot until a slot is needed.
+        num_slots = 2 * max_running
+        max_blocks = -(-max_model_len // pool.block_size)
+        self._slots: dict[RunningSequence, _Slot] = {}
+        self._free_slots = list(range(num_slots))
+        self._tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=self._device)
+        self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
+        # Static inputs of the captured steps; each graph uses the first rows.
+        num_rows = max(max_running, MAX_SEQUENCES)
+        self._rows = torch.zeros(num_rows, FIELDS, dtype=torch.int32, device=self._device)
+        self._input_ids, self._position_ids, self._kv_slots = (
+            torch.zeros(max_running, dtype=torch.int64, device=self._device) for _ in range(3)
+        )
+        self._lengths, self._table_rows = (
+            torch.zeros(max_running, dtype=torch.int32, device=self._device) for _ in range(2)
+        )
+        self._chosen = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
+        # One per step in flight and one to fill: a copy may still read the others.
+        self._sent = deque(
+            torch.zeros(num_rows, FIELDS, dtype=torch.int32).pin_memory() for _ in range(self.max_steps + 1)
+        )
+        self._received = deque(torch.zeros(num_rows, dtype=torch.int64).pin_memory() for _ in range(self.max_steps + 1))
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._prefill = CapturedPrefill(
+            model, self._layers, self._split, self._sample, rows=self._rows, max_blocks=max_blocks
+        )
+
+    # --- captured decode steps ---
+
+    @torch.inference_mode()
+    def capture(self) -> float:
+        """Capture decode steps by batch and short prefill steps by tokens; returns the seconds it took."""
+        began_s = time.monotonic()
+        batches = [batch for batch in _GRAPH_BATCHES if batch < self.max_running] + [self.max_running]
+        memory = None
+        self._rows[:] = torch.from_numpy(_PADDING).to(self._device)
+        for batch in reversed(batches):  # the largest first: the others fit into its memory
+            with torch.cuda.stream(self._stream):
+                self._decode_step(batch)  # compiles kernels and lets libraries allocate
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=memory, stream=self._stream):
+                self._decode_step(batch)
+            memory = graph.pool()
+            self._graphs[batch] = graph
+        self._prefill.capture(self._stream, memory, self._max_step_tokens)
+        return time.monotonic() - began_s
+
+    def _decode_step(self, batch: int) -> None:
+        """The whole step over the static inputs; the chosen tokens are in `_chosen`."""
+        unpack_rows(
+            self._rows[:batch],
+            self._last_tokens,
+            self._tables,
+            input_ids=self._input_ids,
+            position_ids=self._position_ids,
+            kv_slots=self._kv_slots,
+            lengths=self._lengths,
+            table_rows=self._table_rows,
+            page=self._pool.block_size,
+        )
+        step = GpuBatch(
+            layers=self._layers,
+            slots=self._kv_slots[:batch],
+            split_memory=self._split,
+            decode=DecodeRows(
+                count=batch,
+                tables=self._tables,
+                table_rows=self._table_rows[:batch],
+                lengths=self._lengths[:batch],
+            ),
+            prefill=None,
+            layer_written=None,
+        )
+        logits = run(self._model, step, self._input_ids[:batch], self._position_ids[:batch], None)
+        self._sample(logits, self._rows[:batch])
+
+    def _sample(self, logits: Tensor, rows: Tensor) -> None:
+        sample_rows(
+            logits, rows[:, 4:], rows[:, 1], last_tokens=self._last_tokens, chosen=self._chosen[: logits.shape[0]]
+        )
+
+    # --- steps ---
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> None:
+        with torch.cuda.stream(self._stream):
+            parts = sorted(plan.parts, key=lambda part: part.num_tokens > 1)
+            sampling, rows = sampled_rows(parts)
+            if self._graphs and all(_can_be_captured(part) for part in parts):
+                self._launch_captured(parts)
+            else:
+                self._launch_packed(parts, sampling, rows)
+            received = self._received[0]
+            self._received.rotate(-1)
+            received[: len(sampling)].copy_(self._chosen[: len(sampling)], non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        request_ids = [part.sequence.request_id for part in sampling]
+        self._running.append(_Running(request_ids=request_ids, chosen=received, done=done))
+
+    def collect(self) -> dict[str, int]:
+        step = self._running.popleft()
+        step.done.synchronize()
+        return dict(zip(step.request_ids, step.chosen[: len(step.request_ids)].tolist(), strict=True))
+
+    def abandon(self) -> None:
+        self._running.clear()
+        self._stream.synchronize()
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Let cuDNN prepare for the prompt lengths it will see; what it prepares belongs to the calling thread."""
+        lengths = sorted({cudnn_length(n) for n in range(CUDNN_FROM_TOKENS, self._max_step_tokens + 1, 256)})
+        with torch.cuda.stream(self._stream):
+            for length in lengths:
+                spans = [(0, 0, length)]
+                step = GpuBatch(
+                    layers=self._layers,
+                    slots=torch.full((length,), -1, dtype=torch.int64, device=self._device),
+                    split_memory=self._split,
+                    decode=None,
+                    prefill=PrefillRows(
+                        spans=spans,
+                        tables=torch.zeros(1, 1 + length // self._pool.block_size, dtype=torch.int32).to(self._device),
+                        tiles=torch.tensor(prefill_tiles(spans), dtype=torch.int32).to(self._device),
+                    ),
+                    layer_written=None,
+                )
+                ids = torch.zeros(length, dtype=torch.int64, device=self._device)
+                positions = torch.arange(length, device=self._device)
+                run(self._model, step, ids, positions, torch.zeros(1, dtype=torch.int64, device=self._device))
+            self._stream.synchronize()
+
+    def bare_step(self, batch: int) -> Callable[[], None]:
+        """Replays of one graph over the rows of the last step."""
+        return self._graphs[self._bucket(batch)].replay
+
+    def _bucket(self, batch: int) -> int:
+        return min(size for size in self._graphs if size >= batch)
+
+    def _launch_captured(self, parts: Sequence[ScheduledTokens]) -> None:
+        batch = self._bucket(len(parts))
+        self._send(parts, batch, captured=True)
+        self._graphs[batch].replay()
+
+    def _send(self, parts: Sequence[ScheduledTokens], padded: int, *, captured: bool) -> Tensor:
+        """Fill `_rows` [padded, FIELDS] on the device with what the host knows about each part's last token.
+
+        A `captured` step also reads the block tables on the device.
+        """
+        sent = self._sent[0]
+        self._sent.rotate(-1)
+        rows = sent.numpy()
+        floats = rows.view(np.float32)
+        block_size = self._pool.block_size
+        for i, part in enumerate(parts):
+            sequence, position = part.sequence, part.end - 1
+            slot = -1 if sequence.prefill_only else self._slot(sequence)
+            if captured:
+                self._upload_table(sequence)
+            rows[i, :4] = (sequence.token_ids[position], slot, position, sequence.block_table[position // block_size])
+            params = sequence.request.sampling
+            if params.is_greedy:
+                rows[i, 4:] = 0
+            else:
+                rows[i, 4] = params.top_k
+                floats[i, 5:] = (params.temperature, params.top_p, params.min_p, uniform(params.seed, part.index))
+        rows[len(parts) : padded] = _PADDING
+        self._rows[:padded].copy_(sent[:padded], non_blocking=True)
+        return self._rows[:padded]
+
+    def _slot(self, sequence: RunningSequence) -> int:
+        slot = self._slots.get(sequence)
+        if slot is None:
+            if not self._free_slots:
+                self._collect_slots()
+            slot = self._slots[sequence] = _Slot(index=self._free_slots.pop(), table=[], num_blocks=0)
+        return slot.index
+
+    def _upload_table(self, sequence: RunningSequence) -> None:
+        """Bring the device's block table up to date, but for the newest block, which the step itself enters."""
+        slot, table = self._slots[sequence], sequence.block_table
+        if slot.table is not table or len(table) > slot.num_blocks + 1:
+            self._tables[slot.index, : len(table)].copy_(torch.tensor(table, dtype=torch.int32))
+            slot.table = table
+        slot.num_blocks = len(table)
+
+    def _collect_slots(self) -> None:
+        for sequence in [s for s in self._slots if s.state is not SequenceState.RUNNING]:
+            self._free_slots.append(self._slots.pop(sequence).index)
+
+    def _launch_packed(
+        self, parts: Sequence[ScheduledTokens], sampling: Sequence[ScheduledTokens], rows: list[int]
+    ) -> None:
+        """Any mix of chunks and single tokens, each kernel launched by itself."""
+        sequences = [
+            SequenceTokens(
+                request_id=part.sequence.request_id,
+                token_ids=part.sequence.token_ids[part.start : part.end],
+                start=part.start,
+                block_table=part.sequence.block_table,
+            )
+            for part in parts
+        ]
+        penalised = [part for part in sampling if part.sequence.request.sampling.has_penalties]
+        # Tokens that the step before this one is still choosing.
+        waiting = [i for i, s in enumerate(sequences) if s.token_ids[-1] == PENDING]
+        pending = None
+        if waiting:
+            slots = [self._slots[parts[i].sequence].index for i in waiting]
+            at = to_device(np.array([waiting, slots]), self._device)
+            pending = torch.stack((at[0], self._last_tokens[at[1]]))
+        num_tokens = sum(part.num_tokens for part in parts)
+        if self._prefill.takes(num_tokens, len(parts)) and not penalised:
+            self._send(sampling, MAX_SEQUENCES, captured=False)
+            self._prefill.launch(sequences, self._pool.block_size, rows, pending)
+            if self._announcer is not None:
+                self._announcer.announce(parts, self._stream, self._pool.geometry.num_layers)
+            return
+        sent = self._send(sampling, len(sampling), captured=False)
+        step, input_ids, position_ids = pack(
+            sequences,
+            layers=self._layers,
+            page=self._pool.block_size,
+            split_memory=self._split,
+            device=self._device,
+            layer_written=None if self._announcer is None else self._announcer.of_step(parts, self._stream),
+        )
+        if pending is not None:
+            input_ids[pending[0]] = pending[1]
+        wanted = to_device(np.array(rows, np.int64), self._device)
+        logits = run(self._model, step, input_ids, position_ids, wanted)
+        if not sampling:
+            return
+        if penalised:
+            logits = logits.float()
+            for values, part in zip(logits, sampling, strict=True):
+                if part.sequence.request.sampling.has_penalties:
+                    penalise(values, sample_input(part))
+        self._sample(logits, sent)
+
+
+def _can_be_captured(part: ScheduledTokens) -> bool:
+    """A single token of a sequence that has a place on the device and samples without looking back."""
+    sequence = part.sequence
+    return (
+        part.num_tokens == 1 and part.samples and not (sequence.prefill_only or sequence.request.sampling.has_penalties)
+    )
+
+
+class _Announcer:
+    """Says when KV that kernels were queued for is in the pool: a thread that waits for one event a layer and chunk."""
+
+    def __init__(self, kv_written: KvWritten) -> None:
+        self._kv_written = kv_written
+        self._queue: queue.SimpleQueue[tuple[torch.cuda.Event, int, int, list[tuple[str, int, int]]]]
+        self._queue = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="kv-announcer", daemon=True).start()
+
+    def of_step(self, parts: Sequence[ScheduledTokens], stream: torch.cuda.Stream) -> Callable[[int], None] | None:
+        """What to call when a layer's write is queued; None when no sequence of the step leaves this worker."""
+        leaving = _leaving(parts)
+        if not leaving:
+            return None
+        return lambda layer: self._put(stream, layer, layer + 1, leaving)
+
+    def announce(self, parts: Sequence[ScheduledTokens], stream: torch.cuda.Stream, num_layers: int) -> None:
+        """All layers of a step were queued at once."""
+        if leaving := _leaving(parts):
+            self._put(stream, 0, num_layers, leaving)
+
+    def _put(self, stream: torch.cuda.Stream, first: int, end: int, leaving: list[tuple[str, int, int]]) -> None:
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(stream)
+        self._queue.put((event, first, end, leaving))
+
+    def _run(self) -> None:
+        while True:
+            event, first, end, leaving = self._queue.get()
+            event.synchronize()
+            for request_id, token_start, token_end in leaving:
+                self._kv_written(request_id, first, end, token_start, token_end)
+
+
+def _leaving(parts: Sequence[ScheduledTokens]) -> list[tuple[str, int, int]]:
+    return [(part.sequence.request_id, part.start, part.end) for part in parts if part.sequence.prefill_only]
