@@ -34,7 +34,7 @@ class BlockAllocator:
             raise ConfigError(f"the KV pool has {num_blocks} blocks; give it memory for at least one")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._prefix_cache = prefix_cache
+        self.has_prefix_cache = prefix_cache
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: low ids first, recently used rows stay warm
         self._live = [0] * num_blocks  # owners of each block that are sequences
         self._granted = [0] * num_blocks  # owners that are reservations
@@ -72,7 +72,7 @@ class BlockAllocator:
         """Blocks of the longest cached prefix of at most `max_tokens` tokens, whole blocks only; takes nothing."""
         per_block = self.block_size // PREFIX_UNIT
         found: list[int] = []
-        if self._prefix_cache:
+        if self.has_prefix_cache:
             for index in range(min(max_tokens // self.block_size, len(hashes) // per_block)):
                 block = self._by_hash.get(hashes[(index + 1) * per_block - 1])
                 if block is None:
@@ -95,7 +95,7 @@ class BlockAllocator:
 
     def publish(self, block: int, prefix_hash: bytes) -> None:
         """Enter a full, owned block into the prefix index; the first block with a hash keeps it."""
-        if self._prefix_cache and prefix_hash not in self._by_hash and block not in self._hash_of:
+        if self.has_prefix_cache and prefix_hash not in self._by_hash and block not in self._hash_of:
             self._by_hash[prefix_hash] = block
             self._hash_of[block] = prefix_hash
 

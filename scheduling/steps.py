@@ -143,7 +143,8 @@ class StepScheduler:
             )
         hashes: list[bytes] = []
         tokens = [*request.prompt_token_ids, *request.output_token_ids]
-        extend_hashes(hashes, tokens, self._namespace(request))
+        if self.blocks.has_prefix_cache:
+            extend_hashes(hashes, tokens, self._namespace(request))
         hits = self.blocks.match(hashes, len(tokens) - 1)
         remaining = request.max_tokens - len(request.output_token_ids)
         needed = blocks_for(len(tokens) + min(headroom_tokens, remaining), self.blocks.block_size) - len(hits)
@@ -305,7 +306,8 @@ class StepScheduler:
         if not self._waiting or len(self._running) + self.num_in(SequenceState.RESERVED) >= self._max_running:
             return None
         sequence = self._waiting[0]
-        extend_hashes(sequence.prefix_hashes, sequence.token_ids, self._namespace(sequence.request))
+        if self.blocks.has_prefix_cache:
+            extend_hashes(sequence.prefix_hashes, sequence.token_ids, self._namespace(sequence.request))
         hits = self.blocks.match(sequence.prefix_hashes, sequence.num_tokens - 1)
         needed = blocks_for(sequence.num_tokens, self.blocks.block_size) - len(hits)
         if not self.blocks.can_allocate(needed, hits):
@@ -354,7 +356,7 @@ class StepScheduler:
     def _publish(self, sequence: Sequence, num_computed: int) -> None:
         """Enter the blocks that became full with the first `num_computed` tokens into the prefix index."""
         full = num_computed // self.blocks.block_size
-        if full <= sequence.num_published:
+        if full <= sequence.num_published or not self.blocks.has_prefix_cache:
             return
         known = sequence.token_ids[:num_computed]  # those behind may be pending
         extend_hashes(sequence.prefix_hashes, known, self._namespace(sequence.request))

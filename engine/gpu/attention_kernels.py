@@ -72,6 +72,91 @@ def write_kv(key: Tensor, value: Tensor, kv: LayerKv, slots: Tensor) -> None:
 
 
 @triton.jit
+def _rotate_heads(x, out, cos, sin, mask, HALF: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Rotate rows `x` of pointers to `out`; dimensions past 2 * HALF are copied. `mask` [heads, 1]."""
+    dim = tl.arange(0, BLOCK)[None, :]
+    inside = mask & (dim < HALF)
+    low = tl.load(x + dim, mask=inside).to(tl.float32)
+    high = tl.load(x + HALF + dim, mask=inside).to(tl.float32)
+    cos_low = tl.load(cos + dim, mask=dim < HALF).to(tl.float32)
+    cos_high = tl.load(cos + HALF + dim, mask=dim < HALF).to(tl.float32)
+    sin_low = tl.load(sin + dim, mask=dim < HALF).to(tl.float32)
+    sin_high = tl.load(sin + HALF + dim, mask=dim < HALF).to(tl.float32)
+    tl.store(out + dim, (low * cos_low - high * sin_low).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + HALF + dim, (high * cos_high + low * sin_high).to(out.dtype.element_ty), mask=inside)
+    for start in tl.static_range(2 * HALF, DIM, BLOCK):
+        rest = mask & (start + dim < DIM)
+        tl.store(out + start + dim, tl.load(x + start + dim, mask=rest).to(out.dtype.element_ty), mask=rest)
+
+
+@triton.jit
+def _rotary_write_kernel(
+    query, key, value, cos, sin, pool, slots, query_out, key_out,
+    query_head, query_token, key_head, key_token, value_head, value_token, cos_token, row, key_offset, value_offset,
+    QUERY_HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, QUERY_BLOCKS: tl.constexpr,
+    KV_HEADS: tl.constexpr, BLOCK_H: tl.constexpr,
+    DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+    PAGE: tl.constexpr, KEEP_KEY: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    cos += token * cos_token
+    sin += token * cos_token
+    if part < QUERY_BLOCKS:
+        head = part * BLOCK_Q + tl.arange(0, BLOCK_Q)[:, None]
+        x = query + token * query_token + head * query_head
+        out = query_out + (token * QUERY_HEADS + head) * DIM
+        _rotate_heads(x, out, cos, sin, head < QUERY_HEADS, HALF, DIM, BLOCK_D)
+    else:
+        kv_head = tl.arange(0, BLOCK_H)[:, None]
+        new_key = key + token * key_token + kv_head * key_head
+        if KEEP_KEY:
+            kept = key_out + (token * KV_HEADS + kv_head) * DIM
+            _rotate_heads(new_key, kept, cos, sin, kv_head < KV_HEADS, HALF, DIM, BLOCK_D)
+        slot = tl.load(slots + token).to(tl.int64)
+        if slot >= 0:
+            block = pool + (slot // PAGE) * row
+            at = kv_head * PAGE + slot % PAGE
+            in_pool = block + key_offset + at * DIM
+            _rotate_heads(new_key, in_pool, cos, sin, kv_head < KV_HEADS, HALF, DIM, BLOCK_D)
+            dim = tl.arange(0, BLOCK_V)[None, :]
+            mask = (kv_head < KV_HEADS) & (dim < VALUE_DIM)
+            new = tl.load(value + kv_head * value_head + token * value_token + dim, mask=mask)
+            tl.store(block + value_offset + at * VALUE_DIM + dim, new.to(pool.dtype.element_ty), mask=mask)
+
+
+def rotate_and_write(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, kv: LayerKv, slots: Tensor, *, keep_key: bool
+) -> tuple[Tensor, Tensor]:
+    """Rotary embedding (half-split) of queries and keys, and `write_kv` of the result, in one pass.
+
+    Args:
+        query, key, value: [heads, tokens, dim], last dimension contiguous.
+        cos, sin: [tokens, <= dim].
+        keep_key: also return the keys; otherwise they are in the pool only and the second result is `key`.
+    Returns: rotated queries and keys, [heads, tokens, dim] laid out token-major.
+    """
+    heads, tokens, dim = query.shape
+    assert query.stride(2) == key.stride(2) == value.stride(2) == 1, "the last dimension is contiguous"
+    query_out = torch.empty(tokens, heads, dim, dtype=query.dtype, device=query.device)
+    key_out = torch.empty(tokens, kv.num_heads, dim, dtype=key.dtype, device=key.device) if keep_key else key
+    half = cos.shape[-1] // 2
+    block_q = min(8, triton.next_power_of_2(heads))
+    query_blocks = triton.cdiv(heads, block_q)
+    _rotary_write_kernel[(tokens, query_blocks + 1)](
+        query, key, value, cos, sin, kv.elements, slots, query_out, key_out,
+        query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        cos.stride(0), kv.row, kv.key_offset, kv.value_offset,
+        QUERY_HEADS=heads, BLOCK_Q=block_q, QUERY_BLOCKS=query_blocks,
+        KV_HEADS=kv.num_heads, BLOCK_H=triton.next_power_of_2(kv.num_heads),
+        DIM=dim, HALF=half, BLOCK_D=triton.next_power_of_2(half),
+        VALUE_DIM=kv.value_dim, BLOCK_V=triton.next_power_of_2(kv.value_dim),
+        PAGE=kv.page, KEEP_KEY=keep_key, num_warps=4,
+    )  # fmt: skip
+    return query_out.transpose(0, 1), key_out.transpose(0, 1) if keep_key else key
+
+
+@triton.jit
 def _decode_kernel(
     query, pool, tables, table_rows, lengths, sinks, output, partial, partial_lse,
     scale, softcap, window,
@@ -231,7 +316,7 @@ def decode_attention(
         PAGE=kv.page, BLOCK_N=_TOKENS // 2 if wide else _TOKENS, NUM_SPLITS=split.count,
         SOFTCAP=softcap is not None, WINDOW=window is not None, SINKS=sinks is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=2 if wide else 3,
+        num_warps=4 if wide else 2, num_stages=2 if wide else 3,
     )  # fmt: skip
     if split.count > 1:
         _combine_kernel[(num_sequences, num_heads)](

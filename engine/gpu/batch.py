@@ -10,7 +10,17 @@ from torch import Tensor
 
 from ..attention import AttentionRules
 from ..pool import KvPool
-from .attention_kernels import LayerKv, Split, decode_attention, num_splits, prefill_attention, write_kv
+from ..runner import SequenceTokens
+from . import deferred
+from .attention_kernels import (
+    LayerKv,
+    Split,
+    decode_attention,
+    num_splits,
+    prefill_attention,
+    rotate_and_write,
+    write_kv,
+)
 
 # Below this many query tokens our own kernel is as fast as cuDNN's.
 CUDNN_FROM_TOKENS = 512
@@ -68,6 +78,7 @@ class PrefillRows:
     spans: Sequence[tuple[int, int, int]]  # (packed row, start, end) of each chunk; empty inside a captured step
     tables: Tensor  # [chunks, max_blocks] int32
     tiles: Tensor  # [num_tiles, 4] int32
+    one_prompt_of: int | None = None  # inside a captured step: all rows are one whole prompt, padded to so many tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +102,16 @@ class GpuBatch:
     ) -> Tensor:
         """Write the new KV and attend: [num_tokens, num_heads, value_dim]."""
         kv = self.layers[layer]
+        rotation = deferred.take(query, key)
         query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
-        write_kv(key[0], value[0], kv, self.slots)
+        if rotation is None:
+            write_kv(key[0], value[0], kv, self.slots)
+        else:
+            cos, sin = rotation
+            rotated = rotate_and_write(
+                query[0], key[0], value[0], cos[0], sin[0], kv, self.slots, keep_key=self.prefill is not None
+            )
+            query, key = (x[None] for x in rotated)
         if self.layer_written is not None:
             self.layer_written(layer)
         q = query[0].transpose(0, 1)  # [num_tokens, num_heads, key_dim]
@@ -133,6 +152,8 @@ class GpuBatch:
         rules: AttentionRules,
         output: Tensor,
     ) -> Tensor:
+        if rows.one_prompt_of is not None and _cudnn_attends(rules, query, kv, rows.one_prompt_of):
+            return cudnn_causal(query, key, value, 0, rows.one_prompt_of, rules.scaling)
         if _whole_prompts(rows, rules, query, kv):
             for row, start, end in rows.spans:
                 attended = cudnn_causal(query, key, value, row, cudnn_length(end), rules.scaling)
@@ -155,21 +176,34 @@ class GpuBatch:
 
 
 def _whole_prompts(rows: PrefillRows, rules: AttentionRules, query: Tensor, kv: LayerKv) -> bool:
-    """Whether cuDNN's causal attention over the chunks' own tokens is the same, and faster."""
-    if rules.softcap is not None or rules.sinks is not None or not rows.spans or query.dtype == torch.float32:
-        return False
-    if max(kv.key_dim, kv.value_dim) > 128 or kv.key_dim != kv.value_dim or kv.key_dim % 8:
+    """Whether cuDNN's causal attention over the chunks' own tokens is the same as ours, and faster."""
+    return bool(rows.spans) and all(
+        start == 0 and end >= CUDNN_FROM_TOKENS and _cudnn_attends(rules, query, kv, end)
+        for _, start, end in rows.spans
+    )
+
+
+def _cudnn_attends(rules: AttentionRules, query: Tensor, kv: LayerKv, length: int) -> bool:
+    if rules.softcap is not None or rules.sinks is not None or query.dtype == torch.float32:
         return False
     window = rules.sliding_window
-    return all(
-        start == 0 and end >= CUDNN_FROM_TOKENS and (window is None or window >= end) for _, start, end in rows.spans
-    )
+    plain = window is None or window >= length
+    return plain and kv.key_dim == kv.value_dim and kv.key_dim <= 128 and kv.key_dim % 8 == 0
 
 
 def cudnn_length(num_tokens: int) -> int:
     """Rows that cuDNN attends over for a prompt: it takes 50 ms to prepare for each new length, so there are few."""
-    step = 256 if num_tokens <= 2048 else 1024
+    step = 128 if num_tokens <= 2048 else 1024
     return -(-num_tokens // step) * step
+
+
+def chunk_spans(sequences: Sequence[SequenceTokens], first_row: int = 0) -> list[tuple[int, int, int]]:
+    """(packed row, start, end) of each, packed one behind the other from `first_row` on."""
+    spans, row = [], first_row
+    for s in sequences:
+        spans.append((row, s.start, s.end))
+        row += len(s.token_ids)
+    return spans
 
 
 def padded_rows(spans: Sequence[tuple[int, int, int]]) -> int:

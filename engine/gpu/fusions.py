@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .layer_kernels import rms_norm, rotary, silu_multiply
+from ..attention import AttentionRules, current
+from . import deferred
+from .batch import GpuBatch
+from .layer_kernels import add_rms_norm, rms_norm, rotary, silu_multiply
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +35,8 @@ class Fusions:
     merged: int = 0
     norms: int = 0
     activations: int = 0
-    rotary: int = 0
+    rotary: str = "its own"
+    layers: int = 0  # residual sums joined with the norm that follows
     kept: list[str] = field(default_factory=list)  # candidates whose own code computes something else
 
 
@@ -43,13 +49,16 @@ def fuse(model: PreTrainedModel) -> Fusions:
             done.merged += _merge(module, names)
         done.norms += _fuse_norm(module, done)
         done.activations += _fuse_activation(module, done)
-    done.rotary = _fuse_rotary(model, done)
+    calls = _Calls(model)
+    _fuse_rotary(model, calls, done)
+    done.layers = _fuse_layers(model, calls)
     logger.info(
-        "fused %d norms, %d activations, %d merged projections, rotary embedding: %s%s",
+        "fused %d norms, %d activations, %d residual sums, %d merged projections, rotary embedding: %s%s",
         done.norms,
         done.activations,
+        2 * done.layers,
         done.merged,
-        "yes" if done.rotary else "no",
+        done.rotary,
         f"; kept their own code: {', '.join(sorted(set(done.kept)))}" if done.kept else "",
     )
     return done
@@ -117,17 +126,35 @@ def _fuse_norm(module: nn.Module, done: Fusions) -> int:
     theirs = module(x)
     for one_plus in (False, True):
         if _agree(rms_norm(x, weight, epsilon, one_plus=one_plus), theirs):
-            module.forward = _norm(weight, float(epsilon), one_plus)
+            module.forward = _Norm(weight, float(epsilon), one_plus)
             return 1
     done.kept.append(type(module).__name__)
     return 0
 
 
-def _norm(weight: Tensor, epsilon: float, one_plus: bool) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        return rms_norm(x, weight, epsilon, one_plus=one_plus)
+class _Norm:
+    """A fused norm that may find its work done: the layer before it adds and normalises in one pass."""
 
-    return forward
+    def __init__(self, weight: Tensor, epsilon: float, one_plus: bool) -> None:
+        self.weight = weight
+        self.epsilon = epsilon
+        self.one_plus = one_plus
+        self._done: tuple[Tensor, Tensor] | None = None  # (sum, its norm)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        done, self._done = self._done, None
+        if done is not None and done[0] is x:
+            return done[1]
+        return rms_norm(x, self.weight, self.epsilon, one_plus=self.one_plus)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + residual, its norm)."""
+        return add_rms_norm(x, residual, self.weight, self.epsilon, one_plus=self.one_plus)
+
+    def add_ahead(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x + residual; the call with it that follows costs nothing."""
+        self._done = self.add(x, residual)
+        return self._done[0]
 
 
 def _fuse_activation(module: nn.Module, done: Fusions) -> int:
@@ -149,23 +176,111 @@ def _fuse_activation(module: nn.Module, done: Fusions) -> int:
     return 1
 
 
-def _fuse_rotary(model: PreTrainedModel, done: Fusions) -> int:
-    """The half-split rotary embedding is a function of the model's own file, which every layer looks up by name."""
+class _Echo:
+    """Stands for attention while layers are compared: each token gets its own value."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, Tensor]] = []  # queries and keys of each layer
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rules: AttentionRules) -> Tensor:
+        self.seen.append((query, key))
+        return value[0].transpose(0, 1).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+
+
+class _Calls:
+    """With what arguments the model calls its layers, from a forward pass of three tokens."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.echo = _Echo()
+        self.arguments: dict[nn.Module, dict[str, Any]] = {}
+        self.model = model
+        layers = getattr(model.base_model, "layers", None)
+        self.layers: list[nn.Module] = list(layers) if isinstance(layers, nn.ModuleList) else []
+        hooks = [layer.register_forward_pre_hook(self._note, with_kwargs=True) for layer in self.layers]
+        self.run()
+        for hook in hooks:
+            hook.remove()
+
+    def run(self) -> None:
+        """One forward pass; `echo.seen` are its queries and keys."""
+        self.echo.seen.clear()
+        ids = torch.arange(1, 4, device=self.model.device)[None]
+        with self.attention():
+            self.model(input_ids=ids, position_ids=ids - 1, use_cache=False, logits_to_keep=1)
+
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        token = current.set(self.echo)
+        try:
+            yield
+        finally:
+            current.reset(token)
+
+    def _note(self, layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if len(arguments) == 1:  # the hidden states; anything else by position is not the usual layer
+            self.arguments[layer] = named
+
+
+def _fuse_layers(model: PreTrainedModel, calls: _Calls) -> int:
+    """Layers of the usual kind: x += attention(norm(x)); x += mlp(norm(x)), with one norm behind the last."""
+    last = getattr(getattr(model.base_model, "norm", None), "forward", None)
+    following = [getattr(getattr(layer, "input_layernorm", None), "forward", None) for layer in calls.layers[1:]]
+    fused = 0
+    for layer, after in zip(calls.layers, [*following, last], strict=True):
+        between = getattr(getattr(layer, "post_attention_layernorm", None), "forward", None)
+        if not (isinstance(between, _Norm) and isinstance(after, _Norm) and layer in calls.arguments):
+            continue
+        forward = _layer(layer, between, after)
+        x = torch.randn(1, 3, between.weight.shape[0], dtype=between.weight.dtype, device=between.weight.device)
+        try:
+            with calls.attention():
+                theirs = layer(x.clone(), **calls.arguments[layer])
+                ours = forward(x.clone(), **calls.arguments[layer])
+                agree = _agree(ours, theirs) and _agree(after(ours), after(theirs))
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            continue
+        if agree:
+            layer.forward = forward
+            fused += 1
+    return fused
+
+
+def _layer(layer: Any, between: _Norm, after: _Norm) -> Callable[..., Tensor]:
+    def forward(hidden_states: Tensor, **named: Any) -> Tensor:
+        attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **named)
+        residual, x = between.add(attended, hidden_states)
+        return after.add_ahead(layer.mlp(x), residual)
+
+    return forward
+
+
+def _fuse_rotary(model: PreTrainedModel, calls: _Calls, done: Fusions) -> None:
+    """The half-split rotary embedding is a function of the model's own file, which every layer looks up by name.
+
+    Where its results reach the attention function untouched, it is left to that.
+    """
     file = sys.modules[type(model).__module__]
     original = getattr(file, "apply_rotary_pos_emb", None)
     if original is None:
-        return 0
+        return
     original = getattr(original, "_splitserve_original", original)
     device, dtype = model.device, model.dtype
     q, k = (torch.randn(1, heads, 5, 64, dtype=dtype, device=device) for heads in (4, 2))
     angle = torch.rand(1, 5, 32, device=device).repeat(1, 1, 2)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    state = _RotaryState()
 
     def fused(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: object, **named: object) -> tuple[Tensor, Tensor]:
         if not q.is_cuda or rest or named or q.dim() != 4 or q.shape[0] != 1 or q.stride(3) != 1:
             result: tuple[Tensor, Tensor] = original(q, k, cos, sin, *rest, **named)
             return result
-        return rotary(q, cos, sin), rotary(k, cos, sin)
+        if state.deferred and isinstance(current.get(None), GpuBatch):
+            deferred.defer(q, k, cos, sin)
+            return q, k
+        rotated = rotary(q, cos, sin), rotary(k, cos, sin)
+        if isinstance(current.get(None), _Echo):
+            state.results.append(rotated)
+        return rotated
 
     try:
         theirs = original(q, k, cos, sin)
@@ -174,7 +289,18 @@ def _fuse_rotary(model: PreTrainedModel, done: Fusions) -> int:
         agree = False
     if not agree:
         done.kept.append("apply_rotary_pos_emb")
-        return 0
+        return
     fused._splitserve_original = original  # type: ignore[attr-defined]
     file.apply_rotary_pos_emb = fused  # type: ignore[attr-defined]
-    return 1
+    calls.run()
+    reached = [q is a and k is b for (q, k), (a, b) in zip(calls.echo.seen, state.results, strict=False)]
+    state.deferred = bool(reached) and all(reached) and len(reached) == len(calls.echo.seen)
+    state.results.clear()
+    calls.echo.seen.clear()
+    done.rotary = "with the KV write" if state.deferred else "fused"
+
+
+@dataclass(slots=True)
+class _RotaryState:
+    deferred: bool = False
+    results: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of the layers of the probe

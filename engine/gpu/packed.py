@@ -14,7 +14,7 @@ from ..attention import current
 from ..pool import KvPool
 from ..runner import SequenceTokens
 from .attention_kernels import LayerKv, prefill_tiles
-from .batch import DecodeRows, GpuBatch, PrefillRows, SplitMemory, layer_views, padded_rows
+from .batch import DecodeRows, GpuBatch, PrefillRows, SplitMemory, chunk_spans, layer_views, padded_rows
 
 
 def pack(
@@ -32,11 +32,7 @@ def pack(
     """
     num_decode = sum(len(s.token_ids) == 1 for s in sequences)
     assert all(len(s.token_ids) == 1 for s in sequences[:num_decode]), "sequences with one new token come first"
-    spans: list[tuple[int, int, int]] = []
-    row = num_decode
-    for s in sequences[num_decode:]:
-        spans.append((row, s.start, s.end))
-        row += len(s.token_ids)
+    spans = chunk_spans(sequences[num_decode:], num_decode)
     wide, tables = pack_arrays(sequences, page)
     num_tokens = wide.shape[1]
     if (padding := padded_rows(spans) - num_tokens) > 0:

@@ -124,7 +124,7 @@ class GpuRunner:
         """Capture decode steps by batch and short prefill steps by tokens; returns the seconds it took."""
         began_s = time.monotonic()
         batches = [batch for batch in _GRAPH_BATCHES if batch < self.max_running] + [self.max_running]
-        memory = None
+        memory = torch.cuda.graph_pool_handle()
         self._rows[:] = torch.from_numpy(_PADDING).to(self._device)
         for batch in reversed(batches):  # the largest first: the others fit into its memory
             with torch.cuda.stream(self._stream):
@@ -133,10 +133,13 @@ class GpuRunner:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=memory, stream=self._stream):
                 self._decode_step(batch)
-            memory = graph.pool()
             self._graphs[batch] = graph
         self._prefill.capture(self._stream, memory, self._max_step_tokens)
         return time.monotonic() - began_s
+
+    def drop_graphs(self) -> None:
+        self._graphs.clear()
+        self._prefill.drop()
 
     def _decode_step(self, batch: int) -> None:
         """The whole step over the static inputs; the chosen tokens are in `_chosen`."""
@@ -203,7 +206,7 @@ class GpuRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Let cuDNN prepare for the prompt lengths it will see; what it prepares belongs to the calling thread."""
-        lengths = sorted({cudnn_length(n) for n in range(CUDNN_FROM_TOKENS, self._max_step_tokens + 1, 256)})
+        lengths = sorted({cudnn_length(n) for n in range(CUDNN_FROM_TOKENS, self._max_step_tokens + 1, 128)})
         with torch.cuda.stream(self._stream):
             for length in lengths:
                 spans = [(0, 0, length)]
@@ -303,12 +306,11 @@ class GpuRunner:
             slots = [self._slots[parts[i].sequence].index for i in waiting]
             at = to_device(np.array([waiting, slots]), self._device)
             pending = torch.stack((at[0], self._last_tokens[at[1]]))
-        num_tokens = sum(part.num_tokens for part in parts)
-        if self._prefill.takes(num_tokens, len(parts)) and not penalised:
+        written = None if self._announcer is None else self._announcer.of_step(parts, self._stream)
+        captured = None if penalised else self._prefill.find(sequences)
+        if captured is not None:
             self._send(sampling, MAX_SEQUENCES, captured=False)
-            self._prefill.launch(sequences, self._pool.block_size, rows, pending)
-            if self._announcer is not None:
-                self._announcer.announce(parts, self._stream, self._pool.geometry.num_layers)
+            self._prefill.launch(captured, sequences, self._pool.block_size, rows, pending, written)
             return
         sent = self._send(sampling, len(sampling), captured=False)
         step, input_ids, position_ids = pack(
@@ -317,7 +319,7 @@ class GpuRunner:
             page=self._pool.block_size,
             split_memory=self._split,
             device=self._device,
-            layer_written=None if self._announcer is None else self._announcer.of_step(parts, self._stream),
+            layer_written=None if written is None else lambda layer: written(layer, layer + 1),
         )
         if pending is not None:
             input_ids[pending[0]] = pending[1]
@@ -350,17 +352,12 @@ class _Announcer:
         self._queue = queue.SimpleQueue()
         threading.Thread(target=self._run, name="kv-announcer", daemon=True).start()
 
-    def of_step(self, parts: Sequence[ScheduledTokens], stream: torch.cuda.Stream) -> Callable[[int], None] | None:
-        """What to call when a layer's write is queued; None when no sequence of the step leaves this worker."""
-        leaving = _leaving(parts)
+    def of_step(self, parts: Sequence[ScheduledTokens], stream: torch.cuda.Stream) -> Callable[[int, int], None] | None:
+        """What to call when the writes of a range of layers are queued; None when no sequence leaves this worker."""
+        leaving = [(part.sequence.request_id, part.start, part.end) for part in parts if part.sequence.prefill_only]
         if not leaving:
             return None
-        return lambda layer: self._put(stream, layer, layer + 1, leaving)
-
-    def announce(self, parts: Sequence[ScheduledTokens], stream: torch.cuda.Stream, num_layers: int) -> None:
-        """All layers of a step were queued at once."""
-        if leaving := _leaving(parts):
-            self._put(stream, 0, num_layers, leaving)
+        return lambda first, end: self._put(stream, first, end, leaving)
 
     def _put(self, stream: torch.cuda.Stream, first: int, end: int, leaving: list[tuple[str, int, int]]) -> None:
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
@@ -373,7 +370,3 @@ class _Announcer:
             event.synchronize()
             for request_id, token_start, token_end in leaving:
                 self._kv_written(request_id, first, end, token_start, token_end)
-
-
-def _leaving(parts: Sequence[ScheduledTokens]) -> list[tuple[str, int, int]]:
-    return [(part.sequence.request_id, part.start, part.end) for part in parts if part.sequence.prefill_only]

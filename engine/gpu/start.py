@@ -59,8 +59,7 @@ def start_on_gpu(
         )
     pool = KvPool(model.geometry, num_blocks=num_blocks, block_size=size, device=device)
     runner = _runner(model, pool, options, max_model_len, kv_written)
-    if options.cuda_graphs:
-        seconds = runner.capture()
+    if options.cuda_graphs and (seconds := _capture(runner)) is not None:
         logger.info("captured the decode step for batches of up to %d in %.1f s", runner.max_running, seconds)
     return pool, runner
 
@@ -77,6 +76,20 @@ def _runner(
         num_query_heads=int(model.model.config.get_text_config().num_attention_heads),
         kv_written=kv_written,
     )
+
+
+def _capture(runner: GpuRunner) -> float | None:
+    """Seconds that it took; None when the model's layers do what a graph cannot hold, such as asking the host."""
+    try:
+        return runner.capture()
+    except RuntimeError as error:
+        runner.drop_graphs()
+        logger.warning(
+            "steps are not captured as CUDA graphs, so each kernel is launched by itself, which is slow for small "
+            "batches: %s",
+            str(error).splitlines()[0],
+        )
+        return None
 
 
 def _measure(model: LoadedModel, options: EngineOptions, max_model_len: int) -> tuple[int, int]:
@@ -110,7 +123,7 @@ def _measure(model: LoadedModel, options: EngineOptions, max_model_len: int) -> 
     if options.cuda_graphs:
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
-        runner.capture()
+        _capture(runner)
         graphs = max(0, free - torch.cuda.mem_get_info(device)[0])
     del runner, pool, plan, scheduler
     gc.collect()
