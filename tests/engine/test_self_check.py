@@ -38,16 +38,34 @@ def test_a_good_model_is_accepted_and_a_wrong_scale_is_not(
     assert "serving it would give wrong answers" in message
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("architecture", "rule"), [("gemma2", "softcap"), ("mistral", "sliding_window"), ("gpt_oss", "sinks")]
 )
 def test_a_rule_that_we_ignored_is_noticed(
-    architecture: str, rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, rule: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_tiny_model(architecture, tmp_path)
-    load_model(EngineOptions(model=str(tmp_path)))
+    load_model(EngineOptions(model=str(tmp_path), dtype=dtype))  # type: ignore[arg-type]
     monkeypatch.setattr(attention, "AttentionRules", lambda **rules: AttentionRules(**{**rules, rule: None}))
-    refused(tmp_path)
+    refused(tmp_path, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        ("mixtral", "bfloat16"),
+        ("mixtral", "float16"),
+        ("qwen3_moe", "bfloat16"),
+        ("deepseek_v3", "bfloat16"),
+        ("dots1", "float16"),
+    ],
+)
+def test_a_mixture_whose_rounding_chooses_another_expert_is_accepted(
+    architecture: str, dtype: str, tmp_path: Path
+) -> None:
+    make_tiny_model(architecture, tmp_path)
+    load_model(EngineOptions(model=str(tmp_path), dtype=dtype))  # type: ignore[arg-type]
 
 
 def _sees_padding(monkeypatch: pytest.MonkeyPatch) -> None:
