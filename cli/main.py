@@ -36,6 +36,11 @@ SUBCOMMANDS = {
     "decode-worker": "Run a decode (or colocated) worker process.",
 }
 
+# What the default install leaves out, by the extra that brings it.
+_EXTRAS = {
+    "serve": {"gguf", "grpc_health", "grpc_reflection", "jinja2", "ray", "safetensors", "torch", "transformers"},
+}
+
 _BAD_INPUT = (InvalidRequest, ConfigError, ModelNotFound, ModelUnsupported, ModelLoadFailed)
 
 
@@ -53,6 +58,13 @@ class LazyGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            extra = next((extra for extra, names in _EXTRAS.items() if (error.name or "").split(".")[0] in names), None)
+            if extra is None:
+                raise
+            needed = f"this needs {error.name}, which is not installed; run: pip install 'splitserve[{extra}]'"
+            typer.secho(f"error: {needed}", fg="red", err=True)
+            raise typer.Exit(2) from error
         except SplitserveError as error:
             typer.secho(f"error: {error.message}", fg="red", err=True)
             raise typer.Exit(2 if isinstance(error, _BAD_INPUT) else 1) from error

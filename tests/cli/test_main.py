@@ -125,3 +125,23 @@ def test_verbosity_sets_our_loggers_level_only(flags: list[str], level: str, mon
         assert logging.getLogger().level == root_level
     finally:
         logger.handlers, logger.level = handlers, before
+
+
+@pytest.mark.parametrize("missing", ["torch", "ray"])
+def test_a_missing_extra_is_named_with_the_command_that_brings_it(missing: str) -> None:
+    code = (
+        "import sys\n"
+        "class NotInstalled:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {missing!r}: raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)\n"
+        "sys.meta_path.insert(0, NotInstalled())\n"
+        "from splitserve.cli.main import main\n"
+        "sys.argv = ['splitserve', *sys.argv[1:]]\n"
+        "main()"
+    )
+    command = {"torch": ["decode-worker"], "ray": ["up", "--model", "m"]}[missing]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"error: this needs {missing}, which is not installed; run: pip install 'splitserve[serve]'"
+    ]
