@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc.aio
@@ -16,6 +18,7 @@ from splitserve.proto import worker_pb2, worker_pb2_grpc
 
 PROMPTS = [[5 + (n * 31 + 7 * i) % 200 for i in range(60)] for n in range(40)]
 WAIT_S = 40.0
+NOTICED_S = 5.0  # from the kill until each request that it hit goes on or has its error
 OPTIONS = {"max_tokens": 150, "ignore_eos": True, "temperature": 1.0, "seed": 5, "timeout_s": 60.0}
 
 
@@ -43,20 +46,52 @@ async def test_sigkill_of_any_worker_leaves_an_answer_or_a_typed_error_for_each_
     ):
         wanted = [(await client.generate(p, **OPTIONS)).token_ids for p in PROMPTS[:3]]
         for victim in ("prefill-0", "decode-0"):
-            tasks = [asyncio.create_task(client.generate(p, **OPTIONS)) for p in PROMPTS]
+            requests = [Followed() for _ in PROMPTS]
+            tasks = [asyncio.create_task(f.follow(client, p)) for f, p in zip(requests, PROMPTS, strict=True)]
             while not (await statuses(cluster, dead))[victim].num_running:
                 await asyncio.sleep(0.01)
             os.kill(cluster.workers[victim].pid, signal.SIGKILL)
+            killed_s = time.monotonic()
             dead.append(victim)
             async with asyncio.timeout(WAIT_S):  # nothing hangs
-                results = await asyncio.gather(*tasks, return_exceptions=True)
-            check(results, wanted)
+                await asyncio.gather(*tasks)
+            check([request.outcome for request in requests], wanted)
+            hit = [request for request in requests if request.was_hit]
+            assert hit
+            assert max(request.next_event_s(killed_s) for request in hit) < NOTICED_S
             async with asyncio.timeout(WAIT_S):
                 while any(is_busy(status) for status in (await statuses(cluster, dead)).values()):
                     await asyncio.sleep(0.02)
 
 
-def check(results: list[GenerationResult | BaseException], wanted: list[tuple[int, ...]]) -> None:
+@dataclass
+class Followed:
+    """One streamed request and when it made itself heard."""
+
+    events_s: list[float] = field(default_factory=list)  # on the monotonic clock; the last is the end
+    outcome: GenerationResult | BaseException | None = None
+
+    async def follow(self, client: AsyncClient, prompt: list[int]) -> None:
+        try:
+            async with client.stream(prompt, **OPTIONS) as stream:
+                async for _ in stream:
+                    self.events_s.append(time.monotonic())
+                self.outcome = await stream.result()
+        except SplitserveError as error:
+            self.outcome = error
+        self.events_s.append(time.monotonic())
+
+    @property
+    def was_hit(self) -> bool:
+        """It ended in an error or needed another worker."""
+        return not isinstance(self.outcome, GenerationResult) or self.outcome.timing.attempts > 1
+
+    def next_event_s(self, after_s: float) -> float:
+        """Seconds from `after_s` to the next token, answer or error."""
+        return next((at_s for at_s in self.events_s if at_s > after_s), after_s) - after_s
+
+
+def check(results: list[GenerationResult | BaseException | None], wanted: list[tuple[int, ...]]) -> None:
     """Each is an answer or a typed error, and an answer that survived the kill has the tokens of an undisturbed one."""
     answers = [result for result in results if isinstance(result, GenerationResult)]
     errors = [result for result in results if not isinstance(result, GenerationResult)]
