@@ -40,20 +40,35 @@ class _Section(BaseModel):
 class EngineConfig(_Section):
     """`engine`: the model runner of every worker."""
 
-    dtype: Dtype | None = Field(default=None, description="Number type of weights and KV; empty: float32 on CPU")
+    device: str | None = Field(
+        default=None, description="cpu, cuda or cuda:N; empty: cuda for pools that have GPUs, else cpu"
+    )
+    dtype: Dtype | None = Field(
+        default=None, description="Number type of weights and KV; empty: float32 on a CPU, bfloat16 on a GPU"
+    )
     block_size: int = Field(default=16, ge=1, description="Tokens in a KV block")
     num_kv_blocks: int | None = Field(
-        default=None, ge=2, description="KV blocks of the pool; empty: what kv_memory holds"
+        default=None, ge=2, description="KV blocks of the pool; empty: what kv_memory holds, or a GPU has left"
     )
     kv_memory: Size = Field(
-        default=1 << 30, gt=0, description="Memory of the KV pool of each worker: bytes, or 512MiB, 2GiB"
+        default=1 << 30, gt=0, description="Memory of the KV pool of each worker on a CPU: bytes, or 512MiB, 2GiB"
     )
+    gpu_memory_fraction: float = Field(
+        default=0.9, gt=0, le=1, description="Of a GPU's memory: weights, graphs, activations and the KV pool"
+    )
+    cuda_graphs: bool = Field(default=True, description="Capture decode and short prefill steps on a GPU")
     max_model_len: int | None = Field(
         default=None, ge=2, description="Most tokens of prompt and answer together; empty: the model's own limit"
     )
-    max_running: int = Field(default=64, ge=1, description="Sequences in the running batch")
+    max_running: int | None = Field(
+        default=None, ge=1, description="Sequences in the running batch; empty: 64 on a CPU, 256 on a GPU"
+    )
     max_waiting: int = Field(default=1024, ge=1, description="Sequences waiting for the engine; more are refused")
-    max_step_tokens: int = Field(default=256, ge=1, description="Prefill tokens of one step: the chunk size")
+    max_step_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Prefill tokens of one step, the chunk size; empty: 256 on a CPU, 8192 on a GPU",
+    )
     decode_headroom_tokens: int = Field(default=64, ge=0, description="Tokens reserved past the prompt by a grant")
     prefix_cache: bool = Field(default=True, description="Keep KV of finished prompts for prompts that begin alike")
     self_check: bool = Field(default=True, description="Compare logits with plain transformers before serving")

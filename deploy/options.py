@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..core.config import ClusterConfig, WorkerRole
+from ..core.errors import ConfigError
 from ..engine.options import EngineOptions
 from ..worker.options import WorkerOptions
 
@@ -27,17 +28,27 @@ def worker_options(
     """Raises: ConfigError: a value that only the engine can judge is wrong."""
     engine = config.engine
     transports = _TRANSPORTS[config.transport]
+    device = engine.device or ("cuda" if config.pool(role).gpus else "cpu")
+    on_gpu = device != "cpu"
+    if on_gpu and role != "colocated":
+        raise ConfigError(
+            f"engine.device is {device} and the role is {role}: KV does not move between GPUs yet; "
+            "use colocated workers there, or device cpu"
+        )
     return WorkerOptions(
         engine=EngineOptions(
             model=config.model,
+            device=device,
             dtype=engine.dtype,
             block_size=engine.block_size,
             num_kv_blocks=engine.num_kv_blocks,
             kv_memory_bytes=engine.kv_memory,
             max_model_len=engine.max_model_len,
-            max_running=engine.max_running,
+            max_running=engine.max_running or (256 if on_gpu else 64),
             max_waiting=engine.max_waiting,
-            max_step_tokens=engine.max_step_tokens,
+            max_step_tokens=engine.max_step_tokens or (8192 if on_gpu else 256),
+            gpu_memory_fraction=engine.gpu_memory_fraction,
+            cuda_graphs=engine.cuda_graphs,
             decode_headroom_tokens=engine.decode_headroom_tokens,
             prefix_cache=engine.prefix_cache,
             num_threads=num_threads or config.pool(role).threads,
