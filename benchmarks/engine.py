@@ -141,8 +141,11 @@ def plain_prefill(model: PreTrainedModel, tokens: int) -> float:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m splitserve.benchmarks.engine", description=__doc__)
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: against the device's own limits, see --shape"
+    )
+    parser.add_argument("--shape", default="llama-3.1-8b", help="with --device cuda: a config with random weights")
+    parser.add_argument("--model", help="directory or name (default: smollm2-135m, on a GPU the shape)")
     parser.add_argument("--dtypes", nargs="+", choices=list(TORCH_DTYPES), default=["float32", "bfloat16"])
     parser.add_argument("--contexts", nargs="+", type=int, default=[128, 512], help="tokens of context of a decode")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
@@ -153,7 +156,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=512, help="prefill tokens of one engine step")
     parser.add_argument("--skip-generate-batch", action="store_true", help="compare with model.generate alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.device == "cpu" and options.model is None:
+        options.model = "smollm2-135m"
+    return options
 
 
 def measure(options: argparse.Namespace, dtype: KvDtype, progress: Progress) -> list[Row]:
@@ -170,7 +176,7 @@ def measure(options: argparse.Namespace, dtype: KvDtype, progress: Progress) -> 
             prefix_cache=False,
         ),
     )
-    engine.pool.rows[:] = torch.randint(0, 60, engine.pool.rows.shape, dtype=torch.uint8)  # finite in every dtype
+    engine.pool.elements.normal_()  # as the baselines' caches; denormal numbers would cost twice the time
     plain = AutoModelForCausalLM.from_pretrained(loaded.path, dtype=TORCH_DTYPES[dtype])
     plain.train(False)
     rows = []
@@ -229,6 +235,18 @@ def report(rows: list[Row], console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    if options.device == "cuda":
+        from . import gpu_engine
+
+        gpu_engine.run(
+            model=options.model,
+            shape=options.shape,
+            max_step_tokens=max(options.chunk, 8192),
+            rounds=max(options.runs, 5),
+            json_path=options.json,
+            only=None,
+        )
+        return
     torch.set_num_threads(options.threads)
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     rows: list[Row] = []
