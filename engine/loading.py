@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 import xxhash
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from ..core.errors import ConfigError, ModelLoadFailed, ModelUnsupported
 from ..core.kv_geometry import KvGeometry, LayerGeometry
@@ -40,6 +42,9 @@ def load_model(options: EngineOptions) -> LoadedModel:
 
     Raises: ModelLoadFailed: files are missing or damaged. ModelUnsupported: it would not be served right.
     """
+    if not sys.stderr.isatty():
+        # A log file is no place for one.
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     path = resolve_model(options.model)
     try:
         config = AutoConfig.from_pretrained(path)

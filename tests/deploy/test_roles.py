@@ -104,3 +104,9 @@ def test_config_docs_are_up_to_date() -> None:
 
 def test_a_flag_is_the_last_part_of_its_key() -> None:
     assert flag("engine.max_running") == "--max-running"
+
+
+def test_prefill_and_decode_workers_on_a_gpu_are_refused_until_kv_moves_between_gpus() -> None:
+    result = CliRunner().invoke(app, ["prefill-worker", "--device", "cuda"])
+    assert result.exit_code == 2
+    assert "KV does not move between GPUs yet" in result.stderr

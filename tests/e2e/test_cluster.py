@@ -27,6 +27,7 @@ from splitserve.client import (
 from splitserve.core.errors import AddressInUse
 from splitserve.decode_worker.server import DecodeServer
 from splitserve.engine.options import EngineOptions
+from splitserve.engine.runner import CpuRunner
 from splitserve.proto import inference_pb2, inference_pb2_grpc
 from splitserve.proto.convert import PROTOCOL_VERSION
 from splitserve.proto.rpc import from_rpc_error
@@ -288,7 +289,9 @@ async def test_a_failing_step_fails_its_requests_and_not_the_worker(start_cluste
     """The model raises once, in the decode worker: the router's next attempt gives the same answer."""
     cluster = await start_cluster()
     wanted = await cluster.client.generate(prompt(4), max_tokens=12, ignore_eos=True)
-    model = cluster.host("decode-0").engine._model
+    runner = cluster.host("decode-0").engine._runner
+    assert isinstance(runner, CpuRunner)
+    model = runner._model
     calls = 0
 
     def once(*_: object) -> None:

@@ -118,3 +118,23 @@ def test_concurrent_starts_convert_a_file_once(tmp_path: Path) -> None:
 def test_options_out_of_range_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         EngineOptions(model="m", **wrong)  # type: ignore[arg-type]
+
+
+def test_no_progress_bar_reaches_a_log_file(tiny: LoadedModel) -> None:
+    code = (
+        "import sys\n"
+        "from splitserve.engine.loading import load_model\n"
+        "from splitserve.engine.options import EngineOptions\n"
+        "load_model(EngineOptions(model=sys.argv[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tiny.path)], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda:99", "'cuda:99' is not here"), ("gpu", "'gpu' is not known"), ("meta", "'meta' is not supported")],
+)
+def test_a_device_that_is_not_here_is_named(device: str, message: str, tiny: LoadedModel) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_model(EngineOptions(model=str(tiny.path), device=device))
