@@ -14,12 +14,22 @@ import pytest
 from splitserve.benchmarks.processes import ProcessCluster, process_cluster
 from splitserve.client import AsyncClient, GenerationResult, RetryPolicy, SplitserveError
 from splitserve.core.config import load_config
+from splitserve.deploy.process import Endpoint
 from splitserve.proto import worker_pb2, worker_pb2_grpc
 
-PROMPTS = [[5 + (n * 31 + 7 * i) % 200 for i in range(60)] for n in range(40)]
+PROMPTS = [[5 + (n * 31 + 7 * i) % 200 for i in range(240)] for n in range(40)]
+STEP_TOKENS = 64  # small steps: 75 of them to prefill what one of the two workers gets
 WAIT_S = 40.0
 NOTICED_S = 5.0  # from the kill until each request that it hit goes on or has its error
 OPTIONS = {"max_tokens": 150, "ignore_eos": True, "temperature": 1.0, "seed": 5, "timeout_s": 60.0}
+
+
+async def working(victim: Endpoint, tasks: list[asyncio.Task[None]]) -> None:
+    """Wait until the worker has requests of this round; fail when they all ended without it."""
+    async with grpc.aio.insecure_channel(victim.address) as channel:
+        stub = worker_pb2_grpc.WorkerAdminStub(channel)
+        while not (await stub.GetWorkerStatus(worker_pb2.GetWorkerStatusRequest(), timeout=10)).status.num_running:
+            assert not all(task.done() for task in tasks), f"no request was seen running on {victim.address}"
 
 
 async def statuses(cluster: ProcessCluster, dead: list[str]) -> dict[str, worker_pb2.WorkerStatus]:
@@ -32,13 +42,13 @@ async def statuses(cluster: ProcessCluster, dead: list[str]) -> dict[str, worker
     return found
 
 
-@pytest.mark.verify
 @pytest.mark.chaos
 @pytest.mark.timeout(180)
 async def test_sigkill_of_any_worker_leaves_an_answer_or_a_typed_error_for_each_request(
     tiny: Path, tmp_path: Path
 ) -> None:
     sizes = {"prefill.replicas": 2, "decode.replicas": 2, "engine.num_kv_blocks": 1024, "engine.self_check": False}
+    sizes["engine.max_step_tokens"] = STEP_TOKENS
     config = load_config(None, {"model": str(tiny), **sizes})
     dead: list[str] = []
     async with (
@@ -49,8 +59,7 @@ async def test_sigkill_of_any_worker_leaves_an_answer_or_a_typed_error_for_each_
         for victim in ("prefill-0", "decode-0"):
             requests = [Followed() for _ in PROMPTS]
             tasks = [asyncio.create_task(f.follow(client, p)) for f, p in zip(requests, PROMPTS, strict=True)]
-            while not (await statuses(cluster, dead))[victim].num_running:
-                await asyncio.sleep(0.01)
+            await working(cluster.workers[victim], tasks)
             os.kill(cluster.workers[victim].pid, signal.SIGKILL)
             killed_s = time.monotonic()
             dead.append(victim)
