@@ -119,7 +119,8 @@ async def test_the_timeline_adds_up(start_cluster: StartCluster) -> None:
     timing = (await cluster.client.generate(prompt(1), max_tokens=8, ignore_eos=True)).timing
     parts = timing.queue_s + timing.grant_s + timing.prefill_queue_s + timing.prefill_s
     assert 0 < parts <= timing.ttft_s <= timing.e2e_s
-    assert timing.transfer_exposed_s <= timing.transfer_s + 0.001
+    assert 0 < timing.transfer_s <= timing.e2e_s
+    assert 0 < timing.transfer_exposed_s <= timing.e2e_s
     assert timing.ttft_s + timing.decode_s == pytest.approx(timing.e2e_s, abs=0.05)
     offsets = [event.offset_s for event in timing.events]
     assert offsets == sorted(offsets)

@@ -1,0 +1,345 @@
+"""Workers that repeat, reorder, refuse, contradict, hang and die: each token once, in order, and exactly one end."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from itertools import pairwise
+
+import grpc.aio
+import pytest
+from splitserve.client import DeadlineExceeded, FinishReason, GenerationResult, SplitserveError
+from splitserve.core.errors import EngineFailed, InvalidRequest, KvCorrupted, WorkerLost
+from splitserve.proto import inference_pb2, inference_pb2_grpc, worker_pb2
+from splitserve.proto.convert import PROTOCOL_VERSION
+from splitserve.router import session
+
+from .conftest import LENGTH, WAIT_S, Scene, ScriptedWorker, StartScene
+
+PROMPT = [10, 20, 30]
+ANSWER = list(range(100, 120))
+
+
+def ask(scene: Scene, **options: object) -> asyncio.Task[GenerationResult]:
+    """One request for all of ANSWER."""
+    return asyncio.create_task(scene.client.generate(PROMPT, **{"max_tokens": len(ANSWER), **options}))
+
+
+async def granted(scene: Scene, decode: ScriptedWorker | None = None) -> tuple[ScriptedWorker, worker_pb2.WorkRequest]:
+    """The decode worker grants what it is asked for; returns the prefill worker and the work it is given."""
+    request = await (decode or scene.decode).receive("grant")
+    (decode or scene.decode).grant(request.request)
+    async with asyncio.timeout(WAIT_S):
+        while all(worker.inbox.empty() for worker in scene.prefills):
+            await asyncio.sleep(0.002)
+    prefill = next(worker for worker in scene.prefills if not worker.inbox.empty())
+    return prefill, (await prefill.receive("run")).request
+
+
+async def end_of(task: asyncio.Task[GenerationResult]) -> GenerationResult:
+    async with asyncio.timeout(WAIT_S):
+        return await task
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_repeated_reordered_and_foreign_messages_change_nothing(start_scene: StartScene, seed: int) -> None:
+    """What is said, cut anywhere, twice and shuffled, mixed with words of other attempts and of requests nobody has."""
+    scene, rng = await start_scene(), random.Random(seed)
+    stub = inference_pb2_grpc.InferenceStub(scene.client._channel)
+    request = inference_pb2.GenerateRequest(token_ids={"ids": PROMPT}, max_tokens=len(ANSWER))
+    call = stub.Generate(request)
+    reading = asyncio.create_task(read_all(call))
+    prefill, work = await granted(scene)
+    edges = [1, *sorted(rng.sample(range(2, len(ANSWER)), rng.randrange(8))), len(ANSWER)]
+    words = [
+        lambda: prefill.first_token(work, ANSWER[0]),
+        lambda: scene.decode.transfer_done(work, ANSWER[0]),
+        *(lambda a=a, b=b: speak(scene.decode, work, a, b) for a, b in pairwise(edges)),
+    ]
+    stranger = worker_pb2.WorkRequest(request_id="nobody", attempt=1)
+    noise = [
+        lambda: scene.decode.tokens(work, 1, [7, 7, 7], attempt=work.attempt + 1),
+        lambda: scene.decode.tokens(stranger, 0, [7], finish=LENGTH),
+        lambda: prefill.first_token(stranger, 7),
+        lambda: scene.decode.transfer_done(stranger, 7),
+        lambda: scene.decode.fail(stranger, "internal"),
+        lambda: scene.decode.grant(work),
+    ]
+    said = [*words, *rng.sample(words, 2), *noise]
+    rng.shuffle(said)
+    for say in said:
+        say()
+    messages = await asyncio.wait_for(reading, WAIT_S)
+    kinds = [message.WhichOneof("event") for message in messages]
+    assert kinds == ["started", *["tokens"] * (len(kinds) - 2), "finished"]
+    got = [token for message in messages for token in message.tokens.token_ids]
+    assert got == ANSWER
+    indices = [message.tokens.index for message in messages if message.HasField("tokens")]
+    assert indices == sorted(set(indices))
+    assert messages[-1].finished.reason == LENGTH
+    assert messages[-1].finished.timing.attempts == 1
+    scene.check_nothing_left()
+
+
+async def read_all(call: grpc.aio.UnaryStreamCall) -> list[inference_pb2.GenerateResponse]:
+    return [message async for message in call]
+
+
+def speak(decode: ScriptedWorker, work: worker_pb2.WorkRequest, start: int, end: int) -> None:
+    decode.tokens(work, start, ANSWER[start:end], finish=LENGTH if end == len(ANSWER) else 0)
+
+
+async def test_a_full_decode_worker_is_asked_again_when_it_has_room(start_scene: StartScene) -> None:
+    scene = await start_scene()
+    task = ask(scene)
+    for _ in range(3):  # more refusals than a request may have failures: none of these is one
+        scene.decode.fail((await scene.decode.receive("grant")).request, "overloaded")
+        scene.decode.say_status()
+    prefill, work = await granted(scene)
+    prefill.first_token(work, ANSWER[0])
+    speak(scene.decode, work, 1, len(ANSWER))
+    result = await end_of(task)
+    assert list(result.token_ids) == ANSWER
+    assert result.timing.attempts == 1
+    scene.check_nothing_left()
+
+
+async def test_a_request_goes_on_elsewhere_when_its_decode_worker_dies(start_scene: StartScene) -> None:
+    """The next attempt is told the tokens that the client has; what the dead one still says is stale."""
+    scene = await start_scene(decode=2)
+    task = ask(scene)
+    first = await scene.placed()
+    prefill, work = await granted(scene, first)
+    prefill.first_token(work, ANSWER[0])
+    first.transfer_done(work, ANSWER[0])
+    speak(first, work, 1, 4)
+    while scene.router.metrics.tokens._value.get() < 4:
+        await asyncio.sleep(0.002)
+    await first.die()
+    second = next(worker for worker in scene.decodes if worker is not first)
+    prefill, again = await granted(scene, second)
+    assert (again.attempt, list(again.output_token_ids)) == (2, ANSWER[:4])
+    await first.start()
+    await scene.becomes(first.address, "ready")
+    stale = scene.num_stale
+    speak(first, work, 4, len(ANSWER))
+    while scene.num_stale == stale:
+        await asyncio.sleep(0.002)
+    assert not task.done()
+    prefill.first_token(again, ANSWER[4])
+    second.transfer_done(again, ANSWER[4])
+    speak(second, again, 5, len(ANSWER))
+    result = await end_of(task)
+    assert list(result.token_ids) == ANSWER
+    assert result.timing.attempts == 2
+    scene.check_nothing_left()
+
+
+async def test_a_prefill_worker_that_fails_is_avoided_and_both_sides_are_told(start_scene: StartScene) -> None:
+    scene = await start_scene(prefill=2)
+    task = ask(scene)
+    first, work = await granted(scene)
+    first.fail(work, "engine_failed")
+    revoked = await scene.decode.receive_cancel()
+    assert (revoked.request_id, revoked.attempt) == (work.request_id, 1)
+    second, again = await granted(scene)
+    assert second is not first
+    assert again.attempt == 2
+    second.first_token(again, ANSWER[0])
+    speak(scene.decode, again, 1, len(ANSWER))
+    assert list((await end_of(task)).token_ids) == ANSWER
+    scene.check_nothing_left()
+
+
+async def test_a_failed_transfer_is_blamed_on_the_sender(start_scene: StartScene) -> None:
+    scene = await start_scene(prefill=2)
+    task = ask(scene)
+    first, work = await granted(scene)
+    first.first_token(work, ANSWER[0])
+    scene.decode.fail(work, "transfer_failed")
+    await first.receive_cancel()
+    second, again = await granted(scene)
+    assert second is not first
+    assert list(again.output_token_ids) in ([], ANSWER[:1])  # the two streams have no order between them
+    start = len(again.output_token_ids)
+    second.first_token(again, ANSWER[start])
+    speak(scene.decode, again, start + 1, len(ANSWER))
+    assert list((await end_of(task)).token_ids) == ANSWER
+    scene.check_nothing_left()
+
+
+async def test_a_token_that_contradicts_another_costs_the_attempt_not_the_answer(start_scene: StartScene) -> None:
+    """Prefill and decode worker disagree about token 0: one of them has another prompt's KV."""
+    scene = await start_scene()
+    task = ask(scene)
+    prefill, work = await granted(scene)
+    prefill.first_token(work, ANSWER[0])
+    while not scene.router.metrics.tokens._value.get():
+        await asyncio.sleep(0.002)
+    scene.decode.transfer_done(work, ANSWER[0] + 1)
+    await scene.decode.receive_cancel()  # the prefill worker's part ended with the transfer
+    prefill, again = await granted(scene)
+    assert list(again.output_token_ids) == ANSWER[:1]
+    prefill.first_token(again, ANSWER[1])
+    speak(scene.decode, again, 2, len(ANSWER))
+    assert list((await end_of(task)).token_ids) == ANSWER
+    scene.check_nothing_left()
+
+
+async def test_contradictions_without_end_are_an_error(start_scene: StartScene) -> None:
+    scene = await start_scene(max_attempts=2)
+    task = ask(scene)
+    for _ in range(2):
+        prefill, work = await granted(scene)
+        scene.decode.tokens(work, 5, [1])
+        scene.decode.tokens(work, 5, [2])
+        await scene.decode.receive_cancel()
+        await prefill.receive_cancel()
+    with pytest.raises(KvCorrupted, match="position 5"):
+        await end_of(task)
+    scene.check_nothing_left()
+
+
+async def test_an_error_that_no_retry_can_help_ends_the_request_at_once(start_scene: StartScene) -> None:
+    scene = await start_scene(prefill=2)
+    task = ask(scene)
+    prefill, work = await granted(scene)
+    prefill.fail(work, "invalid_request", "the worker knows better")
+    with pytest.raises(InvalidRequest, match="knows better"):
+        await end_of(task)
+    assert (await scene.decode.receive_cancel()).attempt == 1
+    scene.check_nothing_left()
+
+
+async def test_failures_end_with_the_last_error(start_scene: StartScene) -> None:
+    scene = await start_scene(max_attempts=3)
+    task = ask(scene)
+    for number in range(3):
+        prefill, work = await granted(scene)
+        prefill.fail(work, "engine_failed", f"failure {number + 1}")
+        await scene.decode.receive_cancel()
+    with pytest.raises(EngineFailed, match="failure 3"):
+        await end_of(task)
+    scene.check_nothing_left()
+
+
+@pytest.mark.chaos
+async def test_a_worker_that_hangs_is_given_up(start_scene: StartScene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection stays open and it says nothing: after SILENCE_S its requests go elsewhere."""
+    monkeypatch.setattr(session, "SILENCE_S", 0.6)
+    scene = await start_scene(decode=2)
+    task = ask(scene)
+    hung = await scene.placed()
+    prefill, work = await granted(scene, hung)
+    prefill.first_token(work, ANSWER[0])
+    hung.silent, silent_at = True, time.monotonic()
+    other = next(worker for worker in scene.decodes if worker is not hung)
+    prefill, again = await granted(scene, other)
+    assert time.monotonic() - silent_at < 5.0
+    assert list(again.output_token_ids) == ANSWER[:1]
+    prefill.first_token(again, ANSWER[1])
+    speak(other, again, 2, len(ANSWER))
+    assert list((await end_of(task)).token_ids) == ANSWER
+    assert "no word" in (await scene.state(hung.address))[1]
+    scene.check_nothing_left()
+
+
+async def test_the_only_worker_dies(start_scene: StartScene) -> None:
+    """A typed error once the wait for another is over, not a hang."""
+    scene = await start_scene(prefill=0, decode=0, colocated=1, no_worker_wait_s=0.3, max_attempts=1)
+    task = ask(scene)
+    await scene.decode.receive("run")
+    await scene.decode.die()
+    with pytest.raises(WorkerLost):
+        await end_of(task)
+    with pytest.raises(SplitserveError, match="no pair of prefill and decode worker"):
+        await end_of(ask(scene))
+    scene.check_nothing_left()
+
+
+async def test_a_cancelled_request_is_cancelled_on_both_workers(start_scene: StartScene) -> None:
+    scene = await start_scene()
+    task = ask(scene)
+    prefill, work = await granted(scene)
+    task.cancel()
+    assert (await prefill.receive_cancel()).request_id == work.request_id
+    assert (await scene.decode.receive_cancel()).attempt == work.attempt
+    stale = scene.num_stale
+    prefill.first_token(work, ANSWER[0])
+    while scene.num_stale == stale:
+        await asyncio.sleep(0.002)
+    scene.check_nothing_left()
+
+
+async def test_a_request_past_its_deadline_is_cancelled_on_both_workers(start_scene: StartScene) -> None:
+    scene = await start_scene()
+    task = ask(scene, timeout_s=0.5)
+    prefill, _ = await granted(scene)
+    with pytest.raises(DeadlineExceeded):
+        await end_of(task)
+    await prefill.receive_cancel()
+    await scene.decode.receive_cancel()
+    scene.check_nothing_left()
+
+
+async def test_an_answer_complete_with_its_first_token_needs_no_decode(start_scene: StartScene) -> None:
+    scene = await start_scene()
+    task = ask(scene)
+    prefill, work = await granted(scene)
+    prefill.first_token(work, 1, finish=inference_pb2.FINISH_REASON_STOP)
+    result = await end_of(task)
+    assert (result.token_ids, result.finish_reason) == ((1,), FinishReason.STOP)
+    scene.check_nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("role", worker_pb2.ROLE_PREFILL, "is a prefill worker"),
+        ("model", "another", "serves model 'another'"),
+        ("geometry_digest", "other", "KV geometry"),
+        ("protocol_version", PROTOCOL_VERSION + 1, "protocol"),
+    ],
+    ids=["role", "model", "geometry", "future"],
+)
+async def test_a_worker_that_does_not_fit_is_refused_with_the_reason(
+    start_scene: StartScene, field: str, value: object, reason: str
+) -> None:
+    scene = await start_scene()
+    odd = ScriptedWorker("decode", scene.decode.info.model)
+    setattr(odd.info, field, value)
+    await odd.start()
+    try:
+        scene.router.pool.set_workers(
+            [scene.prefill.address], [scene.decode.address, odd.address], scene.router.dispatcher
+        )
+        assert reason in await scene.becomes(odd.address, "refused")
+        task = ask(scene)
+        prefill, work = await granted(scene)
+        prefill.first_token(work, ANSWER[0])
+        speak(scene.decode, work, 1, len(ANSWER))
+        assert list((await end_of(task)).token_ids) == ANSWER
+        assert odd.inbox.empty()
+    finally:
+        await odd.die()
+
+
+async def test_a_worker_that_speaks_before_its_hello_is_refused(start_scene: StartScene) -> None:
+    scene = await start_scene()
+    await scene.decode.die()
+    scene.decode.says_hello = False
+    await scene.decode.start()
+    assert "before its hello" in await scene.becomes(scene.decode.address, "refused")
+
+
+async def test_the_wrong_dialect_is_refused(start_scene: StartScene) -> None:
+    """A prefill worker's address listed as a decode worker's."""
+    scene = await start_scene()
+    wrong = [scene.decode.address, scene.prefill.address]
+    scene.router.pool.set_workers([scene.prefill.address], wrong, scene.router.dispatcher)
+    async with asyncio.timeout(WAIT_S):
+        while not any("nothing at" in link.reason for link in scene.router.pool.decodes.values()):
+            await asyncio.sleep(0.01)
+    assert scene.router.pool.decodes[scene.prefill.address].state == "refused"
+    assert scene.router.pool.prefills[scene.prefill.address].state == "ready"

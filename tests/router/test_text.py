@@ -1,0 +1,83 @@
+"""Text as it leaves the router: however the tokens come, whole characters, and nothing of a stop string."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from splitserve.core.errors import InvalidRequest
+from splitserve.router.text import AnswerText, ModelText
+
+TEXTS = st.text(alphabet=st.sampled_from("ab<é€😀 \n"), max_size=40)
+STOPS = st.lists(st.text(alphabet=st.sampled_from("ab<é€"), min_size=1, max_size=4), max_size=3)
+
+
+@pytest.fixture(scope="module")
+def model_text(tiny: Path) -> ModelText:
+    """One token is one byte: every character of more than one is split over tokens."""
+    return ModelText(tiny)
+
+
+def ids(model_text: ModelText, text: str) -> list[int]:
+    return model_text.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def stopped_at(text: str, stops: list[str]) -> int | None:
+    """Where the answer must end: before the stop string that is complete first."""
+    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+    return min(found)[1] if found else None
+
+
+@given(data=st.data(), text=TEXTS, stops=STOPS)
+def test_any_cut_gives_the_same_text(model_text: ModelText, data: st.DataObject, text: str, stops: list[str]) -> None:
+    answer, tokens = AnswerText(model_text, stops), ids(model_text, text)
+    end = stopped_at(text, stops)
+    wanted = text if end is None else text[:end]
+    got, used_tokens = "", 0
+    while used_tokens < len(tokens) and not answer.stopped:
+        size = data.draw(st.integers(1, len(tokens) - used_tokens))
+        new, used = answer.push(tokens[used_tokens : used_tokens + size])
+        assert answer.stopped or used == size
+        got, used_tokens = got + new, used_tokens + used
+        assert "\ufffd" not in got
+        assert wanted.startswith(got)
+    assert answer.stopped == (end is not None)
+    assert got + answer.flush() == wanted
+    if end is not None:  # tokens after the one that completed the stop string are not part of the answer
+        shortest = min(len(text[:at].encode()) for at in range(len(text) + 1) if stopped_at(text[:at], stops) == end)
+        assert used_tokens == shortest
+
+
+@given(data=st.data(), junk=st.lists(st.integers(0, 255), max_size=30))
+def test_bytes_that_are_no_text_are_replaced_not_lost(
+    model_text: ModelText, data: st.DataObject, junk: list[int]
+) -> None:
+    """A model may well emit half a character: the answer is what decoding all of its tokens at once gives."""
+    answer, got, at = AnswerText(model_text), "", 0
+    while at < len(junk):
+        size = data.draw(st.integers(1, len(junk) - at))
+        got += answer.push(junk[at : at + size])[0]
+        at += size
+    assert got + answer.flush() == model_text.tokenizer.decode(junk, skip_special_tokens=True)
+
+
+def test_special_tokens_are_not_text(model_text: ModelText) -> None:
+    end = model_text.tokenizer.token_to_id("</s>")
+    answer = AnswerText(model_text)
+    assert answer.push([*ids(model_text, "ab"), end])[0] + answer.flush() == "ab"
+
+
+def test_a_held_beginning_of_a_stop_string_leaves_when_it_turns_out_to_be_none(model_text: ModelText) -> None:
+    answer = AnswerText(model_text, ["<end>"])
+    assert answer.push(ids(model_text, "a<en"))[0] == "a"
+    assert answer.push(ids(model_text, "x"))[0] == "<enx"
+    assert answer.push(ids(model_text, "<end"))[0] == ""
+    assert answer.flush() == "<end"
+
+
+@pytest.mark.parametrize("stop", [["a", ""], ["x"] * 17])
+def test_bad_stop_strings(model_text: ModelText, stop: list[str]) -> None:
+    with pytest.raises(InvalidRequest, match="at most 16, none empty"):
+        AnswerText(model_text, stop)
