@@ -183,7 +183,7 @@ class WorkerLink:
                 async with asyncio.timeout(SILENCE_S) as watchdog:
                     await self._session(watchdog)
             except asyncio.CancelledError:
-                reason = "the router let go of it"
+                reason = self.reason  # the router let go of it: no news
                 raise
             except TimeoutError:
                 reason = f"no word for {SILENCE_S:g} s: the worker or its host hangs"
@@ -198,8 +198,9 @@ class WorkerLink:
             finally:  # also when stopped
                 was_up, self.info = self.info is not None, None
                 self._refusal, self.full = refusal, False
-                if reason != self.reason:
-                    logger.warning("%s worker %s: %s", self.role, self.address, reason)
+                if reason != self.reason:  # one that never spoke is probably still loading its model
+                    level = logging.WARNING if was_up or refusal else logging.INFO
+                    logger.log(level, "%s worker %s: %s", self.role, self.address, reason)
                 self.reason = reason
                 if was_up:
                     self._events.lost(self, WorkerLost(f"{self.role} worker {self.address} was lost: {reason}"))
