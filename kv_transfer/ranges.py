@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..core.errors import GeometryMismatch
-from ..core.kv_geometry import KvGeometry, LayerGeometry
+from ..core.kv_geometry import DTYPE_BYTES, KvDtype, KvGeometry, LayerGeometry
+from ..proto import kv_transfer_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,39 @@ class KvLayout:
         )
         return KvGeometry(model_id=self.geometry.model_id, layers=layers, dtype=self.geometry.dtype)
 
+    def first_heads(self, rank: int) -> tuple[int, ...]:
+        """Per layer, the model's number of the first head in a rank's pool."""
+        return tuple(self.heads(layer, rank).start for layer in range(self.geometry.num_layers))
+
+    def to_proto(self) -> kv_transfer_pb2.KvShape:
+        layers = [
+            kv_transfer_pb2.KvLayer(
+                num_kv_heads=layer.num_kv_heads,
+                key_dim=layer.key_dim,
+                value_dim=layer.value_dim,
+                sliding_window=layer.sliding_window or 0,
+            )
+            for layer in self.geometry.layers
+        ]
+        return kv_transfer_pb2.KvShape(
+            model_id=self.geometry.model_id, dtype=self.geometry.dtype, layers=layers, num_ranks=self.num_ranks
+        )
+
+    @classmethod
+    def from_proto(cls, message: kv_transfer_pb2.KvShape) -> KvLayout:
+        """Raises: GeometryMismatch: a dtype that this build does not know."""
+        layers = tuple(
+            LayerGeometry(
+                num_kv_heads=layer.num_kv_heads,
+                key_dim=layer.key_dim,
+                value_dim=layer.value_dim,
+                sliding_window=layer.sliding_window or None,
+            )
+            for layer in message.layers
+        )
+        geometry = KvGeometry(model_id=message.model_id, layers=layers, dtype=known_dtype(message.dtype))
+        return cls(geometry=geometry, num_ranks=message.num_ranks)
+
     def holders(self, layer: int, head: int) -> list[int]:
         """Ranks that hold a head."""
         return [rank for rank in range(self.num_ranks) if head in self.heads(layer, rank)]
@@ -73,8 +108,6 @@ class Route:
     """What one source rank sends to one target rank: per layer, a range of heads, empty where another rank sends."""
 
     heads: tuple[range, ...]
-    source_first: tuple[int, ...]  # per layer, the first head that the source's pool holds
-    target_first: tuple[int, ...]
 
     @property
     def is_empty(self) -> bool:
@@ -86,6 +119,14 @@ class Route:
             geometry.layer_bytes_per_token(layer) // geometry.layers[layer].num_kv_heads * len(heads)
             for layer, heads in enumerate(self.heads)
         )
+
+
+def known_dtype(name: str) -> KvDtype:
+    """Raises: GeometryMismatch."""
+    for dtype in DTYPE_BYTES:
+        if dtype == name:
+            return dtype
+    raise GeometryMismatch(f"KV dtype {name!r} is not one of {', '.join(DTYPE_BYTES)}; upgrade the older worker")
 
 
 def check_pair(source: KvLayout, target: KvLayout) -> None:
@@ -114,15 +155,12 @@ def check_pair(source: KvLayout, target: KvLayout) -> None:
         target.heads(number, 0)
 
 
+@lru_cache(maxsize=256)
 def route(source: KvLayout, source_rank: int, target: KvLayout, target_rank: int) -> Route:
     """Heads that go from rank to rank. Of several ranks that hold a head, each target rank takes another in turn."""
     check_pair(source, target)
     layers = range(source.geometry.num_layers)
-    return Route(
-        heads=tuple(_sent(source, source_rank, target, target_rank, layer) for layer in layers),
-        source_first=tuple(source.heads(layer, source_rank).start for layer in layers),
-        target_first=tuple(target.heads(layer, target_rank).start for layer in layers),
-    )
+    return Route(heads=tuple(_sent(source, source_rank, target, target_rank, layer) for layer in layers))
 
 
 def sources_of(source: KvLayout, target: KvLayout, target_rank: int) -> list[int]:
