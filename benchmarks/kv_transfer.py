@@ -28,6 +28,7 @@ from ..core.kv_geometry import DTYPE_BYTES, KvDtype, KvGeometry, LayerGeometry
 from ..core.request import Request
 from ..deploy.roles import role_environment
 from ..engine.pool import KvPool
+from ..kv_transfer.grants import KvSource
 from ..kv_transfer.identity import WorkerIdentity, current_host_id
 from ..kv_transfer.receiver import KvReceiver
 from ..kv_transfer.sender import KvSender
@@ -134,7 +135,8 @@ async def _measure(control: Connection, dtype: KvDtype, num_tokens: int, rounds:
             prompt = tuple(range(num_tokens))
             request = Request(request_id=secrets.token_hex(8), prompt_token_ids=prompt, max_tokens=1)
             address = f"127.0.0.1:{port}"
-            grant = receiver.make_grant(request, address, PREFILL_BOOT, 0)
+            source = KvSource(address=address, boot_id=PREFILL_BOOT)
+            grant = receiver.make_grant(request, source, receiver.choose_wire(source, num_tokens), 0)
             control.send(grant)
             control.recv()
             began_s = time.perf_counter()

@@ -146,6 +146,11 @@ class ClusterConfig(_Section):
     transport: Literal["auto", "grpc", "shared-memory"] = Field(
         default="auto", description="How KV moves; auto: shared memory within a host, else gRPC"
     )
+    kv_codec: Literal["none", "fp8", "int8", "auto"] = Field(
+        default="none",
+        description="How KV is coded where its bytes travel; fp8 and int8 take a byte a value and lose precision "
+        "(docs/kv_transfer.md); auto: int8 on links that are measured to be slow; never over shared memory",
+    )
     worker_host: str | None = Field(
         default=None,
         description="Address that workers listen on; empty: loopback, or the node's address on a joined Ray",

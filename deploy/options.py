@@ -61,6 +61,7 @@ def worker_options(
         metrics_port=metrics_port,
         worker_id=worker_id,
         transports=transports,
+        kv_codec=config.kv_codec,
         trace_dir=config.trace_dir,
         drain_timeout_s=config.drain_timeout_s,
         lease_s=config.lease_s,

@@ -9,33 +9,35 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import grpc
 import grpc.aio
 import numpy as np
 
 from ..core.errors import KvCorrupted, LeaseExpired, SplitserveError, StaleMessage, TransferFailed
-from ..core.kv_geometry import KvDtype
 from ..core.metrics import WorkerMetrics
 from ..core.request import Request
 from ..proto import kv_transfer_pb2 as pb
 from ..proto.rpc import from_rpc_error
+from .codec_choice import LinkSpeed, is_codec_worth_it
 from .codecs import CodecName, WireFormat, narrower
-from .frames import HEADER_BYTES, FrameHeader, FrameKind, checksum
-from .grants import Grant
+from .frames import HEADER_BYTES, FrameHeader, FrameKind, KvPart, checksum
+from .grants import Grant, KvSource
 from .identity import WorkerIdentity
 from .incoming import Incoming
 from .layout import PoolBytes
 from .peer import Peer, Peers
 from .pool import KvPool
 from .ranges import KvLayout, route
-from .wire import WireBytes
+from .wire import WireBytes, payload_bytes
 
 logger = logging.getLogger(__name__)
 
 COMMIT_TIMEOUT_S = 5.0
+AUTO_CODEC: CodecName = "int8"  # as many bytes as fp8, a smaller error: docs/kv_transfer.md
+CODEC_BYTES_PER_S = 1e9  # of KV in its own dtype; one CPU core codes 1.3 to 3.8 GB/s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +59,7 @@ class KvReceiver:
 
     Args:
         transports: what may be used, best first.
+        codec: how KV is coded where its bytes travel; "auto" decides by a link's measured speed.
         layout, rank: how the worker's ranks hold the model's KV, and which of them this pool is; one rank holds all.
         lease_s: how long the sender shall keep KV without a sign of life.
         silence_s: a stream that says nothing for this long is given up.
@@ -69,6 +72,7 @@ class KvReceiver:
         identity: WorkerIdentity,
         *,
         transports: Sequence[str] = ("shared_memory", "grpc"),
+        codec: CodecName | Literal["auto"] = "none",
         metrics: WorkerMetrics | None = None,
         layout: KvLayout | None = None,
         rank: int = 0,
@@ -81,6 +85,7 @@ class KvReceiver:
         self._rank = rank
         self._bytes = PoolBytes(pool, self._layout.first_heads(rank))
         self._identity = identity
+        self._codec = codec
         self._metrics = metrics
         self._lease_s = lease_s
         self._silence_s = silence_s
@@ -88,39 +93,51 @@ class KvReceiver:
         self._geometry_digest = self._layout.geometry.digest()
         self._peers = Peers(pool, self._bytes, self._layout, rank, identity, transports)
         self._epochs: defaultdict[str, int] = defaultdict(lambda: 1)  # per address, raised after every failure
+        self._speeds: defaultdict[str, LinkSpeed] = defaultdict(LinkSpeed)  # per address
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-unpack")
 
-    def make_grant(
-        self,
-        request: Request,
-        kv_address: str,
-        prefill_boot_id: str,
-        num_cached_tokens: int,
-        *,
-        codec: CodecName = "none",
-        prefill_dtype: KvDtype | None = None,
-        prefill_ranks: int = 1,
-        prefill_rank: int = 0,
-    ) -> Grant:
-        """Promise blocks, which the caller has reserved, for one attempt.
+    def choose_wire(self, source: KvSource, num_tokens: int) -> WireFormat:
+        """How KV from there shall travel: what is configured or, with codec auto, what its link's speed asks for."""
+        own = self._pool.geometry
+        plain = WireFormat(codec="none", dtype=narrower(source.dtype or own.dtype, own.dtype))
+        if self._codec != "auto":
+            return replace(plain, codec=self._codec)
+        whole = KvPart(
+            layer_start=0,
+            layer_end=own.num_layers,
+            head_start=0,
+            head_end=own.layers[0].num_kv_heads,
+            token_start=0,
+            token_end=num_tokens,
+        )
+        coded = replace(plain, codec=AUTO_CODEC)
+        speed = self._speeds[source.address]
+        worth_it = is_codec_worth_it(
+            num_bytes=payload_bytes(own, plain, whole),
+            coded_bytes=payload_bytes(own, coded, whole),
+            link_bytes_per_s=speed.link_bytes_per_s,
+            prefill_s=num_tokens / speed.prefill_tokens_per_s if speed.prefill_tokens_per_s else 0.0,
+            codec_bytes_per_s=CODEC_BYTES_PER_S,
+        )
+        return coded if worth_it else plain
 
-        Args: prefill_dtype: of the prefill worker's pool; None if it is the same as ours.
-        """
+    def make_grant(self, request: Request, source: KvSource, wire: WireFormat, num_cached_tokens: int) -> Grant:
+        """Promise blocks, which the caller has reserved, for one attempt."""
         return Grant(
             grant_id=secrets.token_hex(16),
             request_id=request.request_id,
             attempt=request.attempt,
-            epoch=self._epochs[kv_address],
+            epoch=self._epochs[source.address],
             decode_boot_id=self._identity.boot_id,
-            prefill_boot_id=prefill_boot_id,
+            prefill_boot_id=source.boot_id,
             geometry_digest=self._geometry_digest,
             num_cached_tokens=num_cached_tokens,
             num_tokens=request.num_tokens,
             lease_s=self._lease_s,
-            codec=codec,
-            wire_dtype=narrower(prefill_dtype or self._pool.geometry.dtype, self._pool.geometry.dtype),
-            prefill_ranks=prefill_ranks,
-            prefill_rank=prefill_rank,
+            codec=wire.codec,
+            wire_dtype=wire.dtype,
+            prefill_ranks=source.num_ranks,
+            prefill_rank=source.rank,
             decode_ranks=self._layout.num_ranks,
             decode_rank=self._rank,
         )
@@ -136,7 +153,7 @@ class KvReceiver:
         """
         try:
             async with self._peers.use(kv_address, grant.prefill_boot_id) as peer:
-                return await self._fetch(peer, grant, token_ids, block_ids)
+                return await self._fetch(peer, kv_address, grant, token_ids, block_ids)
         except grpc.aio.AioRpcError as error:
             self._failed(kv_address)
             raise _typed(error, kv_address) from error
@@ -161,7 +178,9 @@ class KvReceiver:
         await self._peers.close()
         self._threads.shutdown(wait=True)
 
-    async def _fetch(self, peer: Peer, grant: Grant, token_ids: Sequence[int], block_ids: Sequence[int]) -> Received:
+    async def _fetch(
+        self, peer: Peer, kv_address: str, grant: Grant, token_ids: Sequence[int], block_ids: Sequence[int]
+    ) -> Received:
         started_s: float | None = None
         copying: asyncio.Future[None] | None = None  # one copy runs while the next frame arrives
         # Shared memory copies whole blocks; a prefix hit that ends inside a block cannot be added to.
@@ -197,6 +216,13 @@ class KvReceiver:
             if copying is not None:
                 await _quiet(copying)
         verified_s = time.monotonic()
+        if not shared:
+            self._speeds[kv_address] = self._speeds[kv_address].observe(
+                wire_bytes=incoming.num_bytes,
+                write_s=end.write_s,
+                num_tokens=grant.num_tokens - grant.num_cached_tokens,
+                prefill_s=end.prefill_s,
+            )
         if self._metrics is not None:
             self._metrics.transfer_bytes.inc(incoming.num_bytes)
         started_s = ended_s if started_s is None else started_s

@@ -66,6 +66,7 @@ class _Outgoing:
     stream: object | None = None  # the Fetch that serves it; a newer one replaces an older
     first_token_id: int | None = None
     finished: bool = False  # the answer is complete with the first token: no KV is needed
+    prefill_began_s: float | None = None  # first KV written
     prefill_ended_s: float = 0.0
     digest: bytes | None = None  # of what was sent, once END is out
     released: bool = False
@@ -191,6 +192,8 @@ class KvSender:
         out = self._by_request.get(request_id)
         if out is None:
             return
+        if out.prefill_began_s is None:
+            out.prefill_began_s = time.monotonic()
         due = out.progress.wrote(layer_start, layer_end, token_start, token_end)
         if due and not out.wake_pending:  # one wake-up for however many parts until the loop gets to it
             out.wake_pending = True
@@ -364,6 +367,7 @@ class KvSender:
         out.progress.restart(self._pool.block_size if shared else GROUP_TOKENS if lossy else 1)
         digest = RunningDigest(out.grant, out.token_ids)
         sequence = num_bytes = 0
+        write_s = 0.0
         packed: asyncio.Future[bytes] | None = None
         try:
             while True:
@@ -380,7 +384,9 @@ class KvSender:
                 if frame is not None:
                     sequence += 1
                     digest.add(frame[:HEADER_BYTES])
+                    began_s = time.monotonic()
                     await write(frame)
+                    write_s += time.monotonic() - began_s
                 elif packed is None:
                     if out.first_token_id is not None and (out.finished or out.progress.all_taken):
                         break
@@ -398,6 +404,8 @@ class KvSender:
             num_bytes=num_bytes,
             digest=out.digest,
             since_prefill_end_s=time.monotonic() - out.prefill_ended_s,
+            write_s=write_s,
+            prefill_s=out.prefill_ended_s - (out.prefill_began_s or out.prefill_ended_s),
         )
         await write(self._control(out.grant, FrameKind.END, sequence, end.SerializeToString()))
         if self._metrics is not None:

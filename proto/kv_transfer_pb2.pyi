@@ -388,6 +388,8 @@ class TransferEnd(_message.Message):
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     SINCE_PREFILL_END_S_FIELD_NUMBER: _builtins.int
+    WRITE_S_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
     first_token_id: _builtins.int
     """First sampled token."""
     finished: _builtins.bool
@@ -400,6 +402,10 @@ class TransferEnd(_message.Message):
     """xxh3_128 over the geometry digest, all token ids and the headers (checksums included) of all data frames."""
     since_prefill_end_s: _builtins.float
     """Seconds from the end of prefill to this frame."""
+    write_s: _builtins.float
+    """Seconds that the sender's writes took: back-pressure makes them the link's."""
+    prefill_s: _builtins.float
+    """Seconds from the first KV that prefill wrote to its end."""
     def __init__(
         self,
         *,
@@ -409,10 +415,12 @@ class TransferEnd(_message.Message):
         num_bytes: _builtins.int = ...,
         digest: _builtins.bytes = ...,
         since_prefill_end_s: _builtins.float = ...,
+        write_s: _builtins.float = ...,
+        prefill_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "finished", b"finished", "first_token_id", b"first_token_id", "num_bytes", b"num_bytes", "num_frames", b"num_frames", "since_prefill_end_s", b"since_prefill_end_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "finished", b"finished", "first_token_id", b"first_token_id", "num_bytes", b"num_bytes", "num_frames", b"num_frames", "prefill_s", b"prefill_s", "since_prefill_end_s", b"since_prefill_end_s", "write_s", b"write_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

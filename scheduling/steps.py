@@ -130,9 +130,10 @@ class StepScheduler:
             )
         insort(self._waiting, self._new_sequence(request, prefill_only=prefill_only), key=_queue_key)
 
-    def reserve(self, request: Request, headroom_tokens: int) -> Sequence:
+    def reserve(self, request: Request, headroom_tokens: int, kv_history: str = "none") -> Sequence:
         """Take blocks for the KV that a transfer will bring, and for the first output tokens.
 
+        Args: kv_history: the codec, or the narrower dtype, that the KV goes through; "none" if it comes as it is.
         Raises: Overloaded: the batch or the pool is full, or a preempted sequence is waiting; nothing was taken.
         """
         busy = len(self._running) + len(self._waiting) + self.num_in(SequenceState.RESERVED)
@@ -144,7 +145,7 @@ class StepScheduler:
         hashes: list[bytes] = []
         tokens = [*request.prompt_token_ids, *request.output_token_ids]
         if self.blocks.has_prefix_cache:
-            extend_hashes(hashes, tokens, self._namespace(request))
+            extend_hashes(hashes, tokens, self._namespace(request, kv_history))
         hits = self.blocks.match(hashes, len(tokens) - 1)
         remaining = request.max_tokens - len(request.output_token_ids)
         needed = blocks_for(len(tokens) + min(headroom_tokens, remaining), self.blocks.block_size) - len(hits)
@@ -157,6 +158,7 @@ class StepScheduler:
                 retry_after_s=_RETRY_AFTER_S,
             )
         sequence = self._new_sequence(request, arrived_by_transfer=True)
+        sequence.kv_history = kv_history
         sequence.state = SequenceState.RESERVED
         sequence.prefix_hashes = hashes
         self.blocks.share(hits, granted=True)
@@ -307,7 +309,8 @@ class StepScheduler:
             return None
         sequence = self._waiting[0]
         if self.blocks.has_prefix_cache:
-            extend_hashes(sequence.prefix_hashes, sequence.token_ids, self._namespace(sequence.request))
+            namespace = self._namespace(sequence.request, sequence.kv_history)
+            extend_hashes(sequence.prefix_hashes, sequence.token_ids, namespace)
         hits = self.blocks.match(sequence.prefix_hashes, sequence.num_tokens - 1)
         needed = blocks_for(sequence.num_tokens, self.blocks.block_size) - len(hits)
         if not self.blocks.can_allocate(needed, hits):
@@ -359,7 +362,7 @@ class StepScheduler:
         if full <= sequence.num_published or not self.blocks.has_prefix_cache:
             return
         known = sequence.token_ids[:num_computed]  # those behind may be pending
-        extend_hashes(sequence.prefix_hashes, known, self._namespace(sequence.request))
+        extend_hashes(sequence.prefix_hashes, known, self._namespace(sequence.request, sequence.kv_history))
         units = self.blocks.block_size // PREFIX_UNIT
         for index in range(sequence.num_published, full):
             self.blocks.publish(sequence.block_table[index], sequence.prefix_hashes[(index + 1) * units - 1])
@@ -379,8 +382,10 @@ class StepScheduler:
         sequence.state = SequenceState.FINISHED
         del self._sequences[sequence.request_id]
 
-    def _namespace(self, request: Request) -> bytes:
-        return prefix_namespace(model_id=self._model_id, kv_dtype=self._kv_dtype, tenant=request.tenant)
+    def _namespace(self, request: Request, kv_history: str) -> bytes:
+        return prefix_namespace(
+            model_id=self._model_id, kv_dtype=self._kv_dtype, tenant=request.tenant, codec=kv_history
+        )
 
 
 def _queue_key(sequence: Sequence) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import mmap
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc.aio
@@ -19,7 +19,7 @@ from splitserve.core.metrics import WorkerMetrics, new_registry
 from splitserve.core.request import Request
 from splitserve.kv_transfer.codecs import CodecName
 from splitserve.kv_transfer.frames import SERVICE
-from splitserve.kv_transfer.grants import Grant
+from splitserve.kv_transfer.grants import Grant, KvSource
 from splitserve.kv_transfer.identity import WorkerIdentity, current_host_id
 from splitserve.kv_transfer.receiver import KvReceiver, Received
 from splitserve.kv_transfer.sender import KvSender
@@ -100,15 +100,18 @@ class Pair:
         tokens = tuple(range(1, num_tokens + 1))
         return Request(request_id=request_id, prompt_token_ids=tokens, max_tokens=4, attempt=attempt)
 
-    def grant(self, request: Request, num_cached_tokens: int = 0, codec: CodecName = "none") -> Grant:
-        return self.receiver.make_grant(
-            request,
-            self.address,
-            "prefill-boot",
-            num_cached_tokens,
-            codec=codec,
-            prefill_dtype=self.source.geometry.dtype,
-        )
+    def grant(
+        self,
+        request: Request,
+        num_cached_tokens: int = 0,
+        *,
+        codec: CodecName = "none",
+        address: str | None = None,
+        boot_id: str = "prefill-boot",
+    ) -> Grant:
+        source = KvSource(address=address or self.address, boot_id=boot_id, dtype=self.source.geometry.dtype)
+        wire = replace(self.receiver.choose_wire(source, request.num_tokens), codec=codec)
+        return self.receiver.make_grant(request, source, wire, num_cached_tokens)
 
     def offer(self, grant: Grant, request: Request) -> None:
         self.sender.offer(grant, request.prompt_token_ids, lambda _: self.source_table)

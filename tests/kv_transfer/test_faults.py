@@ -203,13 +203,13 @@ async def test_killed_sender_fails_the_transfer_and_is_unmapped(pair, transport:
         try:
             request = p.request(100)
             tokens = request.prompt_token_ids
-            whole = p.receiver.make_grant(request, process.address, "prefill-boot", 0)
+            whole = p.grant(request, address=process.address)
             process.say(f"all {whole.grant_id} {whole.epoch}")
             received = await p.receiver.receive(whole, process.address, tokens, p.target_table)
             assert received.transport == transport
             pool_inode = process.say("inode")
             assert is_mapped(pool_inode) == (transport == "shared_memory")
-            half = p.receiver.make_grant(request, process.address, "prefill-boot", 0)
+            half = p.grant(request, address=process.address)
             receiving = asyncio.ensure_future(p.receiver.receive(half, process.address, tokens, p.target_table))
             assert await asyncio.to_thread(process.say, f"half {half.grant_id} {half.epoch}") == "ok"
         finally:
@@ -229,7 +229,7 @@ async def test_killed_sender_fails_the_transfer_and_is_unmapped(pair, transport:
 async def test_a_grant_of_another_boot_keeps_the_link(pair) -> None:
     async with pair() as p:
         request = p.request(40)
-        stale = p.receiver.make_grant(request, p.address, "boot before", 0)
+        stale = p.grant(request, boot_id="boot before")
         grant = p.grant(request)
         receiving = asyncio.ensure_future(p.receive(grant, request))
         with pytest.raises(StaleMessage, match="boot before"):
