@@ -143,8 +143,10 @@ class ClusterConfig(_Section):
         min_length=1,
         description="smollm2-135m (built in), a directory, a .gguf file or a hub id",
     )
-    transport: Literal["auto", "grpc", "shared-memory"] = Field(
-        default="auto", description="How KV moves; auto: shared memory within a host, else gRPC"
+    transport: Literal["auto", "grpc", "shared-memory", "gloo"] = Field(
+        default="auto",
+        description="How KV moves; auto: shared memory within a host, else gRPC; gloo: over connections of its own, "
+        "for trusted networks",
     )
     kv_codec: Literal["none", "fp8", "int8", "auto"] = Field(
         default="none",

@@ -12,7 +12,12 @@ from ..worker.options import WorkerOptions
 if TYPE_CHECKING:
     from ..router.server import RouterOptions
 
-_TRANSPORTS = {"auto": ("shared_memory", "grpc"), "grpc": ("grpc",), "shared-memory": ("shared_memory",)}
+_TRANSPORTS = {
+    "auto": ("shared_memory", "grpc"),
+    "grpc": ("grpc",),
+    "shared-memory": ("shared_memory",),
+    "gloo": ("gloo",),
+}
 
 
 def worker_options(

@@ -15,20 +15,22 @@ from typing import Any, Literal
 import grpc
 import grpc.aio
 import numpy as np
+import torch
 
 from ..core.errors import KvCorrupted, LeaseExpired, SplitserveError, StaleMessage, TransferFailed
 from ..core.metrics import WorkerMetrics
 from ..core.request import Request
 from ..proto import kv_transfer_pb2 as pb
 from ..proto.rpc import from_rpc_error
+from .channel import Lane
 from .codec_choice import LinkSpeed, is_codec_worth_it
 from .codecs import CodecName, WireFormat, narrower
 from .frames import HEADER_BYTES, FrameHeader, FrameKind, KvPart, checksum
 from .grants import Grant, KvSource
 from .identity import WorkerIdentity
 from .incoming import Incoming
-from .layout import PoolBytes
-from .peer import Peer, Peers
+from .layout import Bytes, PoolBytes
+from .peer import TRANSPORT_NAMES, Peer, Peers
 from .pool import KvPool
 from .ranges import KvLayout, route
 from .wire import WireBytes, payload_bytes
@@ -46,7 +48,7 @@ class Received:
 
     first_token_id: int
     finished: bool  # the answer is complete with its first token; nothing to decode
-    transport: str  # "grpc" or "shared_memory"
+    transport: str  # "grpc", "shared_memory" or "gloo"
     num_bytes: int  # of KV on the wire; without a codec, by the layout's formula
     transfer_s: float  # first KV frame to verified
     transfer_exposed_s: float  # end of prefill to verified
@@ -190,9 +192,11 @@ class KvReceiver:
         wire = WireFormat(codec="none", dtype=self._pool.geometry.dtype) if shared else grant.wire
         source = KvLayout(geometry=self._layout.geometry, num_ranks=grant.prefill_ranks)
         due = route(source, grant.prefill_rank, self._layout, self._rank)
+        lane = peer.lane if transport == peer.transport else None
         incoming = Incoming(grant, self._layout.geometry, due, wire, token_ids)
         wire_bytes = WireBytes(self._bytes, self._pool.geometry, wire)
-        call = peer.fetch(pb.FetchRequest(grant=grant.to_proto(), transport=transport))
+        call = peer.fetch(pb.FetchRequest(grant=grant.to_proto(), transport=transport, link_epoch=peer.link_epoch))
+        complete = False
         try:
             while True:
                 frame = await self._next_frame(call, grant, self._silence_s if started_s is None else self._stall_s)
@@ -201,18 +205,32 @@ class KvReceiver:
                     self._count_stale()
                 elif header.kind is FrameKind.END:
                     break
-                elif header.kind is FrameKind.DATA:
+                elif header.kind is not FrameKind.WAIT:
                     started_s = time.monotonic() if started_s is None else started_s
                     incoming.accept_data(header, frame)
+                    if (header.kind is FrameKind.APART) != (lane is not None):
+                        raise KvCorrupted(f"{grant}: frame {header.sequence} came by another transport than agreed")
+                    payload = None
+                    if lane is not None:  # posted at once, so that others' turns can follow
+                        payload = np.empty(wire_bytes.part_bytes(header.part), dtype=np.uint8)
+                        moving = await self._post(lane, header, payload)
                     if copying is not None:
                         await _done(copying)
-                    copying = self._copy(peer, wire_bytes, header, frame, block_ids, shared=shared)
+                    if payload is not None:
+                        copying = asyncio.ensure_future(
+                            self._copy_moved(moving, wire_bytes, header, payload, block_ids)
+                        )
+                    else:
+                        copying = self._copy(peer, wire_bytes, header, frame, block_ids, shared=shared)
             ended_s = time.monotonic()
             if copying is not None:
                 await _done(copying)
             end = incoming.accept_end(header, memoryview(frame)[HEADER_BYTES:])
+            complete = True
         finally:
             call.cancel()
+            if lane is not None and not complete:  # a turn of ours may never be taken
+                lane.abort(f"{grant} ended before its last frame")
             if copying is not None:
                 await _quiet(copying)
         verified_s = time.monotonic()
@@ -229,7 +247,7 @@ class KvReceiver:
         return Received(
             first_token_id=end.first_token_id,
             finished=end.finished,
-            transport="shared_memory" if shared else "grpc",
+            transport=TRANSPORT_NAMES[transport],
             num_bytes=incoming.num_bytes,
             transfer_s=verified_s - started_s,
             transfer_exposed_s=end.since_prefill_end_s + verified_s - ended_s,
@@ -264,12 +282,7 @@ class KvReceiver:
         part, size = header.part, self._pool.block_size
 
         def from_frame() -> None:
-            payload = memoryview(frame)[HEADER_BYTES:]
-            if len(payload) != wire_bytes.part_bytes(part):
-                raise KvCorrupted(f"frame {header.sequence} has {len(payload)} bytes for {part}")
-            if checksum(payload) != header.checksum:
-                raise KvCorrupted(f"the checksum of frame {header.sequence} is wrong")
-            wire_bytes.unpack(part, block_ids, np.frombuffer(payload, dtype=np.uint8))
+            _unpack(wire_bytes, header, np.frombuffer(frame, dtype=np.uint8, offset=HEADER_BYTES), block_ids)
 
         def from_peer() -> None:
             if part.token_start % size or peer.pool is None or header.payload_bytes % 4:
@@ -282,6 +295,29 @@ class KvReceiver:
         job = from_peer if shared else from_frame
         return asyncio.get_running_loop().run_in_executor(self._threads, job)
 
+    async def _post(self, lane: Lane, header: FrameHeader, payload: Bytes) -> asyncio.Future[None]:
+        """Post the receive of a payload at its turn."""
+        if payload.nbytes != header.payload_bytes:
+            raise KvCorrupted(f"frame {header.sequence} announces {header.payload_bytes} bytes for {header.part}")
+        try:
+            async with asyncio.timeout(self._stall_s):
+                return await lane.recv(header.turn, torch.from_numpy(payload))
+        except TimeoutError:
+            raise TransferFailed(f"{lane.name} did not come to turn {header.turn} in {self._stall_s:g} s") from None
+
+    async def _copy_moved(
+        self,
+        moving: asyncio.Future[None],
+        wire_bytes: WireBytes,
+        header: FrameHeader,
+        payload: Bytes,
+        block_ids: Sequence[int],
+    ) -> None:
+        """Once a lane has moved a payload, copy it into our blocks."""
+        await moving
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._threads, _unpack, wire_bytes, header, payload, block_ids)
+
     def _failed(self, kv_address: str) -> None:
         self._epochs[kv_address] += 1
         if self._metrics is not None:
@@ -290,6 +326,15 @@ class KvReceiver:
     def _count_stale(self) -> None:
         if self._metrics is not None:
             self._metrics.stale_messages.inc()
+
+
+def _unpack(wire_bytes: WireBytes, header: FrameHeader, payload: Bytes, block_ids: Sequence[int]) -> None:
+    """Check a payload and scatter it; runs in a thread."""
+    if payload.nbytes != wire_bytes.part_bytes(header.part):
+        raise KvCorrupted(f"frame {header.sequence} has {payload.nbytes} bytes for {header.part}")
+    if checksum(payload.data) != header.checksum:
+        raise KvCorrupted(f"the checksum of frame {header.sequence} is wrong")
+    wire_bytes.unpack(header.part, block_ids, payload)
 
 
 async def _done(copying: asyncio.Future[None]) -> None:

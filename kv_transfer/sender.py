@@ -9,12 +9,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
 import grpc.aio
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..core.errors import (
     GeometryMismatch,
@@ -30,10 +32,13 @@ from ..core.metrics import WorkerMetrics
 from ..proto import kv_transfer_pb2 as pb
 from ..proto.convert import check_protocol
 from ..proto.rpc import abort
+from .channel import Lane
 from .codecs import CODEC_NAMES, GROUP_TOKENS, WireFormat, narrower
 from .frames import HEADER_BYTES, SERVICE, FrameHeader, FrameKind, KvPart, RunningDigest, checksum, new_frame
+from .gloo import GlooRendezvous
 from .grants import Grant
 from .identity import WorkerIdentity
+from .lanes import Lanes
 from .layout import PoolBytes
 from .pool import KvPool
 from .progress import KvProgress
@@ -45,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 FRAME_BYTES = 2 << 20  # gRPC: 64 KiB costs three times the CPU, tens of MiB stall the stream
 SHARED_FRAME_BYTES = 8 << 20  # shared memory: only block numbers travel; this bounds what is copied in one go
+LANE_FRAME_BYTES = 8 << 20  # channels: two of them are in flight
 WAIT_INTERVAL_S = 1.0
 MAX_PARKED = 1024
 MAX_ENDED = 4096
@@ -74,6 +80,17 @@ class _Outgoing:
     lease: asyncio.TimerHandle | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Apart:
+    """KV for a lane: its header waits for a turn."""
+
+    header: FrameHeader
+    payload: Tensor
+
+
+_Packed = bytes | _Apart
+
+
 class KvSender:
     """Serves KvTransfer on the prefill worker's event loop.
 
@@ -82,6 +99,7 @@ class KvSender:
             cancelled, lease over).
         report: called before `release` when the transfer ended in an error that the worker did not cause itself.
         layout, rank: how the worker's ranks hold the model's KV, and which of them this pool is; one rank holds all.
+        host: address that channels listen on.
         lease_s: how long KV is kept without a Fetch, or without a Commit after the stream's end.
         park_s: how long a Fetch may wait for its request.
     """
@@ -96,6 +114,7 @@ class KvSender:
         metrics: WorkerMetrics | None = None,
         layout: KvLayout | None = None,
         rank: int = 0,
+        host: str = "127.0.0.1",
         lease_s: float = 30.0,
         park_s: float = 10.0,
     ) -> None:
@@ -112,6 +131,7 @@ class KvSender:
         self._park_s = park_s
         self._raw = WireFormat(codec="none", dtype=pool.geometry.dtype)  # what shared memory moves
         self._loop = asyncio.get_running_loop()
+        self._lanes = Lanes(GlooRendezvous(host))
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-pack")
         self._by_request: dict[str, _Outgoing] = {}
         self._by_grant: dict[str, _Outgoing] = {}
@@ -219,6 +239,7 @@ class KvSender:
         """Fail what is left."""
         for out in list(self._by_request.values()):
             self._end(out, Unavailable(f"prefill worker {self._identity.worker_id} is stopping"), report=True)
+        self._lanes.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # -- the service --
@@ -241,6 +262,10 @@ class KvSender:
         for transport in request.transports:
             if transport == pb.TRANSPORT_GRPC:
                 response.transport = transport
+                return response
+            if transport == pb.TRANSPORT_GLOO:
+                response.transport = transport
+                response.invitation = self._lanes.invite(request.boot_id, request.rank, request.link_epoch)
                 return response
             if (
                 transport == pb.TRANSPORT_SHARED_MEMORY
@@ -272,7 +297,10 @@ class KvSender:
             if out.lease is not None:
                 out.lease.cancel()
             shared = request.transport == pb.TRANSPORT_SHARED_MEMORY
-            await self._send(out, stream, context.write, shared=shared)
+            lane = None
+            if request.transport == pb.TRANSPORT_GLOO:
+                lane = self._lanes.find(grant.decode_boot_id, grant.decode_rank, request.link_epoch)
+            await self._send(out, stream, context.write, lane, shared=shared)
             self._sent(out)
         except SplitserveError as error:
             if out is not None and out.stream is stream:
@@ -356,19 +384,26 @@ class KvSender:
         return out
 
     async def _send(
-        self, out: _Outgoing, stream: object, write: Callable[[bytes], Awaitable[None]], *, shared: bool
+        self,
+        out: _Outgoing,
+        stream: object,
+        write: Callable[[bytes], Awaitable[None]],
+        lane: Lane | None,
+        *,
+        shared: bool,
     ) -> None:
         """Send parts as they become ready, one packed ahead of the wire, then END.
 
         Raises: StaleMessage: a newer Fetch took over. The error that the request ended with.
         """
-        max_bytes = SHARED_FRAME_BYTES if shared else FRAME_BYTES
+        max_bytes = SHARED_FRAME_BYTES if shared else LANE_FRAME_BYTES if lane is not None else FRAME_BYTES
         lossy = not shared and out.grant.wire.is_lossy
         out.progress.restart(self._pool.block_size if shared else GROUP_TOKENS if lossy else 1)
         digest = RunningDigest(out.grant, out.token_ids)
         sequence = num_bytes = 0
         write_s = 0.0
-        packed: asyncio.Future[bytes] | None = None
+        packed: asyncio.Future[_Packed] | None = None
+        leaving: asyncio.Future[None] | None = None  # the payload before, in the lane
         try:
             while True:
                 if out.error is not None:
@@ -379,12 +414,19 @@ class KvSender:
                 packed = None
                 if not out.finished and (part := out.progress.take(max_bytes)) is not None:
                     number = sequence + (frame is not None)
-                    packed = self._loop.run_in_executor(self._threads, self._pack, out, part, number, shared)
+                    pack = self._pack_blocks if shared else self._pack_apart if lane is not None else self._pack
+                    packed = self._loop.run_in_executor(self._threads, pack, out, part, number)
                     num_bytes += (self._bytes if shared else out.wire_bytes).part_bytes(part)
                 if frame is not None:
                     sequence += 1
-                    digest.add(frame[:HEADER_BYTES])
                     began_s = time.monotonic()
+                    if lane is not None and isinstance(frame, _Apart):
+                        if leaving is not None:
+                            await leaving
+                        turn, leaving = lane.send(frame.payload)
+                        frame = replace(frame.header, turn=turn).pack()
+                    assert isinstance(frame, bytes)
+                    digest.add(frame[:HEADER_BYTES])
                     await write(frame)
                     write_s += time.monotonic() - began_s
                 elif packed is None:
@@ -393,6 +435,12 @@ class KvSender:
                     if not await _is_set(out.changed, WAIT_INTERVAL_S):
                         await write(self._control(out.grant, FrameKind.WAIT, sequence))
                     out.changed.clear()
+            if leaving is not None:
+                await leaving
+        except BaseException:
+            if lane is not None and leaving is not None:  # its turn may never be taken
+                lane.abort(f"{out.grant} ended before its last frame")
+            raise
         finally:
             if packed is not None:
                 packed.cancel()
@@ -411,24 +459,42 @@ class KvSender:
         if self._metrics is not None:
             self._metrics.transfer_bytes.inc(num_bytes)
 
-    def _pack(self, out: _Outgoing, part: KvPart, sequence: int, shared: bool) -> bytes:
-        """One DATA frame; runs in a thread."""
-        table = out.block_table(out.grant.request_id)
-        size = self._pool.block_size
-        if len(table) * size < part.token_end:
-            raise TransferFailed(f"{out.grant}: its blocks hold {len(table) * size} tokens, not {part.token_end}")
-        if shared:
-            ids = np.asarray(table[part.token_start // size : -(-part.token_end // size)], dtype="<u4")
-            payload, value = ids.tobytes(), block_checksum(self._bytes, part, ids)
-            return self._header(out.grant, FrameKind.DATA, part, self._raw, sequence, len(payload), value) + payload
+    # -- in threads: one frame of KV --
+
+    def _pack(self, out: _Outgoing, part: KvPart, sequence: int) -> _Packed:
+        """gRPC: header and payload in one `bytes`."""
         frame, view = new_frame(HEADER_BYTES + out.wire_bytes.part_bytes(part))
         body = view[HEADER_BYTES:]
-        out.wire_bytes.pack(part, table, body)
+        out.wire_bytes.pack(part, self._blocks(out, part), body)
         header = self._header(
             out.grant, FrameKind.DATA, part, out.grant.wire, sequence, body.nbytes, checksum(body.data)
         )
-        view[:HEADER_BYTES] = np.frombuffer(header, dtype=np.uint8)
+        view[:HEADER_BYTES] = np.frombuffer(header.pack(), dtype=np.uint8)
         return frame
+
+    def _pack_blocks(self, out: _Outgoing, part: KvPart, sequence: int) -> _Packed:
+        """Shared memory: the numbers of the blocks, and the checksum of what they hold."""
+        size = self._pool.block_size
+        table = self._blocks(out, part)[part.token_start // size : -(-part.token_end // size)]
+        ids = np.asarray(table, dtype="<u4")
+        payload, value = ids.tobytes(), block_checksum(self._bytes, part, ids)
+        return self._header(out.grant, FrameKind.DATA, part, self._raw, sequence, len(payload), value).pack() + payload
+
+    def _pack_apart(self, out: _Outgoing, part: KvPart, sequence: int) -> _Packed:
+        """Channels: a header, which still lacks its turn, and a payload."""
+        payload = np.empty(out.wire_bytes.part_bytes(part), dtype=np.uint8)
+        out.wire_bytes.pack(part, self._blocks(out, part), payload)
+        value = checksum(payload.data)
+        header = self._header(out.grant, FrameKind.APART, part, out.grant.wire, sequence, payload.nbytes, value)
+        return _Apart(header=header, payload=torch.from_numpy(payload))
+
+    def _blocks(self, out: _Outgoing, part: KvPart) -> Sequence[int]:
+        table, size = out.block_table(out.grant.request_id), self._pool.block_size
+        if len(table) * size < part.token_end:
+            raise TransferFailed(f"{out.grant}: its blocks hold {len(table) * size} tokens, not {part.token_end}")
+        return table
+
+    # -- on the event loop --
 
     def _control(self, grant: Grant, kind: FrameKind, sequence: int, payload: bytes = b"") -> bytes:
         whole = KvPart(
@@ -439,11 +505,12 @@ class KvSender:
             token_start=grant.num_cached_tokens,
             token_end=grant.num_tokens,
         )
-        return self._header(grant, kind, whole, grant.wire, sequence, len(payload), checksum(payload)) + payload
+        header = self._header(grant, kind, whole, grant.wire, sequence, len(payload), checksum(payload))
+        return header.pack() + payload
 
     def _header(
         self, grant: Grant, kind: FrameKind, part: KvPart, wire: WireFormat, sequence: int, size: int, value: int
-    ) -> bytes:
+    ) -> FrameHeader:
         return FrameHeader(
             kind=kind,
             grant_id=grant.grant_id,
@@ -454,7 +521,7 @@ class KvSender:
             sequence=sequence,
             payload_bytes=size,
             checksum=value,
-        ).pack()
+        )
 
     def _woken(self, out: _Outgoing) -> None:
         out.wake_pending = False

@@ -22,7 +22,7 @@ from splitserve.proto.rpc import from_rpc_error
 from .conftest import OpenPair, Pair, connect, until
 
 PROMPT = tuple(3 + (7 * i) % 200 for i in range(100))
-TRANSPORTS = [("shared_memory",), ("grpc",)]
+TRANSPORTS = [("shared_memory",), ("grpc",), ("gloo",)]
 
 
 def request(request_id: str = "r", prompt: tuple[int, ...] = PROMPT, **changes: object) -> Request:
