@@ -148,6 +148,11 @@ def tiny() -> KvGeometry:
     return GEOMETRY
 
 
+@pytest.fixture
+def tiny_pool() -> type[TinyPool]:
+    return TinyPool
+
+
 PairFactory = Callable[..., Any]
 
 
