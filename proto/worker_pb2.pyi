@@ -172,6 +172,8 @@ class WorkerStatus(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     STALLED_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    FAULT_FIELD_NUMBER: _builtins.int
     num_blocks: _builtins.int
     """KV blocks in all."""
     num_free_blocks: _builtins.int
@@ -198,6 +200,12 @@ class WorkerStatus(_message.Message):
     """No new work is taken."""
     stalled: _builtins.bool
     """Work is queued and no step finished within the bound."""
+    fault: _builtins.str
+    """Why it takes no more work until somebody repairs it; empty when it is sound."""
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceStatus]:
+        """The GPUs it computes on; none on CPUs."""
+
     def __init__(
         self,
         *,
@@ -214,14 +222,86 @@ class WorkerStatus(_message.Message):
         num_steps: _builtins.int = ...,
         draining: _builtins.bool = ...,
         stalled: _builtins.bool = ...,
+        devices: _abc.Iterable[Global___DeviceStatus] | None = ...,
+        fault: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_s", b"decode_step_s", "draining", b"draining", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_free_blocks", b"num_free_blocks", "num_granted_blocks", b"num_granted_blocks", "num_held", b"num_held", "num_outstanding_prefill_tokens", b"num_outstanding_prefill_tokens", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "stalled", b"stalled"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_s", b"decode_step_s", "devices", b"devices", "draining", b"draining", "fault", b"fault", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_free_blocks", b"num_free_blocks", "num_granted_blocks", b"num_granted_blocks", "num_held", b"num_held", "num_outstanding_prefill_tokens", b"num_outstanding_prefill_tokens", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "stalled", b"stalled"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
+
+@_typing.final
+class DeviceStatus(_message.Message):
+    """DeviceStatus is one GPU, as NVML sees it. A value that the device does not tell is 0."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    UUID_FIELD_NUMBER: _builtins.int
+    MEMORY_USED_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_C_FIELD_NUMBER: _builtins.int
+    POWER_W_FIELD_NUMBER: _builtins.int
+    SM_CLOCK_MHZ_FIELD_NUMBER: _builtins.int
+    THROTTLE_REASONS_FIELD_NUMBER: _builtins.int
+    CORRECTED_ERRORS_FIELD_NUMBER: _builtins.int
+    UNCORRECTED_ERRORS_FIELD_NUMBER: _builtins.int
+    NVLINKS_FIELD_NUMBER: _builtins.int
+    NVLINKS_UP_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Product name."""
+    uuid: _builtins.str
+    """NVML's id of the device."""
+    memory_used_bytes: _builtins.int
+    """Memory in use, by anybody."""
+    memory_total_bytes: _builtins.int
+    """Memory in all."""
+    temperature_c: _builtins.float
+    """Temperature."""
+    power_w: _builtins.float
+    """Power drawn."""
+    sm_clock_mhz: _builtins.float
+    """Clock of the multiprocessors."""
+    corrected_errors: _builtins.int
+    """Memory errors that ECC corrected since the last reset."""
+    uncorrected_errors: _builtins.int
+    """Memory errors that it could not correct."""
+    nvlinks: _builtins.int
+    """NVLinks that the device has."""
+    nvlinks_up: _builtins.int
+    """NVLinks that are up."""
+    @_builtins.property
+    def throttle_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why the clock is lower than it could be: power_cap, hardware_slowdown, thermal_software, thermal_hardware,
+        power_brake.
+        """
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        uuid: _builtins.str = ...,
+        memory_used_bytes: _builtins.int = ...,
+        memory_total_bytes: _builtins.int = ...,
+        temperature_c: _builtins.float = ...,
+        power_w: _builtins.float = ...,
+        sm_clock_mhz: _builtins.float = ...,
+        throttle_reasons: _abc.Iterable[_builtins.str] | None = ...,
+        corrected_errors: _builtins.int = ...,
+        uncorrected_errors: _builtins.int = ...,
+        nvlinks: _builtins.int = ...,
+        nvlinks_up: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corrected_errors", b"corrected_errors", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "nvlinks", b"nvlinks", "nvlinks_up", b"nvlinks_up", "power_w", b"power_w", "sm_clock_mhz", b"sm_clock_mhz", "temperature_c", b"temperature_c", "throttle_reasons", b"throttle_reasons", "uncorrected_errors", b"uncorrected_errors", "uuid", b"uuid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceStatus: _TypeAlias = DeviceStatus  # noqa: Y015
 
 @_typing.final
 class WorkRequest(_message.Message):
