@@ -15,6 +15,7 @@ class EngineOptions:
     model: str  # "smollm2-135m", a directory, a .gguf file or a hub id
     device: str = "cpu"  # "cpu", "cuda" or "cuda:N"
     dtype: KvDtype | None = None  # of the weights; None: float32 on CPU, bfloat16 on a GPU
+    random_weights: bool = False  # of the model's shape, from a fixed seed; its weights are not read
     kv_dtype: KvDtype | None = None  # None: the same as dtype
     block_size: int = 16  # tokens
     num_kv_blocks: int | None = None  # None: as many as kv_memory_bytes holds, or what a GPU has left

@@ -7,7 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
@@ -16,22 +16,34 @@ from ..core.errors import ConfigError, StaleMessage, TransferFailed
 from ..proto import kv_transfer_pb2 as pb
 from ..proto.convert import PROTOCOL_VERSION
 from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
-from .frames import SERVICE
+from .frames import SERVICE, KvPart
 from .identity import WorkerIdentity
-from .layout import PoolBytes
+from .layout import Ids, PoolBytes
 from .pool import KvPool
 from .shared_memory import PeerPool
 
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
-TRANSPORTS = {"grpc": pb.TRANSPORT_GRPC, "shared_memory": pb.TRANSPORT_SHARED_MEMORY}
+TRANSPORTS = {
+    "grpc": pb.TRANSPORT_GRPC,
+    "shared_memory": pb.TRANSPORT_SHARED_MEMORY,
+    "cuda_ipc": pb.TRANSPORT_CUDA_IPC,
+}
+
+
+class MappedPool(Protocol):
+    """A peer's pool in our address space."""
+
+    def copy(self, part: KvPart, source_ids: Ids, own: PoolBytes, block_ids: Ids) -> int: ...
+
+    def close(self) -> None: ...
 
 
 class Peer:
     """A link to one boot of one prefill worker."""
 
-    def __init__(self, channel: grpc.aio.Channel, response: pb.ConnectResponse, pool: PeerPool | None) -> None:
+    def __init__(self, channel: grpc.aio.Channel, response: pb.ConnectResponse, pool: MappedPool | None) -> None:
         self.boot_id = response.boot_id
         self.transport = response.transport
         self.pool = pool
@@ -123,11 +135,11 @@ class Peers:
             )
             response: pb.ConnectResponse = await connect(request, timeout=CONNECT_TIMEOUT_S)
             pool = None
-            if response.transport == pb.TRANSPORT_SHARED_MEMORY:
+            if response.transport != pb.TRANSPORT_GRPC:
                 try:
-                    pool = PeerPool(response.shared_pool, self._pool_bytes)
+                    pool = self._map(response)
                 except (OSError, ValueError) as error:
-                    logger.warning("cannot map the KV pool of %s, using gRPC: %s", address, error)
+                    logger.warning("cannot map the KV pool of %s, using another transport: %s", address, error)
                     others = [transport for transport in transports if transport != response.transport]
                     await channel.close()
                     return await self._connect(address, others)
@@ -141,6 +153,14 @@ class Peers:
         except BaseException:
             await channel.close()
             raise
+
+    def _map(self, response: pb.ConnectResponse) -> MappedPool:
+        """Raises: OSError, ValueError: it cannot be mapped."""
+        if response.transport == pb.TRANSPORT_SHARED_MEMORY:
+            return PeerPool(response.shared_pool, self._pool_bytes)
+        from .cuda_ipc import PeerDevicePool
+
+        return PeerDevicePool(response.device_pool, self._pool_bytes)
 
     async def _watch(self, address: str, peer: Peer) -> None:
         """Until the link breaks; then unmap at once, and close the channel when its last user has heard."""

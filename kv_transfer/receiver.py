@@ -25,13 +25,14 @@ from .frames import HEADER_BYTES, FrameHeader, FrameKind, checksum
 from .grants import Grant
 from .identity import WorkerIdentity
 from .incoming import Incoming
-from .layout import PoolBytes
-from .peer import Peer, Peers
+from .layout import pool_bytes
+from .peer import TRANSPORTS, Peer, Peers
 from .pool import KvPool
 
 logger = logging.getLogger(__name__)
 
 COMMIT_TIMEOUT_S = 5.0
+_NAMES = {value: name for name, value in TRANSPORTS.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,7 @@ class Received:
 
     first_token_id: int
     finished: bool  # the answer is complete with its first token; nothing to decode
-    transport: str  # "grpc" or "shared_memory"
+    transport: str  # a name of peer.py's TRANSPORTS
     num_bytes: int  # by the layout's formula
     transfer_s: float  # first KV frame to verified
     transfer_exposed_s: float  # end of prefill to verified
@@ -63,14 +64,14 @@ class KvReceiver:
         pool: KvPool,
         identity: WorkerIdentity,
         *,
-        transports: Sequence[str] = ("shared_memory", "grpc"),
+        transports: Sequence[str] = ("cuda_ipc", "shared_memory", "grpc"),
         metrics: WorkerMetrics | None = None,
         lease_s: float = 30.0,
         silence_s: float = 10.0,
         stall_s: float = 5.0,
     ) -> None:
         self._pool = pool
-        self._bytes = PoolBytes(pool)
+        self._bytes = pool_bytes(pool)
         self._identity = identity
         self._metrics = metrics
         self._lease_s = lease_s
@@ -136,7 +137,7 @@ class KvReceiver:
         incoming = Incoming(grant, self._pool.geometry, token_ids)
         started_s: float | None = None
         copying: asyncio.Future[None] | None = None  # one copy runs while the next frame arrives
-        # Shared memory copies whole blocks; a prefix hit that ends inside a block cannot be added to.
+        # A peer's mapped pool is copied by whole blocks; a prefix hit that ends inside a block cannot be added to.
         whole = grant.num_cached_tokens % self._pool.block_size == 0
         transport = peer.transport if whole else pb.TRANSPORT_GRPC
         call = peer.fetch(pb.FetchRequest(grant=grant.to_proto(), transport=transport))
@@ -169,7 +170,7 @@ class KvReceiver:
         return Received(
             first_token_id=end.first_token_id,
             finished=end.finished,
-            transport="shared_memory" if transport == pb.TRANSPORT_SHARED_MEMORY else "grpc",
+            transport=_NAMES[transport],
             num_bytes=incoming.num_bytes,
             transfer_s=verified_s - started_s,
             transfer_exposed_s=end.since_prefill_end_s + verified_s - ended_s,
@@ -212,7 +213,7 @@ class KvReceiver:
             if peer.pool.copy(part, source, self._bytes, target) != header.checksum:
                 raise KvCorrupted(f"the checksum of frame {header.sequence} is wrong")
 
-        job = from_peer if transport == pb.TRANSPORT_SHARED_MEMORY else from_frame
+        job = from_frame if transport == pb.TRANSPORT_GRPC else from_peer
         return asyncio.get_running_loop().run_in_executor(self._threads, job)
 
     def _failed(self, kv_address: str) -> None:

@@ -33,18 +33,24 @@ from ..proto.rpc import abort
 from .frames import HEADER_BYTES, SERVICE, FrameHeader, FrameKind, KvPart, RunningDigest, checksum, new_frame
 from .grants import Grant
 from .identity import WorkerIdentity
-from .layout import PoolBytes
+from .layout import pool_bytes
 from .pool import KvPool
 from .progress import KvProgress
-from .shared_memory import block_checksum
 
 logger = logging.getLogger(__name__)
 
 FRAME_BYTES = 2 << 20  # gRPC: 64 KiB costs three times the CPU, tens of MiB stall the stream
 SHARED_FRAME_BYTES = 8 << 20  # shared memory: only block numbers travel; this bounds what is copied in one go
+DEVICE_FRAME_BYTES = 128 << 20  # the same between GPUs: a third of a millisecond
 WAIT_INTERVAL_S = 1.0
 MAX_PARKED = 1024
 MAX_ENDED = 4096
+
+# KV bytes of a frame, and whether it holds the numbers of whole blocks, which the receiver copies itself.
+_FRAMES: dict[int, tuple[int, bool]] = {
+    pb.TRANSPORT_SHARED_MEMORY: (SHARED_FRAME_BYTES, True),
+    pb.TRANSPORT_CUDA_IPC: (DEVICE_FRAME_BYTES, True),
+}
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -92,7 +98,7 @@ class KvSender:
         park_s: float = 10.0,
     ) -> None:
         self._pool = pool
-        self._bytes = PoolBytes(pool)
+        self._bytes = pool_bytes(pool)
         self._identity = identity
         self._geometry_digest = pool.geometry.digest()
         self._release = release
@@ -228,11 +234,28 @@ class KvSender:
                 response.shared_pool.row_bytes = self._pool.row_bytes
                 response.shared_pool.block_size = self._pool.block_size
                 return response
+            if (
+                transport == pb.TRANSPORT_CUDA_IPC
+                and request.host_id == self._identity.host_id
+                and request.block_size == self._pool.block_size
+                and (device_pool := self._exported()) is not None
+            ):
+                response.transport = transport
+                response.device_pool.CopyFrom(device_pool)
+                return response
         names = ", ".join(pb.Transport.Name(transport) for transport in request.transports)
         raise GeometryMismatch(
             f"no transport fits: the receiver offers [{names}]; shared memory needs one host, one block size and a "
-            "shared pool on the prefill worker, and gRPC always works: allow it"
+            "shared pool on the prefill worker, CUDA IPC the same and GPUs on both sides; gRPC always works: allow it"
         )
+
+    def _exported(self) -> pb.DevicePool | None:
+        """How our pool can be mapped, if it is a GPU's."""
+        if self._pool.keys(0).device.type != "cuda":
+            return None
+        from .cuda_ipc import export_pool
+
+        return export_pool(self._bytes)
 
     async def _fetch(self, request: pb.FetchRequest, context: Context) -> None:
         grant = Grant.from_proto(request.grant)
@@ -244,8 +267,7 @@ class KvSender:
             out.changed.set()
             if out.lease is not None:
                 out.lease.cancel()
-            shared = request.transport == pb.TRANSPORT_SHARED_MEMORY
-            await self._send(out, stream, context.write, shared=shared)
+            await self._send(out, stream, context.write, _FRAMES.get(request.transport, (FRAME_BYTES, False)))
             self._sent(out)
         except SplitserveError as error:
             if out is not None and out.stream is stream:
@@ -329,13 +351,14 @@ class KvSender:
         return out
 
     async def _send(
-        self, out: _Outgoing, stream: object, write: Callable[[bytes], Awaitable[None]], *, shared: bool
+        self, out: _Outgoing, stream: object, write: Callable[[bytes], Awaitable[None]], frames: tuple[int, bool]
     ) -> None:
         """Send parts as they become ready, one packed ahead of the wire, then END.
 
+        Args: frames: KV bytes of a frame, and whether it holds the numbers of whole blocks instead of KV.
         Raises: StaleMessage: a newer Fetch took over. The error that the request ended with.
         """
-        max_bytes = SHARED_FRAME_BYTES if shared else FRAME_BYTES
+        max_bytes, shared = frames
         out.progress.restart(self._pool.block_size if shared else 1)
         digest = RunningDigest(out.grant, out.token_ids)
         sequence = num_bytes = 0
@@ -386,7 +409,7 @@ class KvSender:
             raise TransferFailed(f"{out.grant}: its blocks hold {len(table) * size} tokens, not {part.token_end}")
         if shared:
             ids = np.asarray(table[part.token_start // size : -(-part.token_end // size)], dtype="<u4")
-            payload, value = ids.tobytes(), block_checksum(self._bytes, part, ids)
+            payload, value = ids.tobytes(), self._bytes.checksum(part, ids)
             return self._header(out.grant, FrameKind.DATA, part, sequence, len(payload), value) + payload
         frame, view = new_frame(HEADER_BYTES + self._bytes.part_bytes(part))
         body = view[HEADER_BYTES:]

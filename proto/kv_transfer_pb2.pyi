@@ -31,6 +31,10 @@ class _TransportEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Transport.V
     """Bytes travel in the frames of Fetch."""
     TRANSPORT_SHARED_MEMORY: _Transport.ValueType  # 2
     """Same host: the receiver maps the sender's sealed memfd read-only and copies; the frames of Fetch carry no payload."""
+    TRANSPORT_CUDA_IPC: _Transport.ValueType  # 3
+    """Same host: the receiver maps the sender's GPU memory and its copy engines move the blocks; the frames of Fetch carry
+    no payload.
+    """
 
 class Transport(_Transport, metaclass=_TransportEnumTypeWrapper):
     """Transport is a way to move KV bytes."""
@@ -41,6 +45,10 @@ TRANSPORT_GRPC: Transport.ValueType  # 1
 """Bytes travel in the frames of Fetch."""
 TRANSPORT_SHARED_MEMORY: Transport.ValueType  # 2
 """Same host: the receiver maps the sender's sealed memfd read-only and copies; the frames of Fetch carry no payload."""
+TRANSPORT_CUDA_IPC: Transport.ValueType  # 3
+"""Same host: the receiver maps the sender's GPU memory and its copy engines move the blocks; the frames of Fetch carry
+no payload.
+"""
 Global___Transport: _TypeAlias = Transport  # noqa: Y015
 
 @_typing.final
@@ -159,6 +167,7 @@ class ConnectResponse(_message.Message):
     BOOT_ID_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     SHARED_POOL_FIELD_NUMBER: _builtins.int
+    DEVICE_POOL_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """The sender's worker id."""
     boot_id: _builtins.str
@@ -169,6 +178,10 @@ class ConnectResponse(_message.Message):
     def shared_pool(self) -> Global___SharedPool:
         """Set for shared memory."""
 
+    @_builtins.property
+    def device_pool(self) -> Global___DevicePool:
+        """Set for CUDA IPC."""
+
     def __init__(
         self,
         *,
@@ -176,14 +189,53 @@ class ConnectResponse(_message.Message):
         boot_id: _builtins.str = ...,
         transport: Global___Transport.ValueType = ...,
         shared_pool: Global___SharedPool | None = ...,
+        device_pool: Global___DevicePool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["shared_pool", b"shared_pool"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device_pool", b"device_pool", "shared_pool", b"shared_pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "shared_pool", b"shared_pool", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "device_pool", b"device_pool", "shared_pool", b"shared_pool", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ConnectResponse: _TypeAlias = ConnectResponse  # noqa: Y015
+
+@_typing.final
+class DevicePool(_message.Message):
+    """DevicePool tells how a pool in a GPU's memory can be mapped by another process of its host."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    ROW_BYTES_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    handle: _builtins.bytes
+    """CUDA's inter-process handle of the allocation that holds the pool."""
+    offset: _builtins.int
+    """Bytes from the allocation's start to the pool."""
+    num_blocks: _builtins.int
+    """Blocks of the pool."""
+    row_bytes: _builtins.int
+    """Bytes of one block over all layers."""
+    block_size: _builtins.int
+    """Tokens in a block."""
+    def __init__(
+        self,
+        *,
+        handle: _builtins.bytes = ...,
+        offset: _builtins.int = ...,
+        num_blocks: _builtins.int = ...,
+        row_bytes: _builtins.int = ...,
+        block_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "handle", b"handle", "num_blocks", b"num_blocks", "offset", b"offset", "row_bytes", b"row_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DevicePool: _TypeAlias = DevicePool  # noqa: Y015
 
 @_typing.final
 class SharedPool(_message.Message):
