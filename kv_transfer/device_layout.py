@@ -21,9 +21,9 @@ class DevicePoolBytes(PoolBytes):
     Its callers are threads of transfers: each call makes the pool's device theirs.
     """
 
-    def __init__(self, pool: KvPool) -> None:
+    def __init__(self, pool: KvPool, first_heads: Sequence[int] | None = None) -> None:
         self.device = pool.keys(0).device
-        super().__init__(pool)
+        super().__init__(pool, first_heads)
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     def _array(self, view: Tensor) -> Any:

@@ -25,13 +25,18 @@ _Index = slice | NDArray[np.intp]
 
 
 class PoolBytes:
-    """Byte views of a pool, made once. These are of host memory; device_layout.py has those of a GPU's."""
+    """Byte views of a pool, made once. These are of host memory; device_layout.py has those of a GPU's.
 
-    def __init__(self, pool: KvPool) -> None:
+    Args: first_heads: per layer, the number that the model gives to the first head of the pool; 0 without tensor
+        parallelism.
+    """
+
+    def __init__(self, pool: KvPool, first_heads: Sequence[int] | None = None) -> None:
         self.block_size = pool.block_size
         self.num_blocks = pool.num_blocks
         self.row_bytes = pool.row_bytes
         layers = range(pool.geometry.num_layers)
+        self._first_heads = tuple(first_heads or (0 for _ in layers))
         views = [(pool.keys(layer), pool.values(layer)) for layer in layers]
         self._planes = [tuple(self._array(view.view(torch.uint8)) for view in pair) for pair in views]
         first, itemsize = views[0][0], views[0][0].element_size()
@@ -51,8 +56,8 @@ class PoolBytes:
     def part_bytes(self, part: KvPart) -> int:
         """Canonical bytes of a part, whatever the block size."""
         planes = self._planes[part.layer_start : part.layer_end]
-        per_token: int = sum(plane.shape[1] * plane.shape[3] for pair in planes for plane in pair)
-        return part.num_tokens * per_token
+        per_head: int = sum(plane.shape[3] for pair in planes for plane in pair)
+        return part.num_tokens * part.num_heads * per_head
 
     def checksum(self, part: KvPart, block_ids: Ids) -> int:
         """64 bits over the part's layers of these blocks, in order: what a copy of them must have as well."""
@@ -63,25 +68,31 @@ class PoolBytes:
 
     def pack(self, part: KvPart, block_table: Sequence[int], out: Any) -> None:
         """Gather a part from its blocks into `out` [part_bytes] uint8."""
-        for plane, blocks, inside, canonical in self._pieces(part, block_table, out):
-            canonical[...] = plane[blocks, :, inside].swapaxes(0, 1)
+        for plane, blocks, heads, inside, canonical in self._pieces(part, block_table, out):
+            canonical[...] = plane[blocks, heads, inside].swapaxes(0, 1)
 
     def unpack(self, part: KvPart, block_table: Sequence[int], payload: Any) -> None:
         """Scatter a canonical payload [part_bytes] uint8 into its blocks."""
-        for plane, blocks, inside, canonical in self._pieces(part, block_table, payload):
-            plane[blocks, :, inside] = canonical.swapaxes(0, 1)
+        for plane, blocks, heads, inside, canonical in self._pieces(part, block_table, payload):
+            plane[blocks, heads, inside] = canonical.swapaxes(0, 1)
 
-    def _pieces(self, part: KvPart, block_table: Sequence[int], flat: Any) -> Iterator[tuple[Any, _Index, slice, Any]]:
-        """What goes together: (plane [num_blocks, heads, block_size, dim bytes], blocks, tokens inside each of them,
-        their place in `flat` [heads, blocks, tokens, dim bytes])."""
-        runs, position = list(self._runs(part, block_table)), 0
-        for plane in (plane for pair in self._planes[part.layer_start : part.layer_end] for plane in pair):
-            _, heads, _, dim = plane.shape
-            size = heads * part.num_tokens * dim
-            canonical = flat[position : position + size].reshape(heads, part.num_tokens, dim)
-            position += size
-            for blocks, inside, tokens in runs:  # splitting one axis of a strided view never copies
-                yield plane, blocks, inside, canonical[:, tokens].reshape(heads, -1, inside.stop - inside.start, dim)
+    def _pieces(
+        self, part: KvPart, block_table: Sequence[int], flat: Any
+    ) -> Iterator[tuple[Any, _Index, slice, slice, Any]]:
+        """What goes together: (plane [num_blocks, heads, block_size, dim bytes], blocks, heads of the pool, tokens
+        inside each block, their place in `flat` [heads, blocks, tokens, dim bytes])."""
+        runs, position, num_heads = list(self._runs(part, block_table)), 0, part.num_heads
+        for layer in range(part.layer_start, part.layer_end):
+            first = part.head_start - self._first_heads[layer]
+            heads = slice(first, first + num_heads)
+            for plane in self._planes[layer]:
+                dim = plane.shape[3]
+                size = num_heads * part.num_tokens * dim
+                canonical = flat[position : position + size].reshape(num_heads, part.num_tokens, dim)
+                position += size
+                for blocks, inside, tokens in runs:  # splitting one axis of a strided view never copies
+                    width = inside.stop - inside.start
+                    yield plane, blocks, heads, inside, canonical[:, tokens].reshape(num_heads, -1, width, dim)
 
     def _runs(self, part: KvPart, block_table: Sequence[int]) -> Iterator[tuple[_Index, slice, slice]]:
         """Cut a token range into a partial first block, whole blocks and a partial last block.
@@ -106,10 +117,10 @@ def _consecutive(ids: Sequence[int]) -> _Index:
     return np.asarray(ids, dtype=np.intp)
 
 
-def pool_bytes(pool: KvPool) -> PoolBytes:
+def pool_bytes(pool: KvPool, first_heads: Sequence[int] | None = None) -> PoolBytes:
     """The byte views that fit the pool's memory."""
     if pool.keys(0).device.type == "cpu":
-        return PoolBytes(pool)
+        return PoolBytes(pool, first_heads)
     from .device_layout import DevicePoolBytes
 
-    return DevicePoolBytes(pool)
+    return DevicePoolBytes(pool, first_heads)

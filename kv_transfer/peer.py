@@ -20,6 +20,7 @@ from .frames import SERVICE, KvPart
 from .identity import WorkerIdentity
 from .layout import Ids, PoolBytes
 from .pool import KvPool
+from .ranges import KvLayout
 from .shared_memory import PeerPool
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ TRANSPORTS = {
     "shared_memory": pb.TRANSPORT_SHARED_MEMORY,
     "cuda_ipc": pb.TRANSPORT_CUDA_IPC,
 }
+# The receiver maps the sender's pool and copies whole blocks itself; frames hold their numbers.
+MAPPED = (pb.TRANSPORT_SHARED_MEMORY, pb.TRANSPORT_CUDA_IPC)
 
 
 class MappedPool(Protocol):
@@ -65,7 +68,13 @@ class Peers:
     """All links, by address."""
 
     def __init__(
-        self, pool: KvPool, pool_bytes: PoolBytes, identity: WorkerIdentity, transports: Sequence[str]
+        self,
+        pool: KvPool,
+        pool_bytes: PoolBytes,
+        layout: KvLayout,
+        rank: int,
+        identity: WorkerIdentity,
+        transports: Sequence[str],
     ) -> None:
         unknown = [name for name in transports if name not in TRANSPORTS]
         if unknown or not transports:
@@ -74,7 +83,8 @@ class Peers:
         self._pool_bytes = pool_bytes
         self._identity = identity
         self._transports = tuple(TRANSPORTS[name] for name in transports)
-        self._geometry_digest = pool.geometry.digest()
+        self._layout = layout
+        self._rank = rank
         self._peers: dict[str, Peer] = {}
         self._connecting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._watches: set[asyncio.Task[None]] = set()
@@ -128,7 +138,9 @@ class Peers:
                 protocol_version=PROTOCOL_VERSION,
                 worker_id=self._identity.worker_id,
                 boot_id=self._identity.boot_id,
-                geometry_digest=self._geometry_digest,
+                geometry_digest=self._layout.geometry.digest(),
+                shape=self._layout.to_proto(),
+                rank=self._rank,
                 block_size=self._pool.block_size,
                 host_id=self._identity.host_id,
                 transports=transports,

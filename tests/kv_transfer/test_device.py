@@ -64,7 +64,7 @@ def test_a_part_packs_to_the_same_bytes_as_from_host_memory() -> None:
     device = KvPool(GEOMETRY, num_blocks=20, block_size=16, device=torch.device("cuda", 0))
     device.rows.copy_(host.rows)
     table = [5, 6, 7, 1, 19, 2]
-    part = KvPart(layer_start=1, layer_end=3, token_start=5, token_end=90)
+    part = KvPart(layer_start=1, layer_end=3, head_start=0, head_end=3, token_start=5, token_end=90)
     views = [PoolBytes(host), pool_bytes(device)]
     packed = [np.zeros(view.part_bytes(part), np.uint8) for view in views]
     for view, out in zip(views, packed, strict=True):
