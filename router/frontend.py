@@ -6,7 +6,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import grpc
@@ -64,34 +65,46 @@ class Inference(inference_pb2_grpc.InferenceServicer):
     async def Generate(
         self, request: inference_pb2.GenerateRequest | Undecodable, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        arrived_at = time.monotonic()
         try:
-            if self.draining:
-                raise Unavailable("the router is shutting down; use another one", retry_after_s=1.0)
             if isinstance(request, Undecodable):
                 raise request.error
-            work = await self._prepare(request, context)
-            answer = AnswerText(self._text, request.stop)
-            answer.push(work.output_token_ids)  # the client has this text; what it holds back may still come
-            if (reason := _already_complete(work, answer)) is not None:
-                yield self._started(work)
-                yield _finished(reason, work, len(work.output_token_ids))
-                return
-            deadline_at = arrived_at + work.timeout_s
-            with self._dispatcher.open(work, arrived_at=arrived_at, deadline_at=deadline_at) as job:
-                yield self._started(work)
-                index = len(work.output_token_ids)
-                while token_ids := await job.read():
-                    text, used = answer.push(token_ids)
-                    if answer.stopped:
-                        self._dispatcher.finish(job)
-                    yield _tokens(index, token_ids[:used], text)
-                    index += used
-                if tail := answer.flush():
-                    yield _tokens(index, (), tail)
-                yield _finished(job.answer.finish_reason, work, index, job.timeline, job.num_failures + 1)
+            async with aclosing(self.answer(request, context.time_remaining())) as messages:
+                async for message in messages:
+                    yield message
         except SplitserveError as error:
             await abort(context, error)
+
+    async def answer(
+        self, request: inference_pb2.GenerateRequest, timeout_s: float | None = None
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
+        """One answer as its messages, whatever edge asks; close it to cancel the request.
+
+        Args: timeout_s: until the deadline; None takes the router's default.
+        Raises: SplitserveError.
+        """
+        arrived_at = time.monotonic()
+        if self.draining:
+            raise Unavailable("the router is shutting down; use another one", retry_after_s=1.0)
+        work = await self._prepare(request, timeout_s)
+        answer = AnswerText(self._text, request.stop)
+        answer.push(work.output_token_ids)  # the client has this text; what it holds back may still come
+        if (reason := _already_complete(work, answer)) is not None:
+            yield self._started(work)
+            yield _finished(reason, work, len(work.output_token_ids))
+            return
+        deadline_at = arrived_at + work.timeout_s
+        with self._dispatcher.open(work, arrived_at=arrived_at, deadline_at=deadline_at) as job:
+            yield self._started(work)
+            index = len(work.output_token_ids)
+            while token_ids := await job.read():
+                text, used = answer.push(token_ids)
+                if answer.stopped:
+                    self._dispatcher.finish(job)
+                yield _tokens(index, token_ids[:used], text)
+                index += used
+            if tail := answer.flush():
+                yield _tokens(index, (), tail)
+            yield _finished(job.answer.finish_reason, work, index, job.timeline, job.num_failures + 1)
 
     async def Cancel(self, request: inference_pb2.CancelRequest, context: Context) -> inference_pb2.CancelResponse:
         return inference_pb2.CancelResponse(found=self._dispatcher.cancel(request.request_id))
@@ -117,7 +130,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         except SplitserveError as error:
             await abort(context, error)
 
-    async def _prepare(self, message: inference_pb2.GenerateRequest, context: Context) -> Request:
+    async def _prepare(self, message: inference_pb2.GenerateRequest, timeout_s: float | None) -> Request:
         """Check everything that can be checked without a worker. Raises: SplitserveError."""
         check_protocol(message.protocol_version, "the client")
         check_model(message.model, [self._model])
@@ -130,13 +143,12 @@ class Inference(inference_pb2_grpc.InferenceServicer):
             message.sampling.seed = secrets.randbelow(MAX_SEED + 1)
         sampling = sampling_from_proto(message.sampling)
         token_ids = await self._token_ids(message)
-        remaining_s = context.time_remaining()
         return make_request(
             request_id=message.idempotency_key or secrets.token_hex(12),
             prompt_token_ids=token_ids,
             limits=await self._limits(),
             sampling=sampling,
-            timeout_s=self._default_timeout_s if remaining_s is None else remaining_s,
+            timeout_s=self._default_timeout_s if timeout_s is None else timeout_s,
             max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
             stop_token_ids=message.stop_token_ids,
             ignore_eos=message.ignore_eos,
