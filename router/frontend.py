@@ -117,6 +117,16 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         except SplitserveError as error:
             await abort(context, error)
 
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: Context
+    ) -> inference_pb2.DetokenizeResponse:
+        try:
+            check_model(request.model, [self._model])
+            text = self._text.decode(request.token_ids, keep_special_tokens=request.keep_special_tokens)
+            return inference_pb2.DetokenizeResponse(text=text)
+        except SplitserveError as error:
+            await abort(context, error)
+
     async def _prepare(self, message: inference_pb2.GenerateRequest, context: Context) -> Request:
         """Check everything that can be checked without a worker. Raises: SplitserveError."""
         check_protocol(message.protocol_version, "the client")
