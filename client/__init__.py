@@ -15,10 +15,12 @@ from ..core.errors import (
     Unavailable,
     WorkerLost,
 )
-from ..core.request import FinishReason
+from ..core.logprobs import TokenLogprob, TopLogprob
+from ..core.request import FinishReason, derive_seed
 from .async_client import AsyncClient, AsyncStream
 from .generation import RetryPolicy
-from .request import Message, RequestOptions
+from .messages import Message, Tool, ToolCall
+from .request import RequestOptions
 from .results import (
     Chunk,
     GenerationResult,
@@ -57,10 +59,15 @@ __all__ = [
     "SplitserveError",
     "Stream",
     "TimelineEvent",
+    "TokenLogprob",
     "Tokenization",
+    "Tool",
+    "ToolCall",
+    "TopLogprob",
     "TransferFailed",
     "Unavailable",
     "Usage",
     "WorkerLost",
     "WorkerView",
+    "derive_seed",
 ]

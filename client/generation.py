@@ -18,8 +18,9 @@ from ..core.errors import (
     SplitserveError,
     Unavailable,
 )
+from ..core.logprobs import TokenLogprob
 from ..proto import inference_pb2 as pb
-from ..proto.convert import reason_from_proto
+from ..proto.convert import logprob_from_proto, reason_from_proto
 from ..proto.rpc import ERROR_KEY, from_rpc_error
 from .results import Chunk, GenerationResult, timing_from_proto, usage_from_proto
 
@@ -106,6 +107,8 @@ class Generation(Attempts):
         self._token_ids: list[int] = []
         self._token_times_s: list[float] = []
         self._texts: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self._result: GenerationResult | None = None
 
     @property
@@ -124,6 +127,8 @@ class Generation(Attempts):
             self._started = message.started
         elif message.HasField("tokens"):
             return self._accept_tokens(message.tokens, at_s)
+        elif message.HasField("prompt_logprobs"):
+            self._prompt_logprobs = tuple(map(logprob_from_proto, message.prompt_logprobs.tokens))
         elif message.HasField("finished"):
             self._finish(message.finished, at_s)
         return None
@@ -157,7 +162,11 @@ class Generation(Attempts):
         self._token_ids += tokens.token_ids
         self._token_times_s += [at_s] * len(tokens.token_ids)
         self._texts.append(tokens.text)
-        return Chunk(index=tokens.index, token_ids=tuple(tokens.token_ids), text=tokens.text, at_s=at_s)
+        logprobs = tuple(map(logprob_from_proto, tokens.logprobs))
+        self._logprobs += logprobs
+        return Chunk(
+            index=tokens.index, token_ids=tuple(tokens.token_ids), text=tokens.text, at_s=at_s, logprobs=logprobs
+        )
 
     def _finish(self, finished: pb.Finished, at_s: float) -> None:
         reason = reason_from_proto(finished.reason)
@@ -174,6 +183,8 @@ class Generation(Attempts):
             timing=timing_from_proto(finished.timing),
             token_times_s=tuple(self._token_times_s),
             e2e_s=self._token_times_s[-1] if self._token_times_s else at_s,
+            logprobs=tuple(self._logprobs),
+            prompt_logprobs=self._prompt_logprobs,
         )
 
 

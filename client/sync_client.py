@@ -24,8 +24,8 @@ from .generation import (
     RetryPolicy,
     closed_error,
 )
+from .messages import Messages
 from .request import (
-    Messages,
     Prompt,
     RequestOptions,
     build_request,

@@ -133,7 +133,7 @@ class DecodeWorker:
         return True
 
     def _refuse_early(self, request: Request) -> None:
-        self.host.refuse_if_draining()
+        self.host.refuse_if_out_of_service()
         if request.timeout_s <= 0:
             raise DeadlineExceeded("the deadline passed before the request reached a decode worker")
 

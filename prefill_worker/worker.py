@@ -69,7 +69,7 @@ class PrefillWorker:
             return
         self.cancel(request_id, request.attempt - 1)
         try:
-            self.host.refuse_if_draining()
+            self.host.refuse_if_out_of_service()
             if request.timeout_s <= 0:
                 raise DeadlineExceeded("the deadline passed before the prompt reached a prefill worker")
             # The sender learns of the grant first: the engine may report KV as soon as it has the request.

@@ -54,7 +54,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         default_timeout_s: float,
         no_worker_wait_s: float,
     ) -> None:
-        self._model = model
+        self.model = model
         self._text = text
         self._pool = pool
         self._dispatcher = dispatcher
@@ -115,7 +115,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         limits = self._pool.limits
         if limits is None or not self._pool.usable:
             return inference_pb2.ListModelsResponse()
-        model = inference_pb2.Model(name=self._model, max_model_len=limits.max_model_len, vocab_size=limits.vocab_size)
+        model = inference_pb2.Model(name=self.model, max_model_len=limits.max_model_len, vocab_size=limits.vocab_size)
         return inference_pb2.ListModelsResponse(models=[model])
 
     async def Tokenize(
@@ -124,16 +124,34 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         try:
             if isinstance(request, Undecodable):
                 raise request.error
-            check_model(request.model, [self._model])
-            token_ids = await self._token_ids(request)
-            return inference_pb2.TokenizeResponse(token_ids=token_ids, tokens=self._text.token_texts(token_ids))
+            return await self.tokenize(request)
         except SplitserveError as error:
             await abort(context, error)
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: Context
+    ) -> inference_pb2.DetokenizeResponse:
+        try:
+            return self.detokenize(request)
+        except SplitserveError as error:
+            await abort(context, error)
+
+    async def tokenize(self, request: inference_pb2.TokenizeRequest) -> inference_pb2.TokenizeResponse:
+        """Raises: SplitserveError."""
+        check_model(request.model, [self.model])
+        token_ids = await self.token_ids(request)
+        return inference_pb2.TokenizeResponse(token_ids=token_ids, tokens=self._text.token_texts(token_ids))
+
+    def detokenize(self, request: inference_pb2.DetokenizeRequest) -> inference_pb2.DetokenizeResponse:
+        """Raises: SplitserveError."""
+        check_model(request.model, [self.model])
+        text = self._text.decode(request.token_ids, keep_special_tokens=request.keep_special_tokens)
+        return inference_pb2.DetokenizeResponse(text=text)
 
     async def _prepare(self, message: inference_pb2.GenerateRequest, timeout_s: float | None) -> Request:
         """Check everything that can be checked without a worker. Raises: SplitserveError."""
         check_protocol(message.protocol_version, "the client")
-        check_model(message.model, [self._model])
+        check_model(message.model, [self.model])
         if len(message.idempotency_key) > MAX_KEY_CHARS:
             raise InvalidRequest(
                 f"idempotency_key has {len(message.idempotency_key)} characters; at most {MAX_KEY_CHARS} are allowed",
@@ -142,11 +160,11 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         if not message.sampling.HasField("seed"):
             message.sampling.seed = secrets.randbelow(MAX_SEED + 1)
         sampling = sampling_from_proto(message.sampling)
-        token_ids = await self._token_ids(message)
+        token_ids = await self.token_ids(message)
         return make_request(
             request_id=message.idempotency_key or secrets.token_hex(12),
             prompt_token_ids=token_ids,
-            limits=await self._limits(),
+            limits=await self.limits(),
             sampling=sampling,
             timeout_s=self._default_timeout_s if timeout_s is None else timeout_s,
             max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
@@ -157,7 +175,8 @@ class Inference(inference_pb2_grpc.InferenceServicer):
             tenant=message.tenant,
         )
 
-    async def _token_ids(self, message: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> list[int]:
+    async def token_ids(self, message: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> list[int]:
+        """The prompt's tokens. Raises: SplitserveError."""
         match message.WhichOneof("input"):
             case "text":
                 return await self._text.encode(message.text)
@@ -169,7 +188,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
             case _:
                 raise InvalidRequest("the request has no input; send text, messages or token_ids", field="input")
 
-    async def _limits(self) -> ModelLimits:
+    async def limits(self) -> ModelLimits:
         """What the workers can do; waits for the first worker."""
         try:
             async with asyncio.timeout(self._no_worker_wait_s):
@@ -186,7 +205,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.GenerateResponse(
             started=inference_pb2.Started(
                 request_id=work.request_id,
-                model=self._model,
+                model=self.model,
                 num_prompt_tokens=work.num_prompt_tokens,
                 seed=work.sampling.seed,
             )

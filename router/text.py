@@ -75,6 +75,10 @@ class ModelText:
         """Each token's own text."""
         return [self.tokenizer.decode([token_id], skip_special_tokens=False) for token_id in token_ids]
 
+    def decode(self, token_ids: Sequence[int], *, keep_special_tokens: bool = False) -> str:
+        """The text of token ids; bytes that are no whole character show as U+FFFD."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=not keep_special_tokens)
+
     async def _encode(self, text: str, *, special_tokens: bool) -> list[int]:
         check_utf8(text)
         if len(text) < LONG_TEXT_CHARS:

@@ -343,3 +343,10 @@ async def test_the_wrong_dialect_is_refused(start_scene: StartScene) -> None:
             await asyncio.sleep(0.01)
     assert scene.router.pool.decodes[scene.prefill.address].state == "refused"
     assert scene.router.pool.prefills[scene.prefill.address].state == "ready"
+
+
+async def test_a_worker_on_a_broken_device_is_refused_with_the_reason(start_scene: StartScene) -> None:
+    scene = await start_scene()
+    scene.prefill.status.fault = "2 uncorrectable memory errors"
+    scene.prefill.say_status()
+    assert "out of service: 2 uncorrectable memory errors" in await scene.becomes(scene.prefill.address, "refused")
