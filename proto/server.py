@@ -71,6 +71,7 @@ class Ready:
     metrics_address: str
     pid: int
     boot_id: str
+    http_address: str = ""  # of a router that serves HTTP
 
 
 class RpcServer:

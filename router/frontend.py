@@ -112,11 +112,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
-        limits = self._pool.limits
-        if limits is None or not self._pool.usable:
-            return inference_pb2.ListModelsResponse()
-        model = inference_pb2.Model(name=self.model, max_model_len=limits.max_model_len, vocab_size=limits.vocab_size)
-        return inference_pb2.ListModelsResponse(models=[model])
+        return inference_pb2.ListModelsResponse(models=self.models())
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest | Undecodable, context: Context
@@ -135,6 +131,18 @@ class Inference(inference_pb2_grpc.InferenceServicer):
             return self.detokenize(request)
         except SplitserveError as error:
             await abort(context, error)
+
+    @property
+    def usable(self) -> bool:
+        """Somebody can serve a request, now or when it is less busy."""
+        return self._pool.usable
+
+    def models(self) -> list[inference_pb2.Model]:
+        """What can be asked for right now."""
+        limits = self._pool.limits
+        if limits is None or not self._pool.usable:
+            return []
+        return [inference_pb2.Model(name=self.model, max_model_len=limits.max_model_len, vocab_size=limits.vocab_size)]
 
     async def tokenize(self, request: inference_pb2.TokenizeRequest) -> inference_pb2.TokenizeResponse:
         """Raises: SplitserveError."""
