@@ -79,6 +79,7 @@ def router_options(
         decode=decode,
         host=router.host,
         port=router.port,
+        http_port=http_port if (http_port := router.http_port_of(0)) >= 0 else None,
         metrics_port=metrics_port,
         router_id=router_id,
         max_queued=router.max_queued,
