@@ -15,7 +15,7 @@ from ..engine.engine import Reservation, StepOutput, TokenOutput
 from ..kv_transfer.grants import Grant
 from ..kv_transfer.receiver import KvReceiver, Received
 from ..proto import kv_transfer_pb2, worker_pb2
-from ..proto.convert import failure_to_proto, reason_to_proto
+from ..proto.convert import failure_to_proto, logprob_to_proto, reason_to_proto
 from ..worker.edge import sequence_id
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
@@ -76,6 +76,7 @@ class DecodeWorker:
         """Reserve blocks and open the fetch, or answer with RunFailed. Older attempts are revoked."""
         if not self._is_new(request_id, request):
             return
+        request = replace(request, prompt_logprobs=None)  # the prefill worker's business
         try:
             self._refuse_early(request)
             reservation = self.host.engine.reserve(request)
@@ -234,6 +235,8 @@ class DecodeWorker:
             index=token.index,
             token_ids=(token.token_id,),
             finish_reason=reason_to_proto(token.finish_reason),
+            logprobs=() if token.logprob is None else (logprob_to_proto(token.logprob),),
+            prompt_logprobs=map(logprob_to_proto, token.prompt_logprobs),
         )
         if token.finish_reason is not None:
             started_s = run.started_s if run.started_s is not None else run.first_token_s

@@ -626,7 +626,7 @@ class TokenLogprob(_message.Message):
     rank: _builtins.int
     """Its place among all tokens, 1 for the likeliest. 0 for the first token of a prompt, of which nothing is known."""
     text: _builtins.bytes
-    """Its text as bytes, which need not be whole characters; empty for tokens that are not text."""
+    """Its text as bytes, which need not be whole characters; of a special token its name."""
     @_builtins.property
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
         """The likeliest tokens in its place, the likeliest first; as many as were asked for."""

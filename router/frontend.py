@@ -15,12 +15,15 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from ..core.errors import InvalidRequest, SplitserveError, Unavailable
+from ..core.logprobs import TokenLogprob
 from ..core.request import MAX_SEED, FinishReason, Request
+from ..engine.output_format import check_format
 from ..proto import inference_pb2, inference_pb2_grpc
-from ..proto.convert import check_protocol, reason_to_proto, sampling_from_proto
+from ..proto.convert import check_protocol, format_from_proto, logprob_to_proto, reason_to_proto, sampling_from_proto
 from ..proto.rpc import abort
 from ..scheduling.admission import ModelLimits, check_model, make_request
-from .dispatch import Dispatcher
+from .conversation import template_input
+from .dispatch import Dispatcher, Job
 from .membership import WorkerPool
 from .text import AnswerText, ModelText
 from .timeline import Timeline
@@ -86,7 +89,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         if self.draining:
             raise Unavailable("the router is shutting down; use another one", retry_after_s=1.0)
         work = await self._prepare(request, timeout_s)
-        answer = AnswerText(self._text, request.stop)
+        answer = AnswerText(self._text, request.stop, work.min_tokens)
         answer.push(work.output_token_ids)  # the client has this text; what it holds back may still come
         if (reason := _already_complete(work, answer)) is not None:
             yield self._started(work)
@@ -96,11 +99,15 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         with self._dispatcher.open(work, arrived_at=arrived_at, deadline_at=deadline_at) as job:
             yield self._started(work)
             index = len(work.output_token_ids)
+            told_prompt = work.prompt_logprobs is None
             while token_ids := await job.read():
+                if not told_prompt:
+                    told_prompt = True
+                    yield self._prompt_logprobs(work, job.answer.prompt_logprobs)
                 text, used = answer.push(token_ids)
                 if answer.stopped:
                     self._dispatcher.finish(job)
-                yield _tokens(index, token_ids[:used], text)
+                yield _tokens(index, token_ids[:used], text, self._logprobs(job, index, used))
                 index += used
             if tail := answer.flush():
                 yield _tokens(index, (), tail)
@@ -168,6 +175,10 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         if not message.sampling.HasField("seed"):
             message.sampling.seed = secrets.randbelow(MAX_SEED + 1)
         sampling = sampling_from_proto(message.sampling)
+        output_format = None
+        if message.HasField("output_format"):
+            output_format = format_from_proto(message.output_format)
+            await asyncio.to_thread(check_format, output_format)  # a large schema takes a while
         token_ids = await self.token_ids(message)
         return make_request(
             request_id=message.idempotency_key or secrets.token_hex(12),
@@ -179,6 +190,10 @@ class Inference(inference_pb2_grpc.InferenceServicer):
             stop_token_ids=message.stop_token_ids,
             ignore_eos=message.ignore_eos,
             output_token_ids=message.received_token_ids,
+            min_tokens=message.min_tokens,
+            logprobs=message.logprobs if message.HasField("logprobs") else None,
+            prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+            output_format=output_format,
             priority=message.priority,
             tenant=message.tenant,
         )
@@ -189,8 +204,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
             case "text":
                 return await self._text.encode(message.text)
             case "messages":
-                rows = [{"role": row.role, "content": row.content} for row in message.messages.messages]
-                return await self._text.encode_chat(rows)
+                return await self._text.encode_chat(*template_input(message.messages))
             case "token_ids" if isinstance(message, inference_pb2.GenerateRequest):
                 return list(message.token_ids.ids)
             case _:
@@ -208,6 +222,18 @@ class Inference(inference_pb2_grpc.InferenceServicer):
             ) from None
         assert self._pool.limits is not None
         return self._pool.limits
+
+    def _logprobs(self, job: Job, index: int, count: int) -> list[inference_pb2.TokenLogprob]:
+        """Of `count` tokens of the answer from `index` on, if they were asked for."""
+        if job.request.logprobs is None:
+            return []
+        rows = [row for row in job.answer.logprobs[index : index + count] if row is not None]
+        return [logprob_to_proto(self._text.token_text.name(row)) for row in rows]
+
+    def _prompt_logprobs(self, work: Request, rows: Sequence[TokenLogprob]) -> inference_pb2.GenerateResponse:
+        first = TokenLogprob(token_id=work.prompt_token_ids[0], logprob=0.0, rank=0)
+        named = [logprob_to_proto(self._text.token_text.name(row)) for row in (first, *rows)]
+        return inference_pb2.GenerateResponse(prompt_logprobs=inference_pb2.PromptLogprobs(tokens=named))
 
     def _started(self, work: Request) -> inference_pb2.GenerateResponse:
         return inference_pb2.GenerateResponse(
@@ -305,8 +331,11 @@ def _already_complete(work: Request, answer: AnswerText) -> FinishReason | None:
     return FinishReason.LENGTH if len(received) >= work.max_tokens else None
 
 
-def _tokens(index: int, token_ids: Sequence[int], text: str) -> inference_pb2.GenerateResponse:
-    return inference_pb2.GenerateResponse(tokens=inference_pb2.Tokens(index=index, token_ids=token_ids, text=text))
+def _tokens(
+    index: int, token_ids: Sequence[int], text: str, logprobs: Sequence[inference_pb2.TokenLogprob] = ()
+) -> inference_pb2.GenerateResponse:
+    tokens = inference_pb2.Tokens(index=index, token_ids=token_ids, text=text, logprobs=logprobs)
+    return inference_pb2.GenerateResponse(tokens=tokens)
 
 
 def _finished(

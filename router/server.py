@@ -62,9 +62,9 @@ class Router:
         self.options = options
         self.boot_id = secrets.token_hex(8)
         model_name = options.model_name or options.model
-        text = ModelText(resolve_model(options.model))
         self._registry = metrics.new_registry()
         self.metrics = RouterMetrics(self._registry)
+        text = ModelText(resolve_model(options.model), self.metrics.tokenizations.inc)
         self.recorder = Recorder(options.router_id or "router", options.trace_dir)
         self.pool = WorkerPool(model_name, self.boot_id, self.metrics)
         self.dispatcher = Dispatcher(

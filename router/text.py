@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from ..core.errors import InvalidRequest, ModelLoadFailed
+from .token_text import TokenText
 
 LONG_TEXT_CHARS = 4_096  # from here on tokenising leaves the event loop
 MAX_STOP_STRINGS = 16
@@ -25,11 +26,13 @@ MAX_STOP_STRINGS = 16
 class ModelText:
     """A model's tokenizer and chat template. Imports neither torch nor transformers: the router starts in a moment.
 
-    Args: directory: holds tokenizer.json, and for chat tokenizer_config.json or chat_template.jinja.
+    Args:
+        directory: holds tokenizer.json, and for chat tokenizer_config.json or chat_template.jinja.
+        count: called once for each text that is tokenised.
     Raises: ModelLoadFailed: a file is missing or damaged.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, count: Callable[[], object] = lambda: None) -> None:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise ModelLoadFailed(
@@ -42,6 +45,8 @@ class ModelText:
             raise ModelLoadFailed(f"{path} is damaged: {error}; fetch the model again") from error
         self.tokenizer.no_truncation()  # a prompt that is too long is an error, not a shorter prompt
         self.tokenizer.no_padding()
+        self.token_text = TokenText(self.tokenizer)
+        self._count = count
         config = _read_json(directory / "tokenizer_config.json")
         self._special = {
             name: _token_text(config[name]) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -53,21 +58,28 @@ class ModelText:
         """Token ids of plain text, with the special tokens (BOS) that the model's tokenizer adds to it."""
         return await self._encode(text, special_tokens=True)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn. The template writes BOS itself.
 
         Raises: InvalidRequest: there is no chat template, or it refuses the conversation.
         """
-        return await self._encode(self.render(messages), special_tokens=False)
+        return await self._encode(self.render(messages, tools), special_tokens=False)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The conversation as text. Raises: InvalidRequest."""
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The conversation as text. Raises: InvalidRequest.
+
+        Args: messages, tools: as chat templates expect them, which is OpenAI's shape.
+        """
         if self._template is None:
             raise InvalidRequest("the model has no chat template; send text or token ids", field="messages")
         if not messages:
             raise InvalidRequest("the conversation is empty; send at least one message", field="messages")
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special)
+            return self._template.render(
+                messages=messages, tools=tools or None, add_generation_prompt=True, **self._special
+            )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InvalidRequest(f"the chat template refuses the conversation: {error}", field="messages") from error
 
@@ -81,6 +93,7 @@ class ModelText:
 
     async def _encode(self, text: str, *, special_tokens: bool) -> list[int]:
         check_utf8(text)
+        self._count()
         if len(text) < LONG_TEXT_CHARS:
             return list(self.tokenizer.encode(text, add_special_tokens=special_tokens).ids)
         return list((await self.tokenizer.async_encode(text, add_special_tokens=special_tokens)).ids)
@@ -100,9 +113,11 @@ class AnswerText:
     """The text of one answer as its tokens come.
 
     Text leaves only when it is certain: no partial character, and nothing that may turn out to be a stop string.
+
+    Args: min_tokens: in the text of so many first tokens stop strings do not count.
     """
 
-    def __init__(self, model_text: ModelText, stop: Sequence[str] = ()) -> None:
+    def __init__(self, model_text: ModelText, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         if len(stop) > MAX_STOP_STRINGS or not all(stop):
             raise InvalidRequest(
                 f"stop has {len(stop)} strings{'' if all(stop) else ', one of them empty'}; "
@@ -112,6 +127,7 @@ class AnswerText:
         self._tokenizer = model_text.tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)
+        self._num_free = min_tokens  # tokens to come in which stop strings do not count
         self._pending: list[int] = []  # tokens whose text is not out of the decoder yet
         self._held = ""  # text that may be the beginning of a stop string
         self.stopped = False  # a stop string was found; text ends before it
@@ -120,12 +136,13 @@ class AnswerText:
         """Text that became certain, and how many of the tokens were used: not all if a stop string came before."""
         parts = []
         for used, token_id in enumerate(token_ids, 1):
+            free, self._num_free = self._num_free > 0, self._num_free - 1
             self._pending.append(token_id)
             text = self._stream.step(self._tokenizer, token_id)
             if text is None:
                 continue
             self._pending.clear()
-            parts.append(self._until_stop(text) if self._stop else text)
+            parts.append(text if free or not self._stop else self._until_stop(text))
             if self.stopped:
                 return "".join(parts), used
         return "".join(parts), len(token_ids)
