@@ -125,8 +125,7 @@ def _grammar(output_format: OutputFormat) -> str:
 
 
 def _refusal(output_format: OutputFormat, message: str) -> InvalidRequest:
-    # Only the first line: the others quote the grammar and the answer.
-    reason = (message.strip().splitlines() or ["no reason given"])[0][:300]
+    reason = " ".join(message.split())[:300]
     return InvalidRequest(f"the {output_format.kind.value} cannot be followed: {reason}", field=_FIELD)
 
 
