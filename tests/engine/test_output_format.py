@@ -101,6 +101,7 @@ def test_a_token_that_is_still_being_chosen_is_never_part_of_a_state(formats: Ou
     [
         (REGEX, "(a", "unclosed group"),
         (REGEX, "(?=a)b", "look"),
+        (REGEX, "a\\\\\\", "middle of an escape"),
         (GRAMMAR, "start: foo", "unknown name"),
         (GRAMMAR, 'root: "a"', "no start rule"),
         (GRAMMAR, '{"grammars": []}', "does not begin with"),
