@@ -116,6 +116,8 @@ def _grammar(output_format: OutputFormat) -> str:
                 raise _refusal(output_format, f"it is a JSON {type(schema).__name__}, a schema is an object")
             grammar = matcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)
         case FormatKind.REGEX:
+            if (len(source) - len(source.rstrip("\\"))) % 2:  # the library would read it together with a / of its own
+                raise _refusal(output_format, "it ends in the middle of an escape")
             grammar = matcher.grammar_from_regex(source)
         case FormatKind.GRAMMAR:
             if source.lstrip().startswith("{"):  # the library would read its own JSON notation
@@ -125,8 +127,7 @@ def _grammar(output_format: OutputFormat) -> str:
 
 
 def _refusal(output_format: OutputFormat, message: str) -> InvalidRequest:
-    # Only the first line: the others quote the grammar and the answer.
-    reason = (message.strip().splitlines() or ["no reason given"])[0][:300]
+    reason = " ".join(message.split())[:300]
     return InvalidRequest(f"the {output_format.kind.value} cannot be followed: {reason}", field=_FIELD)
 
 

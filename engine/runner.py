@@ -102,7 +102,7 @@ class CpuRunner:
         logits = forward(self._model, self._pool, sequences, rows + prompt_rows(parts), self._kv_written)
         inputs, failed = sample_inputs(sampling, self._formats)
         token_ids = sample(logits[: len(rows)], inputs)
-        likelihoods = StepLogprobs.of(logits, parts, sampling, torch.tensor(token_ids))
+        likelihoods = StepLogprobs.of(logits, parts, sampling, torch.tensor(token_ids, dtype=torch.int64))
         return step_result(sampling, token_ids, failed, likelihoods)
 
 

@@ -69,11 +69,12 @@ class Answer:
             return 0
         before = len(self.token_ids)
         self.prompt_logprobs = self.prompt_logprobs or message.prompt_logprobs
-        self._early_logprobs.update(enumerate(message.logprobs, message.index))
         for index, token_id in enumerate(message.token_ids, message.index):
             known = self.token_ids[index] if index < before else self._early.get(index)
             if known is None:
                 self._early[index] = token_id
+                if message.logprobs:
+                    self._early_logprobs[index] = message.logprobs[index - message.index]
             elif known == token_id:
                 self.num_duplicates += 1
             else:

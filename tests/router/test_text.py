@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from splitserve.core.errors import InvalidRequest
 from splitserve.router.text import AnswerText, ModelText
+from splitserve.router.token_text import TokenText
+from tokenizers import Tokenizer, decoders, models
 
 TEXTS = st.text(alphabet=st.sampled_from("ab<é€😀 \n"), max_size=40)
 STOPS = st.lists(st.text(alphabet=st.sampled_from("ab<é€"), min_size=1, max_size=4), max_size=3)
@@ -75,6 +77,38 @@ def test_a_held_beginning_of_a_stop_string_leaves_when_it_turns_out_to_be_none(m
     assert answer.push(ids(model_text, "x"))[0] == "<enx"
     assert answer.push(ids(model_text, "<end"))[0] == ""
     assert answer.flush() == "<end"
+
+
+def test_stop_strings_do_not_count_before_min_tokens(model_text: ModelText) -> None:
+    answer = AnswerText(model_text, ["ab"], min_tokens=3)
+    assert answer.push(ids(model_text, "abc")) == ("abc", 3)
+    assert answer.push(ids(model_text, "xabz")) == ("x", 3)
+    assert answer.stopped
+
+
+def test_a_stop_string_that_begins_before_min_tokens_does_not_count(model_text: ModelText) -> None:
+    answer = AnswerText(model_text, ["ab"], min_tokens=1)
+    assert answer.push(ids(model_text, "abc")) == ("abc", 3)
+    assert not answer.stopped
+
+
+@given(text=TEXTS)
+def test_the_bytes_of_tokens_are_the_text(model_text: ModelText, text: str) -> None:
+    assert b"".join(map(model_text.token_text.of, ids(model_text, text))).decode() == text
+
+
+def test_bytes_of_special_and_unknown_tokens(model_text: ModelText) -> None:
+    assert model_text.token_text.of(model_text.tokenizer.token_to_id("</s>")) == b"</s>"
+    assert model_text.token_text.of(10**6) == b""
+
+
+def test_bytes_of_tokens_that_mark_spaces_and_spell_bytes() -> None:
+    """As Llama 2's and Gemma's tokenizers do."""
+    vocab = {"▁a": 0, "b": 1, "<0xE2>": 2, "<0x82>": 3, "<0xAC>": 4, "▁": 5}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    text = TokenText(tokenizer)
+    assert [text.of(i) for i in range(6)] == [b" a", b"b", b"\xe2", b"\x82", b"\xac", b" "]
 
 
 @pytest.mark.parametrize("stop", [["a", ""], ["x"] * 17])
