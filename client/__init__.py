@@ -32,6 +32,7 @@ from .results import (
     Usage,
     WorkerView,
 )
+from .routers import Tls
 from .sync_client import Client, Stream
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "SplitserveError",
     "Stream",
     "TimelineEvent",
+    "Tls",
     "TokenLogprob",
     "Tokenization",
     "Tool",

@@ -93,6 +93,8 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         answer.push(work.output_token_ids)  # the client has this text; what it holds back may still come
         if (reason := _already_complete(work, answer)) is not None:
             yield self._started(work)
+            if tail := answer.flush():  # the client knows whether it has it
+                yield _tokens(len(work.output_token_ids), (), tail)
             yield _finished(reason, work, len(work.output_token_ids))
             return
         deadline_at = arrived_at + work.timeout_s
