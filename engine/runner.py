@@ -78,7 +78,7 @@ class CpuRunner:
         self._plan = None
 
     def warm_up(self) -> None:
-        pass
+        self._formats.warm_up()
 
     def bare_step(self, batch: int) -> Callable[[], None]:
         raise NotImplementedError("a step on the CPU is not queued apart from its host part")

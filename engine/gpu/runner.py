@@ -218,6 +218,7 @@ class GpuRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Let cuDNN prepare for the prompt lengths it will see; what it prepares belongs to the calling thread."""
+        self._formats.warm_up()
         lengths = sorted({cudnn_length(n) for n in range(CUDNN_FROM_TOKENS, self._max_step_tokens + 1, 128)})
         with torch.cuda.stream(self._stream):
             for length in lengths:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -131,6 +132,13 @@ def test_output_that_left_the_format_is_an_error(formats: OutputFormats) -> None
     running = sequence(OutputFormat(kind=REGEX, source="[0-9]+"), output=(70,))
     with pytest.raises(InvalidRequest, match="cannot be followed"):
         formats.allowed(running, running.num_tokens)
+
+
+def test_a_tokenizer_that_does_not_load_is_an_error_of_the_request_and_not_of_the_start(tmp_path: Path) -> None:
+    broken = OutputFormats(tmp_path, VOCAB_SIZE, frozenset({EOS_TOKEN_ID}))
+    broken.warm_up()
+    with pytest.raises(InvalidRequest, match=r"tokenizer\.json does not load"):
+        broken.allowed(sequence(OutputFormat(kind=REGEX, source="a")), 2)
 
 
 def test_a_model_without_an_end_takes_no_format(tiny: LoadedModel) -> None:

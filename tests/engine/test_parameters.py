@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +12,15 @@ import torch
 from splitserve.core.errors import InvalidRequest
 from splitserve.core.logprobs import TokenLogprob
 from splitserve.core.request import FinishReason, FormatKind, OutputFormat, Request, SamplingParams
+from splitserve.engine import runner as runner_module
 from splitserve.engine.attention import NAME
 from splitserve.engine.engine import Engine, TokenOutput
 from splitserve.engine.loading import LoadedModel
+from splitserve.engine.output_format import OutputFormats
+from splitserve.engine.runner import CpuRunner, SequenceTokens, StepResult
 from splitserve.engine.testing import EOS_TOKEN_ID
+from splitserve.scheduling.sequence import PENDING
+from splitserve.scheduling.steps import StepPlan
 
 PROMPT = tuple(5 + (37 * i) % 200 for i in range(90))
 
@@ -147,3 +155,71 @@ def test_a_request_whose_output_left_its_format_fails_alone(make_engine: Any) ->
     assert isinstance(failed["bad"], InvalidRequest)
     assert set(outputs) == {"good", "plain"}
     assert outputs["good"][-1].token_id == EOS_TOKEN_ID
+
+
+class AheadRunner(CpuRunner):
+    """Computes a step as soon as it is launched, as a GPU may: the host's lists do not know the step before yet."""
+
+    max_steps = 2
+
+    def __init__(self, engine: Engine, model: LoadedModel) -> None:
+        formats = OutputFormats(model.path, model.vocab_size, model.eos_token_ids)
+        super().__init__(model.model, engine.pool, formats, None)
+        self.last: dict[str, int] = {}  # newest token of each request, as it would lie on the device
+        self.num_ahead = 0
+        self._done: deque[StepResult] = deque()
+
+    def launch(self, plan: StepPlan) -> None:
+        super().launch(plan)
+        self._done.append(super().collect())
+        self.last.update(self._done[-1].token_ids)
+        self.num_ahead += len(self._done) == 2
+
+    def collect(self) -> StepResult:
+        return self._done.popleft()
+
+
+def test_a_step_ahead_gives_the_same_answers(
+    make_engine: Any, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a choice looks at earlier output the step before is awaited, and nowhere else."""
+    sampled = SamplingParams(temperature=0.9, seed=3)
+    ending = SamplingParams(temperature=0.9, seed=3, logit_bias=((EOS_TOKEN_ID, 6.0),))
+    stops = frozenset({EOS_TOKEN_ID})
+    plain = [
+        make("0"),
+        make("1", sampling=sampled, logprobs=4, prompt_logprobs=2),
+        make("2", sampling=ending, min_tokens=6, stop_token_ids=stops),
+    ]
+    looking_back = [
+        make("3", sampling=ending, stop_token_ids=stops, output_format=OutputFormat(kind=FormatKind.JSON_OBJECT)),
+        make("4", stop_token_ids=stops, output_format=OutputFormat(kind=FormatKind.REGEX, source="[a-f]{5,9}")),
+        make("5", sampling=SamplingParams(frequency_penalty=1.5)),
+    ]
+    forward = runner_module.forward
+
+    def knowing_the_last(model: Any, pool: Any, sequences: Sequence[SequenceTokens], *more: Any) -> torch.Tensor:
+        known = [
+            replace(s, token_ids=[ahead.last[s.request_id] if t == PENDING else t for t in s.token_ids])
+            for s in sequences
+        ]
+        return forward(model, pool, known, *more)
+
+    for requests, least_ahead in ((plain, 10), (looking_back, 0), (plain + looking_back, 0)):
+        engine = make_engine(max_step_tokens=32)
+        for request in requests:
+            engine.add(request)
+        expected, _ = run(engine)
+        engine = make_engine(max_step_tokens=32)
+        engine._runner = ahead = AheadRunner(engine, tiny)
+        monkeypatch.setattr(runner_module, "forward", knowing_the_last)
+        for request in requests:
+            engine.add(request)
+        found, failed = run(engine)
+        monkeypatch.setattr(runner_module, "forward", forward)
+        assert not failed
+        for request_id, tokens in expected.items():
+            assert [token.token_id for token in found[request_id]] == [token.token_id for token in tokens]
+            entries, others = found[request_id][0].prompt_logprobs, tokens[0].prompt_logprobs
+            assert [entry.token_id for entry in entries] == [entry.token_id for entry in others]
+        assert ahead.num_ahead >= least_ahead
