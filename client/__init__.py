@@ -12,6 +12,7 @@ from ..core.errors import (
     ProtocolMismatch,
     SplitserveError,
     TransferFailed,
+    Unauthenticated,
     Unavailable,
     WorkerLost,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "ToolCall",
     "TopLogprob",
     "TransferFailed",
+    "Unauthenticated",
     "Unavailable",
     "Usage",
     "WorkerLost",

@@ -89,6 +89,9 @@ class RouterConfig(_Section):
         le=65535,
         description="Port of the first router's OpenAI API; empty: 8000, or a free one where port is 0; -1: none",
     )
+    api_key_file: Path | None = Field(
+        default=None, description="File with one API key a line, asked of every caller; empty: everybody may call"
+    )
     max_queued: int = Field(default=256, ge=1, description="Requests waiting for dispatch; more are refused")
     max_live: int = Field(default=8_192, ge=1, description="Requests not ended, queued ones included; more are refused")
     prefill_bound_s: float = Field(

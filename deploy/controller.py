@@ -17,10 +17,12 @@ import ray
 from ray.exceptions import RayActorError
 
 from ..client.results import RouterStatus, status_from_proto
+from ..client.routers import key_metadata
 from ..core.config import WORKER_ROLES, ClusterConfig, Role
 from ..core.errors import SplitserveError
 from ..proto import inference_pb2, inference_pb2_grpc
 from ..proto.rpc import CHANNEL_OPTIONS
+from ..router.keys import read_keys
 from .placement import create_actor, find_group, place
 from .process import Endpoint, Exit, StartFailure
 from .roles import role_command, role_environment, role_needs
@@ -253,6 +255,8 @@ class Controller:
     async def _tell_routers(self) -> None:
         """Give every router the list of workers whenever it changes, and ask each how it fares."""
         channels: dict[str, grpc.aio.Channel] = {}
+        key_file = self._config.router.api_key_file
+        metadata = key_metadata(read_keys(key_file)[0]) if key_file is not None else ()
         told: dict[str, tuple[str, inference_pb2.SetWorkersRequest]] = {}  # router -> (its boot id, the list)
         try:
             while True:
@@ -271,10 +275,10 @@ class Controller:
                     stub = inference_pb2_grpc.RouterAdminStub(channels[address])
                     try:
                         if told.get(member.name) != (member.endpoint.boot_id, workers):
-                            await stub.SetWorkers(workers, timeout=_RPC_TIMEOUT_S)
+                            await stub.SetWorkers(workers, timeout=_RPC_TIMEOUT_S, metadata=metadata)
                             told[member.name] = (member.endpoint.boot_id, workers)
                         request = inference_pb2.GetRouterStatusRequest()
-                        answer = await stub.GetRouterStatus(request, timeout=_RPC_TIMEOUT_S)
+                        answer = await stub.GetRouterStatus(request, timeout=_RPC_TIMEOUT_S, metadata=metadata)
                         self._views[member.name] = status_from_proto(answer)
                     except grpc.aio.AioRpcError as error:
                         logger.warning("%s does not answer: %s", member.name, error.details())

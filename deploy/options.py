@@ -82,6 +82,7 @@ def router_options(
         http_port=http_port if (http_port := router.http_port_of(0)) >= 0 else None,
         metrics_port=metrics_port,
         router_id=router_id,
+        api_key_file=router.api_key_file,
         max_queued=router.max_queued,
         max_live=router.max_live,
         prefill_bound_s=router.prefill_bound_s,

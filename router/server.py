@@ -21,6 +21,7 @@ from ..proto.server import Ready, RpcServer
 from ..scheduling.admission import Admission
 from .dispatch import Dispatcher
 from .frontend import ADMIN, INFERENCE, Inference, RouterAdmin, add_to_server
+from .keys import ApiKeys, RequireKey, read_keys
 from .membership import WorkerPool
 from .openai.app import make_app
 from .openai.server import HttpServer
@@ -41,6 +42,7 @@ class RouterOptions:
     port: int = 50051
     metrics_port: int = 0
     http_port: int | None = None  # of the OpenAI-compatible API; None: not served
+    api_key_file: Path | None = None  # one key a line, asked of every caller; None: everybody may call
     router_id: str = ""  # unique in the cluster; empty makes one
     max_queued: int = 256  # requests waiting for dispatch; more are refused
     max_live: int = 8_192  # requests not ended; more are refused
@@ -84,12 +86,14 @@ class Router:
             default_timeout_s=options.default_timeout_s,
             no_worker_wait_s=options.no_worker_wait_s,
         )
-        self._rpc = RpcServer(options.host, options.port, [INFERENCE, ADMIN])
+        keys = ApiKeys(read_keys(options.api_key_file)) if options.api_key_file is not None else None
+        interceptors = [RequireKey(keys)] if keys is not None else []
+        self._rpc = RpcServer(options.host, options.port, [INFERENCE, ADMIN], interceptors)
         add_to_server(self._rpc.server, self._inference, RouterAdmin(self.pool, self.dispatcher))
         self._health: asyncio.Task[None] | None = None
         self._http: HttpServer | None = None
         if options.http_port is not None:
-            app = make_app(self._inference, self._registry, int(time.time()))
+            app = make_app(self._inference, self._registry, int(time.time()), keys)
             self._http = HttpServer(app, options.host, options.http_port)
 
     @property

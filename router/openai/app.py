@@ -8,6 +8,7 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -16,10 +17,12 @@ from ...core.errors import InvalidRequest, ModelNotFound, SplitserveError, Unava
 from ...proto import inference_pb2 as pb
 from ...scheduling.admission import check_model
 from ..frontend import Inference
+from ..keys import ApiKeys
 from .body import read_body
 from .chat import chat_completions, chat_messages
 from .completions import completions
 from .errors import json_response, on_bug, on_http_error, on_typed_error
+from .keys import RequireKey
 from .requests import DetokenizeRequest, TokenizeRequest
 from .responses import ModelCard, Tokenization
 
@@ -110,12 +113,15 @@ ROUTES: Sequence[Route] = (
 )
 
 
-def make_app(inference: Inference, registry: CollectorRegistry, started_at: int) -> Starlette:
-    """Args: started_at: seconds since 1970, shown as the model's creation."""
+def make_app(
+    inference: Inference, registry: CollectorRegistry, started_at: int, keys: ApiKeys | None = None
+) -> Starlette:
+    """Args: started_at: seconds since 1970, shown as the model's creation; keys: None: everybody may call."""
     from .document import openapi_document
 
     app = Starlette(
         routes=ROUTES,
+        middleware=[Middleware(RequireKey, keys)] if keys is not None else [],
         exception_handlers={SplitserveError: on_typed_error, HTTPException: on_http_error, Exception: on_bug},
     )
     app.router.redirect_slashes = False
