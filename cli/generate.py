@@ -12,11 +12,13 @@ import typer
 from ..client import Client, GenerationResult, Message
 from ..core.errors import InvalidRequest
 from . import options
+from .local import local_router
 
 
 def command(
     prompt: Annotated[str | None, typer.Argument(help='The prompt; "-" or nothing reads standard input.')] = None,
     address: options.Address = None,
+    local: options.Local = False,
     model: options.Model = "",
     chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through the model's chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
@@ -43,6 +45,8 @@ def command(
     $ splitserve generate --chat "Why is the sky blue?" --temperature 0.7 --seed 1 --timing
 
     $ splitserve generate - --json < prompt.txt
+
+    $ splitserve generate --local "Once upon a time"
     """
     text = _read_stdin() if prompt in (None, "-") else prompt
     request = options.sampling_options(
@@ -64,7 +68,8 @@ def command(
     if system is not None:
         messages.insert(0, Message(role="system", content=system))
     with (
-        Client(address) as client,
+        local_router(local, address, model) as router,
+        Client(router) as client,
         client.stream(messages if chat or system is not None else text, **request) as answer,
     ):
         if stream and not as_json:

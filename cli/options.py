@@ -16,6 +16,9 @@ Address = Annotated[
         help="Router as HOST:PORT, several with commas; left out: the local cluster that `up` started.",
     ),
 ]
+Local = Annotated[
+    bool, typer.Option("--local", help="Start a local cluster for this command, if none is running and none is named.")
+]
 Model = Annotated[str, typer.Option(help="Model to ask; left out: the only one served.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float | None, typer.Option(help="0 (greedy, the default) to 100.")]
