@@ -29,7 +29,7 @@ def _local_routers() -> tuple[str, ...]:
     state = read_state()
     if state is None or not state.router_addresses:
         raise ConfigError(
-            "no router is named and no local cluster is running; start one with `splitserve up` (or for one command with "
+            "no router is named and no local cluster is running; start one with `splitserve up` (for one command: "
             "--local), or name a router by its HOST:PORT (--address on the command line, or SPLITSERVE_ADDRESS)"
         )
     return state.router_addresses
