@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -307,10 +307,28 @@ def add_to_server(server: grpc.aio.Server, inference: Inference, admin: RouterAd
             request_deserializer=_deserializer(inference_pb2.TokenizeRequest),
             response_serializer=inference_pb2.TokenizeResponse.SerializeToString,
         ),
+        "Detokenize": _readable(inference.Detokenize, inference_pb2.DetokenizeRequest),
+        "Cancel": _readable(inference.Cancel, inference_pb2.CancelRequest),
+        "ListModels": _readable(inference.ListModels, inference_pb2.ListModelsRequest),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(INFERENCE, text_methods),))
     inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
     inference_pb2_grpc.add_RouterAdminServicer_to_server(admin, server)
+
+
+def _readable(method: Callable[[M, Context], Awaitable[Message]], kind: type[M]) -> grpc.RpcMethodHandler[Any, Any]:
+    """The handler of a method that is called only with requests that could be read."""
+
+    async def answer(request: M | Undecodable, context: Context) -> Message:
+        if isinstance(request, Undecodable):
+            await abort(context, request.error)
+        return await method(request, context)
+
+    return grpc.unary_unary_rpc_method_handler(
+        answer,
+        request_deserializer=_deserializer(kind),
+        response_serializer=lambda message: message.SerializeToString(),
+    )
 
 
 def _deserializer(kind: type[M]) -> Callable[[bytes], M | Undecodable]:

@@ -188,6 +188,18 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.parametrize("name", ["Generate", "Tokenize", "Detokenize", "Cancel", "ListModels"])
+async def test_what_cannot_be_read_is_a_typed_error_of_every_method(start_scene: StartScene, name: str) -> None:
+    scene = await start_scene()
+    identity: Any = lambda data: data  # noqa: E731
+    method = METHOD.replace("Generate", name)
+    call = scene.client._channel.unary_stream(method, request_serializer=identity, response_deserializer=identity)
+    for data in (bytes([0x0A, 100, 1]), bytes([0x0A, 2, 0xC3, 0x28])):
+        if name == "ListModels" and data[1] == 2:
+            continue  # it has no text
+        assert await send(call, data) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid_request")
+
+
 async def test_bytes_at_random_end_with_an_answer_or_a_typed_error(start_scene: StartScene) -> None:
     """Flipped bits may well give a sound request: then it is one like any other."""
     scene, choose = await start_scene(), random.Random(3)
