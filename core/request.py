@@ -13,6 +13,7 @@ from .logprobs import MAX_TOP_LOGPROBS
 MAX_SEED = 2**63 - 1
 MAX_LOGIT_BIASES = 300
 MAX_FORMAT_CHARS = 200_000
+MAX_PROMPT_LOGPROBS = 400_000  # tokens and alternatives of a prompt: they travel in one message
 
 
 class FinishReason(Enum):
@@ -174,6 +175,13 @@ class Request:
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None and not 0 <= count <= MAX_TOP_LOGPROBS:
                 raise InvalidRequest(f"{name} is {count}; it must be from 0 to {MAX_TOP_LOGPROBS}", field=name)
+        num_told = len(self.prompt_token_ids) * (1 + (self.prompt_logprobs or 0))
+        if self.prompt_logprobs is not None and num_told > MAX_PROMPT_LOGPROBS:
+            raise InvalidRequest(
+                f"prompt_logprobs {self.prompt_logprobs} for {len(self.prompt_token_ids):,} tokens makes {num_told:,} "
+                f"logprobs, at most {MAX_PROMPT_LOGPROBS:,} are told; ask for fewer or shorten the prompt",
+                field="prompt_logprobs",
+            )
         if self.output_format is not None and self.ignore_eos:
             raise InvalidRequest(
                 "ignore_eos cannot be had with an output format, which says itself where the answer ends; drop one",

@@ -143,7 +143,7 @@ class AnswerText:
         for used, token_id in enumerate(token_ids, 1):
             free, self._num_free = self._num_free > 0, self._num_free - 1
             self._pending.append(token_id)
-            text = self._stream.step(self._tokenizer, token_id)
+            text = self._step(token_id)
             if text is None:
                 continue
             self._pending.clear()
@@ -158,6 +158,14 @@ class AnswerText:
         if self._pending and not self.stopped:
             text += self._tokenizer.decode(self._pending, skip_special_tokens=True)
         return text
+
+    def _step(self, token_id: int) -> str | None:
+        try:
+            return self._stream.step(self._tokenizer, token_id)
+        except Exception:  # noqa: BLE001  the library raises nothing narrower
+            # Bytes that are no text changed how those before them read, and these are out: go on from here.
+            self._stream = DecodeStream(ids=self._pending, skip_special_tokens=True)
+            return self._tokenizer.decode(self._pending, skip_special_tokens=True)
 
     def _until_stop(self, text: str) -> str:
         """Of the stop strings in the text the one that ends first counts, however the text was cut into tokens."""

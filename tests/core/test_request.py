@@ -72,13 +72,14 @@ def make(**changes: object) -> Request:
         ({"min_tokens": -1}, "min_tokens"),
         ({"logprobs": 21}, "logprobs"),
         ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt_logprobs": 20, "prompt_token_ids": (1,) * 19_048}, "prompt_logprobs"),
         ({"sampling": SamplingParams(logit_bias=((10, 1.0),))}, "logit_bias"),
         ({"output_format": OutputFormat(kind=FormatKind.JSON_OBJECT), "ignore_eos": True}, "ignore_eos"),
     ],
 )
 def test_what_a_model_cannot_do_is_refused_by_name(changes: dict[str, object], field: str) -> None:
     with pytest.raises(InvalidRequest, match=field) as caught:
-        make(**changes).validate(max_model_len=16, vocab_size=10)
+        make(**changes).validate(max_model_len=20_000, vocab_size=10)
     assert caught.value.field == field
 
 

@@ -89,6 +89,13 @@ def test_a_state_is_a_function_of_the_output_so_far(tiny: LoadedModel, formats: 
         running.token_ids.append(int(choose.choice(choices)))
 
 
+def test_many_formats_are_followed_at_once_and_again(formats: OutputFormats) -> None:
+    for _ in range(2):
+        for number in range(40):
+            running = sequence(OutputFormat(kind=REGEX, source=f"{chr(97 + number % 26)}{{{number + 1}}}"))
+            assert np.flatnonzero(formats.allowed(running, 2)).tolist() == [64 + number % 26]
+
+
 def test_a_token_that_is_still_being_chosen_is_never_part_of_a_state(formats: OutputFormats) -> None:
     running = sequence(OutputFormat(kind=REGEX, source="a+"))
     running.token_ids.append(PENDING)

@@ -111,6 +111,50 @@ def test_bytes_of_tokens_that_mark_spaces_and_spell_bytes() -> None:
     assert [text.of(i) for i in range(6)] == [b" a", b"b", b"\xe2", b"\x82", b"\xac", b" "]
 
 
+PIECES = ["▁", "a", "b", "é", "▁a", "▁▁"]
+LLAMA_2 = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+)
+GEMMA = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+
+
+class BytePieces:
+    """As much of ModelText as AnswerText needs: a tokenizer with a token for each byte, and then PIECES."""
+
+    def __init__(self, decoder: decoders.Decoder) -> None:
+        names = [f"<0x{byte:02X}>" for byte in range(256)] + PIECES
+        self.tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+        self.tokenizer.decoder = decoder
+
+
+@pytest.mark.parametrize("decoder", [LLAMA_2, GEMMA], ids=["llama2", "gemma"])
+@given(data=st.data())
+def test_tokenizers_that_fall_back_to_bytes_stream_whole_characters(
+    data: st.DataObject, decoder: decoders.Decoder
+) -> None:
+    tokens = BytePieces(decoder)
+    character = st.sampled_from("é€😀a ").map(lambda letter: list(letter.encode()))
+    piece = st.integers(256, 255 + len(PIECES)).map(lambda token_id: [token_id])
+    sent = [token_id for part in data.draw(st.lists(character | piece, max_size=12)) for token_id in part]
+    answer = AnswerText(tokens)  # type: ignore[arg-type]
+    got = ""
+    for token_id in sent:
+        got += answer.push([token_id])[0]
+        assert "\ufffd" not in got
+    assert got + answer.flush() == tokens.tokenizer.decode(sent)
+
+
+@pytest.mark.parametrize("decoder", [LLAMA_2, GEMMA], ids=["llama2", "gemma"])
+@given(sent=st.lists(st.integers(0, 255 + len(PIECES)), max_size=20))
+def test_bytes_in_the_middle_that_are_no_text_lose_nothing_else(decoder: decoders.Decoder, sent: list[int]) -> None:
+    """Here decoding all tokens at once reads earlier bytes otherwise; what has gone out cannot be called back."""
+    answer = AnswerText(BytePieces(decoder))  # type: ignore[arg-type]
+    got = "".join(answer.push([token_id])[0] for token_id in sent) + answer.flush()
+    letters = "".join(PIECES[token_id - 256].replace("▁", "") for token_id in sent if token_id >= 256)
+    rest = iter(got)
+    assert all(letter in rest for letter in letters), (got, letters)
+
+
 @pytest.mark.parametrize("stop", [["a", ""], ["x"] * 17])
 def test_bad_stop_strings(model_text: ModelText, stop: list[str]) -> None:
     with pytest.raises(InvalidRequest, match="at most 16, none empty"):
