@@ -20,6 +20,7 @@ from ..engine.model_files import resolve_model
 from ..proto.server import Ready, RpcServer
 from ..scheduling.admission import Admission
 from .dispatch import Dispatcher
+from .front_door import FrontDoor
 from .frontend import ADMIN, INFERENCE, Inference, RouterAdmin, add_to_server
 from .keys import ApiKeys, RequireKey, read_keys
 from .membership import WorkerPool
@@ -78,7 +79,7 @@ class Router:
             max_attempts=options.max_attempts,
             no_worker_wait_s=options.no_worker_wait_s,
         )
-        self._inference = Inference(
+        self._door = FrontDoor(
             model_name,
             text,
             self.pool,
@@ -89,11 +90,11 @@ class Router:
         keys = ApiKeys(read_keys(options.api_key_file)) if options.api_key_file is not None else None
         interceptors = [RequireKey(keys)] if keys is not None else []
         self._rpc = RpcServer(options.host, options.port, [INFERENCE, ADMIN], interceptors)
-        add_to_server(self._rpc.server, self._inference, RouterAdmin(self.pool, self.dispatcher))
+        add_to_server(self._rpc.server, Inference(self._door), RouterAdmin(self.pool, self.dispatcher))
         self._health: asyncio.Task[None] | None = None
         self._http: HttpServer | None = None
         if options.http_port is not None:
-            app = make_app(self._inference, self._registry, int(time.time()), keys)
+            app = make_app(self._door, self._registry, int(time.time()), keys)
             self._http = HttpServer(app, options.host, options.http_port)
 
     @property
@@ -127,7 +128,7 @@ class Router:
 
     async def stop(self, drain_timeout_s: float = 0.0) -> None:
         """Take no new requests, give live ones `drain_timeout_s`, end the rest with a typed error, and go."""
-        self._inference.draining = True
+        self._door.draining = True
         if self._health is not None:
             self._health.cancel()
             await self._rpc.set_serving(False)

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP API: a thin edge over the same `Inference.answer` that gRPC calls."""
+"""The OpenAI-compatible HTTP API: a thin edge over the same `FrontDoor.answer` that gRPC calls."""

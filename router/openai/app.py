@@ -16,7 +16,7 @@ from starlette.routing import Route
 from ...core.errors import InvalidRequest, ModelNotFound, SplitserveError, Unavailable
 from ...proto import inference_pb2 as pb
 from ...scheduling.admission import check_model
-from ..frontend import Inference
+from ..front_door import FrontDoor
 from ..keys import ApiKeys
 from .body import read_body
 from .chat import chat_completions, chat_messages
@@ -38,7 +38,7 @@ async def show_model(request: Request) -> Response:
     for card in await _models(request):
         if card["id"] == name:
             return json_response(card)
-    check_model(name, [_inference(request).model])
+    check_model(name, [_door(request).model])
     raise ModelNotFound(f"model {name!r} has no worker that is ready; try again", field="model")
 
 
@@ -52,11 +52,11 @@ async def tokenize(request: Request) -> Response:
         message.text = body.prompt
     else:
         message.messages.CopyFrom(chat_messages(body.messages or (), body.tools or ()))
-    inference = _inference(request)
-    made = await inference.tokenize(message)
+    door = _door(request)
+    made = await door.tokenize(message)
     answer: Tokenization = {
         "count": len(made.token_ids),
-        "max_model_len": (await inference.limits()).max_model_len,
+        "max_model_len": (await door.limits()).max_model_len,
         "tokens": list(made.token_ids),
         "token_strs": list(made.tokens),
     }
@@ -69,7 +69,7 @@ async def detokenize(request: Request) -> Response:
     message = pb.DetokenizeRequest(
         model=body.model or "", token_ids=body.tokens, keep_special_tokens=bool(body.keep_special_tokens)
     )
-    return json_response({"prompt": _inference(request).detokenize(message).text})
+    return json_response({"prompt": _door(request).detokenize(message).text})
 
 
 async def embeddings(request: Request) -> Response:
@@ -79,10 +79,10 @@ async def embeddings(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     """200 while a pair of workers can serve requests, else 503."""
-    inference = _inference(request)
-    if inference.draining:
+    door = _door(request)
+    if door.draining:
         raise Unavailable("the router is shutting down", retry_after_s=1.0)
-    if not inference.usable:
+    if not door.usable:
         raise Unavailable("no pair of workers is ready", retry_after_s=1.0)
     return json_response({"status": "ok"})
 
@@ -113,9 +113,7 @@ ROUTES: Sequence[Route] = (
 )
 
 
-def make_app(
-    inference: Inference, registry: CollectorRegistry, started_at: int, keys: ApiKeys | None = None
-) -> Starlette:
+def make_app(door: FrontDoor, registry: CollectorRegistry, started_at: int, keys: ApiKeys | None = None) -> Starlette:
     """Args: started_at: seconds since 1970, shown as the model's creation; keys: None: everybody may call."""
     from .document import openapi_document
 
@@ -125,16 +123,16 @@ def make_app(
         exception_handlers={SplitserveError: on_typed_error, HTTPException: on_http_error, Exception: on_bug},
     )
     app.router.redirect_slashes = False
-    app.state.inference = inference
+    app.state.door = door
     app.state.registry = registry
     app.state.started_at = started_at
     app.state.document = openapi_document()
     return app
 
 
-def _inference(request: Request) -> Inference:
-    inference: Inference = request.app.state.inference
-    return inference
+def _door(request: Request) -> FrontDoor:
+    door: FrontDoor = request.app.state.door
+    return door
 
 
 async def _models(request: Request) -> list[ModelCard]:
@@ -146,5 +144,5 @@ async def _models(request: Request) -> list[ModelCard]:
             "owned_by": "splitserve",
             "max_model_len": model.max_model_len,
         }
-        for model in _inference(request).models()
+        for model in _door(request).models()
     ]

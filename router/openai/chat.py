@@ -14,7 +14,7 @@ from starlette.responses import Response
 from ... import __version__
 from ...core.errors import InvalidRequest
 from ...proto import inference_pb2 as pb
-from ..frontend import Inference
+from ..front_door import FrontDoor
 from .answers import Answer, answer_request, choices_of, collect, finish_text, merged, usage_of
 from .body import read_body
 from .connection import open_stream, while_connected
@@ -37,9 +37,9 @@ from .tools import ToolText, ToolUse, new_call, parse_calls, tool_use
 class Chat:
     """One request for chat completions, from its checked body to its answer."""
 
-    def __init__(self, inference: Inference, body: ChatRequest) -> None:
+    def __init__(self, door: FrontDoor, body: ChatRequest) -> None:
         """Raises: InvalidRequest: parameters that do not go together."""
-        self._inference = inference
+        self._door = door
         self._body = body
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.streamed = bool(body.stream)
@@ -60,12 +60,12 @@ class Chat:
 
     async def whole(self) -> ChatCompletion:
         """Raises: SplitserveError."""
-        answers = await collect(self._inference.answer, await self._requests(), self._body.timeout_s)
+        answers = await collect(self._door.answer, await self._requests(), self._body.timeout_s)
         return {
             "id": self.id,
             "object": "chat.completion",
             "created": self._created,
-            "model": self._inference.model,
+            "model": self._door.model,
             "system_fingerprint": f"splitserve-{__version__}",
             "choices": [self._choice(index, answer) for index, answer in enumerate(answers)],
             "usage": usage_of(answers, 1),
@@ -77,7 +77,7 @@ class Chat:
         requests = await self._requests()
         answers = [Answer() for _ in requests]
         deltas = [Deltas(self._use) for _ in requests]
-        async with aclosing(merged(self._inference.answer, requests, body.timeout_s)) as messages:
+        async with aclosing(merged(self._door.answer, requests, body.timeout_s)) as messages:
             async for index, message in messages:
                 answers[index].accept(message)
                 if message.HasField("tokens"):
@@ -106,7 +106,7 @@ class Chat:
         if forced is not None:
             request.output_format.CopyFrom(forced)
         if self._n > 1:
-            request.token_ids.ids[:] = await self._inference.token_ids(request)
+            request.token_ids.ids[:] = await self._door.token_ids(request)
         return choices_of(request, self._n)
 
     def _choice(self, index: int, answer: Answer) -> ChatChoice:
@@ -140,7 +140,7 @@ class Chat:
             "id": self.id,
             "object": "chat.completion.chunk",
             "created": self._created,
-            "model": self._inference.model,
+            "model": self._door.model,
             "system_fingerprint": f"splitserve-{__version__}",
             "choices": [],
         }
@@ -229,8 +229,8 @@ def _delta(index: int, call: ToolCall) -> ToolCallDelta:
 
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
-    inference: Inference = request.app.state.inference
-    work = Chat(inference, await read_body(request, ChatRequest))
+    door: FrontDoor = request.app.state.door
+    work = Chat(door, await read_body(request, ChatRequest))
     headers = {"x-request-id": work.id}
     if work.streamed:
         return await open_stream(request, work.chunks(), headers, chat=True)

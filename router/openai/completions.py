@@ -14,7 +14,7 @@ from starlette.responses import Response
 from ... import __version__
 from ...core.errors import InvalidRequest
 from ...proto import inference_pb2 as pb
-from ..frontend import Inference
+from ..front_door import FrontDoor
 from .answers import Answer, answer_request, check_num_answers, choices_of, collect, finish_text, merged, usage_of
 from .body import read_body
 from .connection import open_stream, while_connected
@@ -29,9 +29,9 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 class Completions:
     """One request for completions, from its checked body to its answer."""
 
-    def __init__(self, inference: Inference, body: CompletionRequest) -> None:
+    def __init__(self, door: FrontDoor, body: CompletionRequest) -> None:
         """Raises: InvalidRequest: parameters that do not go together."""
-        self._inference = inference
+        self._door = door
         self._body = body
         self.id = f"cmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
@@ -54,7 +54,7 @@ class Completions:
 
     async def whole(self) -> Completion:
         """Raises: SplitserveError."""
-        answers = await collect(self._inference.answer, await self._requests(), self._body.timeout_s)
+        answers = await collect(self._door.answer, await self._requests(), self._body.timeout_s)
         choices: list[CompletionChoice] = []
         for number, prompt in enumerate(await self._echoed()):
             made = answers[number * self._made : (number + 1) * self._made]
@@ -75,7 +75,7 @@ class Completions:
         prompts = [prompt for prompt in await self._echoed() for _ in range(self._n)]
         answers = [Answer() for _ in requests]
         tokens = [CompletionTokens(body.logprobs or 0) for _ in requests]
-        async with aclosing(merged(self._inference.answer, requests, body.timeout_s)) as messages:
+        async with aclosing(merged(self._door.answer, requests, body.timeout_s)) as messages:
             async for index, message in messages:
                 answer = answers[index]
                 num_texts, num_logprobs = len(answer.texts), len(answer.logprobs)
@@ -114,7 +114,7 @@ class Completions:
             else:
                 request.text = prompt
                 if self._made > 1:
-                    request.token_ids.ids[:] = await self._inference.token_ids(request)
+                    request.token_ids.ids[:] = await self._door.token_ids(request)
             made += choices_of(request, self._made)
         return made
 
@@ -123,9 +123,7 @@ class Completions:
         if not self._body.echo:
             return [""] * len(self._prompts)
         return [
-            prompt
-            if isinstance(prompt, str)
-            else self._inference.detokenize(pb.DetokenizeRequest(token_ids=prompt)).text
+            prompt if isinstance(prompt, str) else self._door.detokenize(pb.DetokenizeRequest(token_ids=prompt)).text
             for prompt in self._prompts
         ]
 
@@ -148,7 +146,7 @@ class Completions:
             "id": self.id,
             "object": "text_completion",
             "created": self._created,
-            "model": self._inference.model,
+            "model": self._door.model,
             "system_fingerprint": f"splitserve-{__version__}",
             "choices": choices,
         }
@@ -156,8 +154,8 @@ class Completions:
 
 async def completions(request: Request) -> Response:
     """Complete each prompt."""
-    inference: Inference = request.app.state.inference
-    work = Completions(inference, await read_body(request, CompletionRequest))
+    door: FrontDoor = request.app.state.door
+    work = Completions(door, await read_body(request, CompletionRequest))
     headers = {"x-request-id": work.id}
     if work.streamed:
         return await open_stream(request, work.chunks(), headers)
