@@ -126,8 +126,12 @@ def _operation(operation: Operation) -> dict[str, Any]:
     elif operation.answer is not None:
         content = _json(operation.answer.__name__)
     if operation.chunk is not None:
-        text = f"With stream: each data: line is a {operation.chunk.__name__}, or an ErrorBody; the last is [DONE]"
-        content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
+        data = {
+            "type": "string",
+            "description": f"With stream: a {operation.chunk.__name__} or an ErrorBody as JSON; the last is [DONE]",
+        }
+        event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        content["text/event-stream"] = {"schema": event}
     if operation.answer is not None:
         described["responses"]["200"] = {"description": "The answer", "content": content}
     if operation.body is not None:
