@@ -67,7 +67,7 @@ class Router:
         model_name = options.model_name or options.model
         self._registry = metrics.new_registry()
         self.metrics = RouterMetrics(self._registry)
-        text = ModelText(resolve_model(options.model), self.metrics.tokenizations.inc)
+        text = ModelText(resolve_model(options.model, weights=False), self.metrics.tokenizations.inc)
         self.recorder = Recorder(options.router_id or "router", options.trace_dir)
         self.pool = WorkerPool(model_name, self.boot_id, self.metrics)
         self.dispatcher = Dispatcher(

@@ -146,6 +146,27 @@ async def test_a_resumed_answer_goes_on_in_its_format_with_its_logprobs(start_cl
         assert [entry.token_id for entry in rest.logprobs] == list(rest.token_ids)
 
 
+async def test_an_answer_survives_its_decode_worker_in_its_format_with_its_logprobs(
+    start_cluster: StartCluster,
+) -> None:
+    cluster = await start_cluster(prefill=2, decode=2)
+    options = {"temperature": 1.2, "seed": 5, "regex": "[a-z]{400}", "max_tokens": 500, "logprobs": 1}
+    undisturbed = await cluster.client.generate("survive", **options, prompt_logprobs=0)
+    async with cluster.client.stream("survive", **options, prompt_logprobs=0) as stream:
+        first = await anext(aiter(stream))
+        busy = next(name for name in ("decode-0", "decode-1") if cluster.host(name).num_runs)
+        await cluster.workers[busy].worker.stop()
+        chunks = [first, *[chunk async for chunk in stream]]
+        result = await stream.result()
+    assert result.token_ids == undisturbed.token_ids
+    assert re.fullmatch("[a-z]{400}", result.text)
+    assert [entry.token_id for chunk in chunks for entry in chunk.logprobs] == list(result.token_ids)
+    assert [entry.token_id for entry in result.prompt_logprobs] == [
+        entry.token_id for entry in undisturbed.prompt_logprobs
+    ]
+    assert result.timing.attempts == 2
+
+
 async def test_received_tokens_that_do_not_fit_the_format_are_an_error(start_cluster: StartCluster) -> None:
     cluster = await start_cluster()
     with pytest.raises(InvalidRequest, match="the regex cannot be followed") as caught:
