@@ -202,6 +202,22 @@ def test_best_of_below_n_is_refused(complete: Any) -> None:
     assert caught.value.param == "best_of"
 
 
+def test_a_prompt_is_tokenised_once_however_many_answers_it_gets(
+    client: openai.OpenAI, complete: Any, chat: Any
+) -> None:
+    url = str(client.base_url).removesuffix("/v1/")
+
+    def count() -> float:
+        return float(re.search(r"^splitserve_tokenizations_total (\S+)", httpx2.get(f"{url}/metrics").text, re.M)[1])
+
+    before = count()
+    complete(["abc", "def"], n=3, max_tokens=2)
+    chat(n=3)
+    chat()
+    complete([64, 65], n=2, max_tokens=2)
+    assert count() - before == 2 + 1 + 1 + 0
+
+
 # -- Where an answer ends --
 
 

@@ -63,7 +63,7 @@ def run_cases(operation: Any, url: str, model: str, num_cases: int) -> Counter[i
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
 def test_generated_requests_get_documented_answers(operation: Any, url: str, tiny: object) -> None:
-    run_cases(operation, url, str(tiny), 12)
+    run_cases(operation, url, str(tiny), 8)
 
 
 @pytest.mark.verify
