@@ -75,13 +75,15 @@ def chat(client: openai.OpenAI, model: str) -> Any:
 
 @pytest.fixture
 def idle(served: ProcessCluster) -> Iterator[Any]:
-    """idle(): wait until the router has no live request."""
+    """idle(): wait until no request is live and every KV block is free or only cached."""
     with Client(served.router.address) as sdk:
 
         def wait() -> None:
             deadline = time.monotonic() + WAIT_S
-            while sdk.status().num_live:
-                assert time.monotonic() < deadline, "a request is still live"
+            while (status := sdk.status()).num_live or any(
+                worker.num_running or worker.num_available_blocks < worker.num_blocks for worker in status.workers
+            ):
+                assert time.monotonic() < deadline, status
 
         yield wait
 
