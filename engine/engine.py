@@ -13,6 +13,7 @@ import torch
 from ..core.errors import EngineFailed, ModelUnsupported, PromptTooLong, SplitserveError
 from ..core.events import Recorder, StepKind, StepRecord
 from ..core.kv_geometry import blocks_for
+from ..core.logprobs import TokenLogprob
 from ..core.request import FinishReason, Request
 from ..scheduling.blocks import BlockAllocator
 from ..scheduling.sequence import SequenceState
@@ -20,8 +21,9 @@ from ..scheduling.steps import SampledToken, StepPlan, StepScheduler
 from .attention import KvWritten
 from .loading import LoadedModel
 from .options import EngineOptions
+from .output_format import OutputFormats
 from .pool import KvPool
-from .runner import CpuRunner, StepRunner
+from .runner import CpuRunner, StepResult, StepRunner, needs_history
 
 _GPU_PACKED_TOKENS = 512  # from here on a prefill step is bound by arithmetic
 _RECENT = 4  # steps that tell how long the next one takes
@@ -48,6 +50,8 @@ class TokenOutput:
     token_id: int
     finish_reason: FinishReason | None
     num_cached_tokens: int  # leading tokens that the prefix cache held when the sequence was admitted
+    logprob: TokenLogprob | None = None  # if the request asked for logprobs
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # with the attempt's first token: of all prompt tokens but the first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,7 +264,7 @@ class Engine:
                 plan = self._scheduler.schedule()
             if plan is None:
                 break
-            if self._launched and _needs_history(plan):
+            if self._launched and any(needs_history(part) for part in plan.parts):
                 output = self._finish_step()  # it chooses tokens that this one's sampling looks at
             self._launch(plan, began_s)
             self._prepare_s.append(time.monotonic() - began_s)
@@ -294,11 +298,11 @@ class Engine:
         self._launched.append(_Launched(plan=plan, scheduled_s=began_s - planned_s, at_s=began_s))
 
     def _finish_step(self) -> StepOutput:
-        sampled = self._runner.collect()
+        result = self._runner.collect()
         launched = self._launched.popleft()
         ended_s = time.monotonic()
         with self._lock:
-            output = self._postprocess(launched, sampled, ended_s)
+            output = self._postprocess(launched, result, ended_s)
         if not launched.plan.num_prefill_tokens:
             self._decode_s.append(ended_s - max(launched.at_s, self._last_end_s))
         self._last_end_s = ended_s
@@ -318,14 +322,23 @@ class Engine:
         failed: list[tuple[str, SplitserveError]] = [(sequence.request_id, error) for sequence in dropped]
         return StepOutput(record=record, tokens=[], started=[], preempted=[], resumed=[], failed=failed)
 
-    def _postprocess(self, launched: _Launched, sampled: dict[str, int], ended_s: float) -> StepOutput:
+    def _postprocess(self, launched: _Launched, result: StepResult, ended_s: float) -> StepOutput:
         plan = launched.plan
         for part in plan.parts:
             prompt = max(0, min(part.end, part.sequence.request.num_prompt_tokens) - part.start)
             self.prompt_tokens += prompt
             if part.sequence.arrived_by_transfer:
                 self.recomputed_prompt_tokens += prompt
-        tokens = self._scheduler.commit(sampled)
+            if (told := result.prompt_logprobs.get(part.sequence.request_id)) is not None:
+                first, logprobs = told
+                known = part.sequence.prompt_logprobs  # of prompt tokens from the second on
+                known += logprobs[len(known) + 1 - first :]
+        failed = [
+            (part.sequence.request_id, result.failed[part.sequence.request_id])
+            for part in plan.parts
+            if part.sequence.request_id in result.failed and not part.sequence.released
+        ]
+        tokens = self._scheduler.commit(result.token_ids)
         self.output_tokens += len(tokens)
         record = self._record(
             "prefill" if not plan.num_decode_tokens else "mixed" if plan.num_prefill_tokens else "decode",
@@ -341,11 +354,11 @@ class Engine:
             self._recorder.step(record)
         return StepOutput(
             record=record,
-            tokens=[_token_output(token) for token in tokens],
+            tokens=[_token_output(token, result) for token in tokens],
             started=[sequence.request_id for sequence in plan.started],
             preempted=[sequence.request_id for sequence in plan.preempted],
             resumed=[sequence.request_id for sequence in plan.resumed],
-            failed=[],
+            failed=failed,
         )
 
     def _record(
@@ -386,14 +399,18 @@ class Engine:
             )
 
 
-def _token_output(token: SampledToken) -> TokenOutput:
+def _token_output(token: SampledToken, result: StepResult) -> TokenOutput:
+    sequence = token.sequence
+    first = token.index == len(sequence.request.output_token_ids)
     return TokenOutput(
-        request_id=token.sequence.request_id,
-        attempt=token.sequence.request.attempt,
+        request_id=sequence.request_id,
+        attempt=sequence.request.attempt,
         index=token.index,
         token_id=token.token_id,
         finish_reason=token.finish_reason,
-        num_cached_tokens=token.sequence.num_cached,
+        num_cached_tokens=sequence.num_cached,
+        logprob=result.logprobs.get(sequence.request_id),
+        prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
     )
 
 
@@ -405,6 +422,7 @@ def _on_device(
         from .gpu.start import start_on_gpu
 
         return start_on_gpu(model, options, max_model_len, kv_written)
+    formats = OutputFormats(model.path, model.vocab_size, model.eos_token_ids)
     row_bytes = model.geometry.bytes_per_token * options.block_size
     num_blocks = options.num_kv_blocks or options.kv_memory_bytes // row_bytes
     if num_blocks < 1:
@@ -413,8 +431,4 @@ def _on_device(
             f"{options.kv_memory_bytes:,}; raise it"
         )
     pool = KvPool(model.geometry, num_blocks=num_blocks, block_size=options.block_size, shared=options.shared_pool)
-    return pool, CpuRunner(model.model, pool, kv_written)
-
-
-def _needs_history(plan: StepPlan) -> bool:
-    return any(part.samples and part.sequence.request.sampling.has_penalties for part in plan.parts)
+    return pool, CpuRunner(model.model, pool, formats, kv_written)

@@ -72,6 +72,7 @@ class Ready:
     metrics_address: str
     pid: int
     boot_id: str
+    http_address: str = ""  # of a router that serves HTTP
 
 
 class RpcServer:
@@ -81,12 +82,19 @@ class RpcServer:
         host: address to bind; loopback unless the operator says otherwise.
         port: 0 takes a free one.
         service_names: full names, for health and reflection.
+        interceptors: what each call goes through first.
     """
 
-    def __init__(self, host: str, port: int, service_names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        service_names: Sequence[str],
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> None:
         self._host = host
         self._service_names = tuple(service_names)
-        self.server = grpc.aio.server(interceptors=[RefuseUnreadable()], options=SERVER_OPTIONS)
+        self.server = grpc.aio.server(interceptors=[*interceptors, RefuseUnreadable()], options=SERVER_OPTIONS)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         names = (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)

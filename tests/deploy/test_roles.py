@@ -61,7 +61,7 @@ def test_defaults_are_those_of_the_roles_own_options() -> None:
     )
     assert worker == defaults
     router = router_options(config, prefill=(), decode=(), metrics_port=0, router_id="")
-    assert router == RouterOptions(model=config.model, drain_timeout_s=config.drain_timeout_s)
+    assert router == RouterOptions(model=config.model, http_port=8000, drain_timeout_s=config.drain_timeout_s)
 
 
 def test_every_option_of_the_engine_and_the_router_can_be_set() -> None:
