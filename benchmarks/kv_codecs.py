@@ -69,7 +69,7 @@ def main(
     """Perplexity and greedy agreement when a prompt's KV went through each codec, with the bytes it took."""
     path = resolve_model("smollm2-135m")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)  # comes in evaluation mode
     prose: list[int] = tokenizer(_prose())["input_ids"]
     length = PROMPT_TOKENS + SCORED_TOKENS
     num_pieces = min(num_pieces, len(prose) // length)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from ..core.errors import SplitserveError
 from ..kv_transfer.grants import KvSource
 from ..kv_transfer.ranges import known_dtype
 from ..proto import worker_pb2, worker_pb2_grpc
-from ..proto.server import Ready
+from ..proto.server import Ready, run
 from ..worker.edge import open_session, sequence_from_proto
 from ..worker.options import WorkerOptions
 from .worker import DecodeWorker, RouterSession
@@ -89,4 +88,4 @@ async def serve_async(options: WorkerOptions, ready: Callable[[Ready], None] | N
 
 def serve(options: WorkerOptions, ready: Callable[[Ready], None] | None = None) -> None:
     """Run a decode or colocated worker in this process. Raises: SplitserveError: it cannot start."""
-    asyncio.run(serve_async(options, ready))
+    run(serve_async(options, ready))

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
@@ -18,10 +18,10 @@ from ..proto import kv_transfer_pb2 as pb
 from ..proto.convert import PROTOCOL_VERSION
 from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
 from .channel import Lane, Rendezvous
-from .frames import SERVICE
+from .frames import SERVICE, KvPart
 from .gloo import GlooRendezvous
 from .identity import WorkerIdentity
-from .layout import PoolBytes
+from .layout import Ids, PoolBytes
 from .pool import KvPool
 from .ranges import KvLayout
 from .shared_memory import PeerPool
@@ -32,15 +32,26 @@ CONNECT_TIMEOUT_S = 5.0
 TRANSPORTS = {
     "grpc": pb.TRANSPORT_GRPC,
     "shared_memory": pb.TRANSPORT_SHARED_MEMORY,
+    "cuda_ipc": pb.TRANSPORT_CUDA_IPC,
     "gloo": pb.TRANSPORT_GLOO,
 }
 TRANSPORT_NAMES = {number: name for name, number in TRANSPORTS.items()}
+# The receiver maps the sender's pool and copies whole blocks itself; frames hold their numbers.
+MAPPED = (pb.TRANSPORT_SHARED_MEMORY, pb.TRANSPORT_CUDA_IPC)
+
+
+class MappedPool(Protocol):
+    """A peer's pool in our address space."""
+
+    def copy(self, part: KvPart, source_ids: Ids, own: PoolBytes, block_ids: Ids) -> int: ...
+
+    def close(self) -> None: ...
 
 
 class Peer:
     """A link to one boot of one prefill worker."""
 
-    def __init__(self, channel: grpc.aio.Channel, response: pb.ConnectResponse, pool: PeerPool | None) -> None:
+    def __init__(self, channel: grpc.aio.Channel, response: pb.ConnectResponse, pool: MappedPool | None) -> None:
         self.boot_id = response.boot_id
         self.transport = response.transport
         self.pool = pool
@@ -132,11 +143,11 @@ class Peers:
         try:
             response = await self._introduce(address, channel, transports)
             pool = None
-            if response.transport == pb.TRANSPORT_SHARED_MEMORY:
+            if response.transport in MAPPED:
                 try:
-                    pool = PeerPool(response.shared_pool, self._pool_bytes)
+                    pool = self._map(response)
                 except (OSError, ValueError) as error:
-                    logger.warning("cannot map the KV pool of %s, using gRPC: %s", address, error)
+                    logger.warning("cannot map the KV pool of %s, using another transport: %s", address, error)
                     others = [transport for transport in transports if transport != response.transport]
                     await channel.close()
                     return await self._connect(address, others)
@@ -186,6 +197,14 @@ class Peers:
         peer.link_epoch = self._link_epochs[address]
         name = f"the channel from {address}, epoch {peer.link_epoch},"
         peer.lane = Lane(name, partial(self._rendezvous.accept, host, response.invitation))
+
+    def _map(self, response: pb.ConnectResponse) -> MappedPool:
+        """Raises: OSError, ValueError: it cannot be mapped."""
+        if response.transport == pb.TRANSPORT_SHARED_MEMORY:
+            return PeerPool(response.shared_pool, self._pool_bytes)
+        from .cuda_ipc import PeerDevicePool
+
+        return PeerDevicePool(response.device_pool, self._pool_bytes)
 
     async def _watch(self, address: str, peer: Peer) -> None:
         """Until the link breaks; then unmap at once, and close the channel when its last user has heard."""

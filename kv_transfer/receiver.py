@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -29,8 +29,8 @@ from .frames import HEADER_BYTES, FrameHeader, FrameKind, KvPart, checksum
 from .grants import Grant, KvSource
 from .identity import WorkerIdentity
 from .incoming import Incoming
-from .layout import Bytes, PoolBytes
-from .peer import TRANSPORT_NAMES, Peer, Peers
+from .layout import Bytes, pool_bytes
+from .peer import MAPPED, TRANSPORT_NAMES, Peer, Peers
 from .pool import KvPool
 from .ranges import KvLayout, route
 from .wire import WireBytes, payload_bytes
@@ -48,7 +48,7 @@ class Received:
 
     first_token_id: int
     finished: bool  # the answer is complete with its first token; nothing to decode
-    transport: str  # "grpc", "shared_memory" or "gloo"
+    transport: str  # a name of peer.py's TRANSPORTS
     num_bytes: int  # of KV on the wire; without a codec, by the layout's formula
     transfer_s: float  # first KV frame to verified
     transfer_exposed_s: float  # end of prefill to verified
@@ -73,7 +73,7 @@ class KvReceiver:
         pool: KvPool,
         identity: WorkerIdentity,
         *,
-        transports: Sequence[str] = ("shared_memory", "grpc"),
+        transports: Sequence[str] = ("cuda_ipc", "shared_memory", "grpc"),
         codec: CodecName | Literal["auto"] = "none",
         metrics: WorkerMetrics | None = None,
         layout: KvLayout | None = None,
@@ -85,7 +85,7 @@ class KvReceiver:
         self._pool = pool
         self._layout = layout or KvLayout(geometry=pool.geometry)
         self._rank = rank
-        self._bytes = PoolBytes(pool, self._layout.first_heads(rank))
+        self._bytes = pool_bytes(pool, self._layout.first_heads(rank))
         self._identity = identity
         self._codec = codec
         self._metrics = metrics
@@ -145,9 +145,16 @@ class KvReceiver:
         )
 
     async def receive(
-        self, grant: Grant, kv_address: str, token_ids: Sequence[int], block_ids: Sequence[int]
+        self,
+        grant: Grant,
+        kv_address: str,
+        token_ids: Sequence[int],
+        block_ids: Sequence[int],
+        on_covered: Callable[[], None] = lambda: None,
     ) -> Received:
         """Pull the KV of `token_ids` into `block_ids`; all of it is verified when this returns, not yet committed.
+
+        `on_covered` is called when all KV was announced: what is left takes a millisecond or two.
 
         When it returns, raises or is cancelled, nothing writes to the blocks any more.
         Raises: TransferFailed, KvCorrupted, LeaseExpired, StaleMessage, GeometryMismatch, or the error that the
@@ -155,10 +162,7 @@ class KvReceiver:
         """
         try:
             async with self._peers.use(kv_address, grant.prefill_boot_id) as peer:
-                return await self._fetch(peer, kv_address, grant, token_ids, block_ids)
-        except grpc.aio.AioRpcError as error:
-            self._failed(kv_address)
-            raise _typed(error, kv_address) from error
+                return await self._fetch(peer, kv_address, grant, token_ids, block_ids, on_covered)
         except SplitserveError:
             self._failed(kv_address)
             raise
@@ -181,22 +185,28 @@ class KvReceiver:
         self._threads.shutdown(wait=True)
 
     async def _fetch(
-        self, peer: Peer, kv_address: str, grant: Grant, token_ids: Sequence[int], block_ids: Sequence[int]
+        self,
+        peer: Peer,
+        kv_address: str,
+        grant: Grant,
+        token_ids: Sequence[int],
+        block_ids: Sequence[int],
+        on_covered: Callable[[], None],
     ) -> Received:
         started_s: float | None = None
-        copying: asyncio.Future[None] | None = None  # one copy runs while the next frame arrives
-        # Shared memory copies whole blocks; a prefix hit that ends inside a block cannot be added to.
+        copying: asyncio.Future[int] | None = None  # one copy runs while the next frame arrives
+        late: list[int] = []  # checksums to compare with those that come with END
+        # A peer's mapped pool is copied by whole blocks; a prefix hit that ends inside a block cannot be added to.
         whole = grant.num_cached_tokens % self._pool.block_size == 0
         transport = peer.transport if whole else pb.TRANSPORT_GRPC
-        shared = transport == pb.TRANSPORT_SHARED_MEMORY
-        wire = WireFormat(codec="none", dtype=self._pool.geometry.dtype) if shared else grant.wire
+        mapped = transport in MAPPED
+        wire = WireFormat(codec="none", dtype=self._pool.geometry.dtype) if mapped else grant.wire
         source = KvLayout(geometry=self._layout.geometry, num_ranks=grant.prefill_ranks)
         due = route(source, grant.prefill_rank, self._layout, self._rank)
         lane = peer.lane if transport == peer.transport else None
         incoming = Incoming(grant, self._layout.geometry, due, wire, token_ids)
         wire_bytes = WireBytes(self._bytes, self._pool.geometry, wire)
         call = peer.fetch(pb.FetchRequest(grant=grant.to_proto(), transport=transport, link_epoch=peer.link_epoch))
-        complete = False
         try:
             while True:
                 frame = await self._next_frame(call, grant, self._silence_s if started_s is None else self._stall_s)
@@ -214,27 +224,32 @@ class KvReceiver:
                     if lane is not None:  # posted at once, so that others' turns can follow
                         payload = np.empty(wire_bytes.part_bytes(header.part), dtype=np.uint8)
                         moving = await self._post(lane, header, payload)
+                    if incoming.is_covered:
+                        on_covered()
                     if copying is not None:
-                        await _done(copying)
+                        late.append(await _done(copying))
                     if payload is not None:
-                        copying = asyncio.ensure_future(
-                            self._copy_moved(moving, wire_bytes, header, payload, block_ids)
-                        )
+                        moved = self._copy_moved(moving, wire_bytes, header, payload, block_ids)
+                        copying = asyncio.ensure_future(moved)
                     else:
-                        copying = self._copy(peer, wire_bytes, header, frame, block_ids, shared=shared)
+                        copying = self._copy(peer, wire_bytes, header, frame, block_ids, mapped=mapped)
             ended_s = time.monotonic()
             if copying is not None:
-                await _done(copying)
-            end = incoming.accept_end(header, memoryview(frame)[HEADER_BYTES:])
-            complete = True
+                late.append(await _done(copying))
+            checksums = late if transport == pb.TRANSPORT_CUDA_IPC else ()
+            end = incoming.accept_end(header, memoryview(frame)[HEADER_BYTES:], checksums)
+        except (SplitserveError, asyncio.CancelledError) as error:
+            # A turn of ours may never be taken. Cancelled before anything came, a transfer leaves the lane to others;
+            # if the sender saw it otherwise, its answer to the next one is StaleMessage.
+            if lane is not None and (started_s is not None or isinstance(error, StaleMessage | TransferFailed)):
+                lane.abort(f"{grant} ended before its last frame")
+            raise
         finally:
             call.cancel()
-            if lane is not None and not complete:  # a turn of ours may never be taken
-                lane.abort(f"{grant} ended before its last frame")
             if copying is not None:
                 await _quiet(copying)
         verified_s = time.monotonic()
-        if not shared:
+        if not mapped:
             self._speeds[kv_address] = self._speeds[kv_address].observe(
                 wire_bytes=incoming.num_bytes,
                 write_s=end.write_s,
@@ -263,6 +278,8 @@ class KvReceiver:
             raise TransferFailed(
                 f"{grant}: the prefill worker said nothing for {timeout_s:g} s; prefill it again"
             ) from None
+        except grpc.aio.AioRpcError as error:
+            raise _typed(error) from error
         if frame is grpc.aio.EOF:
             raise TransferFailed(f"{grant}: the stream ended before its last frame; prefill it again")
         assert isinstance(frame, bytes)
@@ -276,23 +293,25 @@ class KvReceiver:
         frame: bytes,
         block_ids: Sequence[int],
         *,
-        shared: bool,
-    ) -> asyncio.Future[None]:
-        """Start copying one frame's KV into our blocks, in a thread."""
+        mapped: bool,
+    ) -> asyncio.Future[int]:
+        """Start copying one frame's KV into our blocks, in a thread; its result is the checksum of what arrived."""
         part, size = header.part, self._pool.block_size
 
-        def from_frame() -> None:
-            _unpack(wire_bytes, header, np.frombuffer(frame, dtype=np.uint8, offset=HEADER_BYTES), block_ids)
+        def from_frame() -> int:
+            return _unpack(wire_bytes, header, np.frombuffer(frame, dtype=np.uint8, offset=HEADER_BYTES), block_ids)
 
-        def from_peer() -> None:
+        def from_peer() -> int:
             if part.token_start % size or peer.pool is None or header.payload_bytes % 4:
                 raise KvCorrupted(f"frame {header.sequence} does not hold the numbers of whole blocks")
             source = np.frombuffer(frame, dtype="<u4", offset=HEADER_BYTES)
             target = np.asarray(block_ids[part.token_start // size : -(-part.token_end // size)], dtype=np.intp)
-            if peer.pool.copy(part, source, self._bytes, target) != header.checksum:
+            found = peer.pool.copy(part, source, self._bytes, target)
+            if peer.transport != pb.TRANSPORT_CUDA_IPC and found != header.checksum:
                 raise KvCorrupted(f"the checksum of frame {header.sequence} is wrong")
+            return found
 
-        job = from_peer if shared else from_frame
+        job = from_peer if mapped else from_frame
         return asyncio.get_running_loop().run_in_executor(self._threads, job)
 
     async def _post(self, lane: Lane, header: FrameHeader, payload: Bytes) -> asyncio.Future[None]:
@@ -312,11 +331,11 @@ class KvReceiver:
         header: FrameHeader,
         payload: Bytes,
         block_ids: Sequence[int],
-    ) -> None:
+    ) -> int:
         """Once a lane has moved a payload, copy it into our blocks."""
         await moving
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._threads, _unpack, wire_bytes, header, payload, block_ids)
+        return await loop.run_in_executor(self._threads, _unpack, wire_bytes, header, payload, block_ids)
 
     def _failed(self, kv_address: str) -> None:
         self._epochs[kv_address] += 1
@@ -328,22 +347,23 @@ class KvReceiver:
             self._metrics.stale_messages.inc()
 
 
-def _unpack(wire_bytes: WireBytes, header: FrameHeader, payload: Bytes, block_ids: Sequence[int]) -> None:
-    """Check a payload and scatter it; runs in a thread."""
+def _unpack(wire_bytes: WireBytes, header: FrameHeader, payload: Bytes, block_ids: Sequence[int]) -> int:
+    """Check a payload and scatter it; runs in a thread. Returns its checksum."""
     if payload.nbytes != wire_bytes.part_bytes(header.part):
         raise KvCorrupted(f"frame {header.sequence} has {payload.nbytes} bytes for {header.part}")
     if checksum(payload.data) != header.checksum:
         raise KvCorrupted(f"the checksum of frame {header.sequence} is wrong")
     wire_bytes.unpack(header.part, block_ids, payload)
+    return header.checksum
 
 
-async def _done(copying: asyncio.Future[None]) -> None:
-    """Wait for a copy and raise its error. Cancelling the waiter does not disown the copy."""
+async def _done(copying: asyncio.Future[int]) -> int:
+    """Wait for a copy's checksum, or raise its error. Cancelling the waiter does not disown the copy."""
     await asyncio.wait({copying})
-    copying.result()
+    return copying.result()
 
 
-async def _quiet(copying: asyncio.Future[None]) -> None:
+async def _quiet(copying: asyncio.Future[int]) -> None:
     """Wait until a copy is over, through any number of cancellations; its error has been or will not be asked for."""
     cancelled: asyncio.CancelledError | None = None
     while not copying.done():
@@ -356,11 +376,11 @@ async def _quiet(copying: asyncio.Future[None]) -> None:
         raise cancelled
 
 
-def _typed(error: grpc.aio.AioRpcError, kv_address: str) -> SplitserveError:
+def _typed(error: grpc.aio.AioRpcError) -> SplitserveError:
     """What the prefill worker said; a broken link is a failed transfer."""
     typed = from_rpc_error(error)
     if isinstance(typed, TransferFailed | LeaseExpired | StaleMessage) or error.code() is not (
         grpc.StatusCode.UNAVAILABLE
     ):
         return typed
-    return TransferFailed(f"the prefill worker at {kv_address} cannot be reached any more: {error.details()}")
+    return TransferFailed(f"the prefill worker cannot be reached any more: {error.details()}")

@@ -39,11 +39,10 @@ from .gloo import GlooRendezvous
 from .grants import Grant
 from .identity import WorkerIdentity
 from .lanes import Lanes
-from .layout import PoolBytes
+from .layout import Ids, pool_bytes
 from .pool import KvPool
 from .progress import KvProgress
 from .ranges import KvLayout, check_pair, route
-from .shared_memory import block_checksum
 from .wire import WireBytes
 
 logger = logging.getLogger(__name__)
@@ -51,9 +50,31 @@ logger = logging.getLogger(__name__)
 FRAME_BYTES = 2 << 20  # gRPC: 64 KiB costs three times the CPU, tens of MiB stall the stream
 SHARED_FRAME_BYTES = 8 << 20  # shared memory: only block numbers travel; this bounds what is copied in one go
 LANE_FRAME_BYTES = 8 << 20  # channels: two of them are in flight
+DEVICE_FRAME_BYTES = 128 << 20  # the same between GPUs: a third of a millisecond
 WAIT_INTERVAL_S = 1.0
 MAX_PARKED = 1024
 MAX_ENDED = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Framing:
+    """What the frames of a transport are like."""
+
+    max_bytes: int  # KV bytes of one
+    mapped: bool = False  # it holds the numbers of whole blocks, which the receiver copies itself
+    in_lane: bool = False  # the payload moves by the link's channel
+    late_checksums: bool = False  # they come with END: the receiver copies while we still compute them
+
+
+def _framing(transport: int) -> _Framing:
+    if transport == pb.TRANSPORT_SHARED_MEMORY:
+        return _Framing(max_bytes=SHARED_FRAME_BYTES, mapped=True)
+    if transport == pb.TRANSPORT_CUDA_IPC:
+        return _Framing(max_bytes=DEVICE_FRAME_BYTES, mapped=True, late_checksums=True)
+    if transport == pb.TRANSPORT_GLOO:
+        return _Framing(max_bytes=LANE_FRAME_BYTES, in_lane=True)
+    return _Framing(max_bytes=FRAME_BYTES)
+
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -121,7 +142,7 @@ class KvSender:
         self._pool = pool
         self._layout = layout or KvLayout(geometry=pool.geometry)
         self._rank = rank
-        self._bytes = PoolBytes(pool, self._layout.first_heads(rank))
+        self._bytes = pool_bytes(pool, self._layout.first_heads(rank))
         self._identity = identity
         self._geometry_digest = self._layout.geometry.digest()
         self._release = release
@@ -129,7 +150,7 @@ class KvSender:
         self._metrics = metrics
         self._lease_s = lease_s
         self._park_s = park_s
-        self._raw = WireFormat(codec="none", dtype=pool.geometry.dtype)  # what shared memory moves
+        self._raw = WireFormat(codec="none", dtype=pool.geometry.dtype)  # what a mapped pool holds
         self._loop = asyncio.get_running_loop()
         self._lanes = Lanes(GlooRendezvous(host))
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-pack")
@@ -280,11 +301,29 @@ class KvSender:
                 response.shared_pool.row_bytes = self._pool.row_bytes
                 response.shared_pool.block_size = self._pool.block_size
                 return response
+            if (
+                transport == pb.TRANSPORT_CUDA_IPC
+                and request.host_id == self._identity.host_id
+                and same_rows
+                and (device_pool := self._exported()) is not None
+            ):
+                response.transport = transport
+                response.device_pool.CopyFrom(device_pool)
+                return response
         names = ", ".join(pb.Transport.Name(transport) for transport in request.transports)
         raise GeometryMismatch(
             f"no transport fits: the receiver offers [{names}]; shared memory needs one host, one block size, KV dtype "
-            "and tensor-parallel size, and a shared pool on the prefill worker; gRPC always works: allow it"
+            "and tensor-parallel size, and a shared pool on the prefill worker, CUDA IPC the same and GPUs on both "
+            "sides; gRPC always works: allow it"
         )
+
+    def _exported(self) -> pb.DevicePool | None:
+        """How our pool can be mapped, if it is a GPU's."""
+        if self._pool.keys(0).device.type != "cuda":
+            return None
+        from .cuda_ipc import export_pool
+
+        return export_pool(self._bytes)
 
     async def _fetch(self, request: pb.FetchRequest, context: Context) -> None:
         grant = Grant.from_proto(request.grant)
@@ -296,11 +335,11 @@ class KvSender:
             out.changed.set()
             if out.lease is not None:
                 out.lease.cancel()
-            shared = request.transport == pb.TRANSPORT_SHARED_MEMORY
+            framing = _framing(request.transport)
             lane = None
-            if request.transport == pb.TRANSPORT_GLOO:
+            if framing.in_lane:
                 lane = self._lanes.find(grant.decode_boot_id, grant.decode_rank, request.link_epoch)
-            await self._send(out, stream, context.write, lane, shared=shared)
+            await self._send(out, stream, context.write, lane, framing)
             self._sent(out)
         except SplitserveError as error:
             if out is not None and out.stream is stream:
@@ -389,21 +428,20 @@ class KvSender:
         stream: object,
         write: Callable[[bytes], Awaitable[None]],
         lane: Lane | None,
-        *,
-        shared: bool,
+        framing: _Framing,
     ) -> None:
         """Send parts as they become ready, one packed ahead of the wire, then END.
 
         Raises: StaleMessage: a newer Fetch took over. The error that the request ended with.
         """
-        max_bytes = SHARED_FRAME_BYTES if shared else LANE_FRAME_BYTES if lane is not None else FRAME_BYTES
-        lossy = not shared and out.grant.wire.is_lossy
-        out.progress.restart(self._pool.block_size if shared else GROUP_TOKENS if lossy else 1)
+        lossy = not framing.mapped and out.grant.wire.is_lossy
+        out.progress.restart(self._pool.block_size if framing.mapped else GROUP_TOKENS if lossy else 1)
         digest = RunningDigest(out.grant, out.token_ids)
         sequence = num_bytes = 0
         write_s = 0.0
         packed: asyncio.Future[_Packed] | None = None
         leaving: asyncio.Future[None] | None = None  # the payload before, in the lane
+        checks: list[asyncio.Future[int]] = []
         try:
             while True:
                 if out.error is not None:
@@ -412,11 +450,12 @@ class KvSender:
                     raise self._stale(f"{out.grant}: a newer Fetch replaced this one")
                 frame = await packed if packed is not None else None
                 packed = None
-                if not out.finished and (part := out.progress.take(max_bytes)) is not None:
+                if not out.finished and (part := out.progress.take(framing.max_bytes)) is not None:
                     number = sequence + (frame is not None)
-                    pack = self._pack_blocks if shared else self._pack_apart if lane is not None else self._pack
-                    packed = self._loop.run_in_executor(self._threads, pack, out, part, number)
-                    num_bytes += (self._bytes if shared else out.wire_bytes).part_bytes(part)
+                    packed = self._loop.run_in_executor(self._threads, self._pack, out, part, number, framing)
+                    if framing.late_checksums:
+                        checks.append(self._loop.run_in_executor(self._threads, self._check, out, part))
+                    num_bytes += (self._bytes if framing.mapped else out.wire_bytes).part_bytes(part)
                 if frame is not None:
                     sequence += 1
                     began_s = time.monotonic()
@@ -437,13 +476,16 @@ class KvSender:
                     out.changed.clear()
             if leaving is not None:
                 await leaving
+            checksums = [await check for check in checks]
         except BaseException:
             if lane is not None and leaving is not None:  # its turn may never be taken
                 lane.abort(f"{out.grant} ended before its last frame")
             raise
         finally:
-            if packed is not None:
-                packed.cancel()
+            for future in (packed, *checks):
+                if future is not None:
+                    future.cancel()
+        digest.add_checksums(checksums)
         out.digest = digest.digest()
         end = pb.TransferEnd(
             first_token_id=out.first_token_id,
@@ -451,6 +493,7 @@ class KvSender:
             num_frames=sequence,
             num_bytes=num_bytes,
             digest=out.digest,
+            checksums=checksums,
             since_prefill_end_s=time.monotonic() - out.prefill_ended_s,
             write_s=write_s,
             prefill_s=out.prefill_ended_s - (out.prefill_began_s or out.prefill_ended_s),
@@ -459,42 +502,43 @@ class KvSender:
         if self._metrics is not None:
             self._metrics.transfer_bytes.inc(num_bytes)
 
-    # -- in threads: one frame of KV --
+    def _check(self, out: _Outgoing, part: KvPart) -> int:
+        """Checksum of a part's blocks; runs in a thread."""
+        return self._bytes.checksum(part, self._block_ids(part, self._table(out, part)))
 
-    def _pack(self, out: _Outgoing, part: KvPart, sequence: int) -> _Packed:
-        """gRPC: header and payload in one `bytes`."""
-        frame, view = new_frame(HEADER_BYTES + out.wire_bytes.part_bytes(part))
-        body = view[HEADER_BYTES:]
-        out.wire_bytes.pack(part, self._blocks(out, part), body)
-        header = self._header(
-            out.grant, FrameKind.DATA, part, out.grant.wire, sequence, body.nbytes, checksum(body.data)
-        )
-        view[:HEADER_BYTES] = np.frombuffer(header.pack(), dtype=np.uint8)
-        return frame
-
-    def _pack_blocks(self, out: _Outgoing, part: KvPart, sequence: int) -> _Packed:
-        """Shared memory: the numbers of the blocks, and the checksum of what they hold."""
-        size = self._pool.block_size
-        table = self._blocks(out, part)[part.token_start // size : -(-part.token_end // size)]
-        ids = np.asarray(table, dtype="<u4")
-        payload, value = ids.tobytes(), block_checksum(self._bytes, part, ids)
-        return self._header(out.grant, FrameKind.DATA, part, self._raw, sequence, len(payload), value).pack() + payload
-
-    def _pack_apart(self, out: _Outgoing, part: KvPart, sequence: int) -> _Packed:
-        """Channels: a header, which still lacks its turn, and a payload."""
-        payload = np.empty(out.wire_bytes.part_bytes(part), dtype=np.uint8)
-        out.wire_bytes.pack(part, self._blocks(out, part), payload)
-        value = checksum(payload.data)
-        header = self._header(out.grant, FrameKind.APART, part, out.grant.wire, sequence, payload.nbytes, value)
-        return _Apart(header=header, payload=torch.from_numpy(payload))
-
-    def _blocks(self, out: _Outgoing, part: KvPart) -> Sequence[int]:
+    def _table(self, out: _Outgoing, part: KvPart) -> Sequence[int]:
         table, size = out.block_table(out.grant.request_id), self._pool.block_size
         if len(table) * size < part.token_end:
             raise TransferFailed(f"{out.grant}: its blocks hold {len(table) * size} tokens, not {part.token_end}")
         return table
 
-    # -- on the event loop --
+    def _block_ids(self, part: KvPart, table: Sequence[int]) -> Ids:
+        size = self._pool.block_size
+        return np.asarray(table[part.token_start // size : -(-part.token_end // size)], dtype="<u4")
+
+    def _pack(self, out: _Outgoing, part: KvPart, sequence: int, framing: _Framing) -> _Packed:
+        """One frame of KV; runs in a thread."""
+        table = self._table(out, part)
+        if framing.mapped:
+            ids = self._block_ids(part, table)
+            payload = ids.tobytes()
+            value = 0 if framing.late_checksums else self._bytes.checksum(part, ids)
+            header = self._header(out.grant, FrameKind.DATA, part, self._raw, sequence, len(payload), value)
+            return header.pack() + payload
+        if framing.in_lane:
+            apart = np.empty(out.wire_bytes.part_bytes(part), dtype=np.uint8)
+            out.wire_bytes.pack(part, table, apart)
+            value = checksum(apart.data)
+            header = self._header(out.grant, FrameKind.APART, part, out.grant.wire, sequence, apart.nbytes, value)
+            return _Apart(header=header, payload=torch.from_numpy(apart))
+        frame, view = new_frame(HEADER_BYTES + out.wire_bytes.part_bytes(part))
+        body = view[HEADER_BYTES:]
+        out.wire_bytes.pack(part, table, body)
+        header = self._header(
+            out.grant, FrameKind.DATA, part, out.grant.wire, sequence, body.nbytes, checksum(body.data)
+        )
+        view[:HEADER_BYTES] = np.frombuffer(header.pack(), dtype=np.uint8)
+        return frame
 
     def _control(self, grant: Grant, kind: FrameKind, sequence: int, payload: bytes = b"") -> bytes:
         whole = KvPart(

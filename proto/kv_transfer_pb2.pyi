@@ -33,6 +33,10 @@ class _TransportEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Transport.V
     """Same host: the receiver maps the sender's sealed memfd read-only and copies; the frames of Fetch carry no payload."""
     TRANSPORT_GLOO: _Transport.ValueType  # 5
     """Bytes travel over a gloo group of two processes; the frames of Fetch carry headers only."""
+    TRANSPORT_CUDA_IPC: _Transport.ValueType  # 3
+    """Same host: the receiver maps the sender's GPU memory and its copy engines move the blocks; the frames of Fetch carry
+    no payload.
+    """
 
 class Transport(_Transport, metaclass=_TransportEnumTypeWrapper):
     """Transport is a way to move KV bytes."""
@@ -45,6 +49,10 @@ TRANSPORT_SHARED_MEMORY: Transport.ValueType  # 2
 """Same host: the receiver maps the sender's sealed memfd read-only and copies; the frames of Fetch carry no payload."""
 TRANSPORT_GLOO: Transport.ValueType  # 5
 """Bytes travel over a gloo group of two processes; the frames of Fetch carry headers only."""
+TRANSPORT_CUDA_IPC: Transport.ValueType  # 3
+"""Same host: the receiver maps the sender's GPU memory and its copy engines move the blocks; the frames of Fetch carry
+no payload.
+"""
 Global___Transport: _TypeAlias = Transport  # noqa: Y015
 
 @_typing.final
@@ -272,6 +280,7 @@ class ConnectResponse(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     SHARED_POOL_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
+    DEVICE_POOL_FIELD_NUMBER: _builtins.int
     INVITATION_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """The sender's worker id."""
@@ -287,6 +296,10 @@ class ConnectResponse(_message.Message):
     def shared_pool(self) -> Global___SharedPool:
         """Set for shared memory."""
 
+    @_builtins.property
+    def device_pool(self) -> Global___DevicePool:
+        """Set for CUDA IPC."""
+
     def __init__(
         self,
         *,
@@ -295,15 +308,54 @@ class ConnectResponse(_message.Message):
         transport: Global___Transport.ValueType = ...,
         shared_pool: Global___SharedPool | None = ...,
         rank: _builtins.int = ...,
+        device_pool: Global___DevicePool | None = ...,
         invitation: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["shared_pool", b"shared_pool"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device_pool", b"device_pool", "shared_pool", b"shared_pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "invitation", b"invitation", "rank", b"rank", "shared_pool", b"shared_pool", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "device_pool", b"device_pool", "invitation", b"invitation", "rank", b"rank", "shared_pool", b"shared_pool", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ConnectResponse: _TypeAlias = ConnectResponse  # noqa: Y015
+
+@_typing.final
+class DevicePool(_message.Message):
+    """DevicePool tells how a pool in a GPU's memory can be mapped by another process of its host."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    ROW_BYTES_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    handle: _builtins.bytes
+    """CUDA's inter-process handle of the allocation that holds the pool."""
+    offset: _builtins.int
+    """Bytes from the allocation's start to the pool."""
+    num_blocks: _builtins.int
+    """Blocks of the pool."""
+    row_bytes: _builtins.int
+    """Bytes of one block over all layers."""
+    block_size: _builtins.int
+    """Tokens in a block."""
+    def __init__(
+        self,
+        *,
+        handle: _builtins.bytes = ...,
+        offset: _builtins.int = ...,
+        num_blocks: _builtins.int = ...,
+        row_bytes: _builtins.int = ...,
+        block_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "handle", b"handle", "num_blocks", b"num_blocks", "offset", b"offset", "row_bytes", b"row_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DevicePool: _TypeAlias = DevicePool  # noqa: Y015
 
 @_typing.final
 class SharedPool(_message.Message):
@@ -404,6 +456,7 @@ class TransferEnd(_message.Message):
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     SINCE_PREFILL_END_S_FIELD_NUMBER: _builtins.int
+    CHECKSUMS_FIELD_NUMBER: _builtins.int
     WRITE_S_FIELD_NUMBER: _builtins.int
     PREFILL_S_FIELD_NUMBER: _builtins.int
     first_token_id: _builtins.int
@@ -415,13 +468,19 @@ class TransferEnd(_message.Message):
     num_bytes: _builtins.int
     """KV bytes sent."""
     digest: _builtins.bytes
-    """xxh3_128 over the geometry digest, all token ids and the headers (checksums included) of all data frames."""
+    """xxh3_128 over the geometry digest, all token ids the headers (checksums included) of all data frames and the
+    checksums below.
+    """
     since_prefill_end_s: _builtins.float
     """Seconds from the end of prefill to this frame."""
     write_s: _builtins.float
     """Seconds that the sender's writes took: back-pressure makes them the link's."""
     prefill_s: _builtins.float
     """Seconds from the first KV that prefill wrote to its end."""
+    @_builtins.property
+    def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """CUDA IPC: checksum of each data frame's blocks, in order; the headers hold none, so that the copy need not wait."""
+
     def __init__(
         self,
         *,
@@ -431,12 +490,13 @@ class TransferEnd(_message.Message):
         num_bytes: _builtins.int = ...,
         digest: _builtins.bytes = ...,
         since_prefill_end_s: _builtins.float = ...,
+        checksums: _abc.Iterable[_builtins.int] | None = ...,
         write_s: _builtins.float = ...,
         prefill_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "finished", b"finished", "first_token_id", b"first_token_id", "num_bytes", b"num_bytes", "num_frames", b"num_frames", "prefill_s", b"prefill_s", "since_prefill_end_s", b"since_prefill_end_s", "write_s", b"write_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "digest", b"digest", "finished", b"finished", "first_token_id", b"first_token_id", "num_bytes", b"num_bytes", "num_frames", b"num_frames", "prefill_s", b"prefill_s", "since_prefill_end_s", b"since_prefill_end_s", "write_s", b"write_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

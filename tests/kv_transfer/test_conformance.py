@@ -219,7 +219,7 @@ class Tampering(KvSender):
 
     how = ""
 
-    async def _send(self, out: Any, stream: object, write: Write, lane: Any, *, shared: bool) -> None:
+    async def _send(self, out: Any, stream: object, write: Write, lane: Any, framing: Any) -> None:
         frames: list[bytes] = []
 
         async def edited(frame: bytes) -> None:
@@ -247,7 +247,7 @@ class Tampering(KvSender):
 
         if lane is not None and self.how == "payload":
             lane = FlippingLane(lane)
-        await super()._send(out, stream, edited, lane, shared=shared)
+        await super()._send(out, stream, edited, lane, framing)
 
 
 class FlippingLane:
