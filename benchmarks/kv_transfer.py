@@ -97,8 +97,8 @@ def main(
     finally:
         sender.terminate()
         sender.join()
-    for num_bytes, rows in figures.items():
-        _print(num_bytes, rows, f"{num_bytes // per_token} tokens, {dtype}, n={rounds}")
+    for num_bytes, found in figures.items():
+        _print(num_bytes, found, f"{num_bytes // per_token} tokens, {dtype}, n={rounds}")
     if json_file is not None:
         rows = [
             {"num_bytes": size, "way": name, "seconds": [t.seconds for t in taken], "cpu_s": [t.cpu_s for t in taken]}
@@ -141,7 +141,7 @@ async def _serve(control: Connection, dtype: KvDtype, num_tokens: int) -> None:
     raw = socket.create_server(("127.0.0.1", 0))
     control.send((port, raw.getsockname()[1]))
     table = list(range(pool.num_blocks))
-    payload = memoryview(pool.rows.numpy()).cast("B")
+    payload = pool.rows.numpy().data.cast("B")
     while (grant := await asyncio.to_thread(control.recv)) is not None:
         if grant == "cpu":
             control.send(time.process_time())
@@ -242,7 +242,7 @@ def _receive_raw(control: Connection, port: int, buffer: NDArray[np.uint8]) -> T
     clock = _Clock(control)
     control.send(len(buffer))
     with socket.create_connection(("127.0.0.1", port)) as connection:
-        view, position = memoryview(buffer), 0
+        view, position = buffer.data, 0
         began_s = time.perf_counter()
         connection.send(b"g")
         while position < len(buffer):
