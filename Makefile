@@ -41,6 +41,7 @@ chaos: $(READY)  ## The tests that kill and freeze processes
 bench: $(READY)  ## Measure engine, KV transports, hand-over, and split against colocated, on this CPU
 	python -m splitserve.benchmarks.engine --device cpu
 	python -m splitserve.benchmarks.kv_transfer
+	python -m splitserve.benchmarks.kv_codecs
 	python -m splitserve.benchmarks.handover
 	python -m splitserve.benchmarks.split
 

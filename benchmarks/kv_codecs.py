@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging as transformers_logging
 
 from ..engine.model_files import resolve_model
 from ..kv_transfer.codecs import PlaneShape, WireFormat, decode, encode, wire_bytes
@@ -67,6 +68,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
 ) -> None:
     """Perplexity and greedy agreement when a prompt's KV went through each codec, with the bytes it took."""
+    transformers_logging.disable_progress_bar()
     path = resolve_model("smollm2-135m")
     tokenizer = AutoTokenizer.from_pretrained(path)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)  # comes in evaluation mode

@@ -66,7 +66,7 @@ class KvTransferServicer:
 
     def Fetch(self, request, context):
         """Fetch streams one grant's KV as it is computed. The response messages are raw binary frames (header and payload,
-        docs/architecture.md "KV on the wire"), not protobuf: FetchResponse only gives the method a legal signature.
+        docs/kv_transfer.md), not protobuf: FetchResponse only gives the method a legal signature.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,7 +39,7 @@ class KvTransferStub:
     """
     Fetch: _grpc.UnaryStreamMultiCallable[_kv_transfer_pb2.FetchRequest, _kv_transfer_pb2.FetchResponse]
     """Fetch streams one grant's KV as it is computed. The response messages are raw binary frames (header and payload,
-    docs/architecture.md "KV on the wire"), not protobuf: FetchResponse only gives the method a legal signature.
+    docs/kv_transfer.md), not protobuf: FetchResponse only gives the method a legal signature.
     """
     Commit: _grpc.UnaryUnaryMultiCallable[_kv_transfer_pb2.CommitRequest, _kv_transfer_pb2.CommitResponse]
     """Commit tells that the KV arrived, was verified and belongs to a decoding sequence; the sender frees its hold."""
@@ -55,7 +55,7 @@ class KvTransferAsyncStub(KvTransferStub):
     """
     Fetch: _aio.UnaryStreamMultiCallable[_kv_transfer_pb2.FetchRequest, _kv_transfer_pb2.FetchResponse]  # type: ignore[assignment]
     """Fetch streams one grant's KV as it is computed. The response messages are raw binary frames (header and payload,
-    docs/architecture.md "KV on the wire"), not protobuf: FetchResponse only gives the method a legal signature.
+    docs/kv_transfer.md), not protobuf: FetchResponse only gives the method a legal signature.
     """
     Commit: _aio.UnaryUnaryMultiCallable[_kv_transfer_pb2.CommitRequest, _kv_transfer_pb2.CommitResponse]  # type: ignore[assignment]
     """Commit tells that the KV arrived, was verified and belongs to a decoding sequence; the sender frees its hold."""
@@ -80,7 +80,7 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kv_transfer_pb2.FetchResponse], _abc.AsyncIterator[_kv_transfer_pb2.FetchResponse]]:
         """Fetch streams one grant's KV as it is computed. The response messages are raw binary frames (header and payload,
-        docs/architecture.md "KV on the wire"), not protobuf: FetchResponse only gives the method a legal signature.
+        docs/kv_transfer.md), not protobuf: FetchResponse only gives the method a legal signature.
         """
 
     @_abc_1.abstractmethod

@@ -88,7 +88,7 @@ def test_glossary_lists_every_life_cycle_event_in_order() -> None:
     assert rows == [event.value for event in Event]
 
 
-def test_frame_layout_in_the_architecture_is_the_real_one() -> None:
+def test_frame_layout_in_the_documents_is_the_real_one() -> None:
     header = FrameHeader(
         kind=FrameKind.DATA,
         grant_id="ab" * 16,
@@ -102,7 +102,7 @@ def test_frame_layout_in_the_architecture_is_the_real_one() -> None:
         turn=14,
     ).pack()
     formats = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
-    text = (ROOT / "docs" / "architecture.md").read_text()
+    text = (ROOT / "docs" / "kv_transfer.md").read_text()
     rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", text, re.M)
     values = [struct.unpack_from("<" + formats.get(kind, kind), header, int(offset))[0] for offset, kind in rows]
     assert values == [b"SSKV", 2, 2, 2, b"\xab" * 16, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 1, b"\0\0\0"]
