@@ -84,11 +84,11 @@ class StepLatency:
         seconds = self.prefill_base_s + self._chunks_s(chunks, tokens)
         return seconds + self.prefill_expert_s * self._touched(tokens) if self.expert_share else seconds
 
-    def decode_step_s(self, batch: int, context_tokens: float) -> float:
+    def decode_step_s(self, batch: float, context_tokens: float) -> float:
         seconds = self.decode_base_s + self._sequences_s(batch, context_tokens)
         return seconds + self.decode_expert_s * self._touched(batch) if self.expert_share else seconds
 
-    def mixed_step_s(self, chunks: Sequence[tuple[int, int]], batch: int, context_tokens: float) -> float:
+    def mixed_step_s(self, chunks: Sequence[tuple[int, int]], batch: float, context_tokens: float) -> float:
         if not chunks:
             return self.decode_step_s(batch, context_tokens)
         if not batch:
