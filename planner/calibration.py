@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +169,29 @@ def read_calibration(path: Path) -> Calibration:
         raise ConfigError(f"--calibration: cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--calibration: {path} is not a file of `splitserve calibrate`: {error!r}") from error
+
+
+def merge_calibrations(given: Sequence[Calibration]) -> Calibration:
+    """One latency model of a prefill worker's and a decode worker's calibration.
+
+    Raises: ConfigError: two of them measured the same kind of step, or one kind is in none.
+    """
+    prefill = [one for one in given if one.prefill is not None]
+    decode = [one for one in given if one.decode is not None]
+    for kind, found in (("prefill", prefill), ("decode", decode)):
+        if len(found) != 1:
+            raise ConfigError(
+                f"--calibration: {len(found)} of {len(given)} files hold {kind} steps; give one that does, or two files "
+                "of which each holds one kind"
+            )
+    first, second = prefill[0], decode[0]
+    if first is second:
+        return first
+    latency = replace(
+        first.latency,
+        decode_base_s=second.latency.decode_base_s,
+        decode_sequence_s=second.latency.decode_sequence_s,
+        decode_context_s=second.latency.decode_context_s,
+    )
+    source = f"{first.source}; {second.source}"
+    return Calibration(latency=latency, prefill=first.prefill, decode=second.decode, source=source)

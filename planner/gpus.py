@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -60,7 +60,7 @@ class GpuSpec:
     name: str
     memory_bytes: float
     bandwidth: float  # bytes/s
-    flops: Mapping[str, float]  # operations/s by arithmetic: fp32, bf16, fp8, int8, fp4
+    flops: Mapping[str, float] = field(hash=False)  # operations/s by arithmetic: fp32, bf16, fp8, int8, fp4
     link_bandwidth: float  # bytes/s one way, to the other devices of a host
     max_tp: int
     price_per_hour: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -74,6 +74,7 @@ class ModelSpec:
     sliding_window: int | None = None  # tokens
     num_sliding_layers: int = 0
     quantization: WeightDtype | None = None  # what the checkpoint itself is stored in
+    source: str = ""  # what a worker loads: hub id or directory
 
     # --- parameters ---
 
@@ -189,7 +190,10 @@ def load_model(name: str) -> ModelSpec:
     """
     table = _built_in()
     if (row := table.get(name.lower())) is not None:
-        return model_from_config(row["name"], row)
+        source = next(
+            (alias for alias in row["aliases"] if "/" in alias and row["name"] != "smollm2-135m"), row["name"]
+        )
+        return replace(model_from_config(row["name"], row), source=source)
     path = Path(name)
     if path.is_dir():
         path /= "config.json"
@@ -198,7 +202,8 @@ def load_model(name: str) -> ModelSpec:
             config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(f"--model: {path} is not JSON: {error}") from error
-        return model_from_config(path.parent.name or str(path), config)
+        spec = model_from_config(path.parent.name or str(path), config)
+        return replace(spec, source=str(path.parent))
     near = difflib.get_close_matches(name.lower(), table, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(model_names())}"
     raise ConfigError(f"--model: {name!r} is neither a built-in model nor a config.json; {hint}")
