@@ -13,7 +13,6 @@ from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Mapping, MutableSequence
 from dataclasses import dataclass
-from itertools import repeat
 
 from ..core.errors import InvalidRequest, Overloaded
 from ..core.kv_geometry import PREFIX_UNIT, blocks_for
@@ -61,7 +60,7 @@ class DecodeRun:
     num_steps: int  # the last one ends a sequence, or is the last that there are blocks for
     batch: int  # sequences
     num_context_tokens: int  # sum over them of tokens attended to in the first step
-    num_new_blocks: int  # that all its steps take
+    num_new_blocks: int  # that all its steps take at most
     started: tuple[Sequence, ...]  # in their first step
 
 
@@ -214,7 +213,7 @@ class StepScheduler:
         parts: list[ScheduledTokens] = []
         for sequence in tuple(self._running):
             if sequence.is_decoding and sequence.can_run and sequence.state is SequenceState.RUNNING:
-                if self._must_preempt(sequence) and self._plans:
+                if self._plans and self._must_preempt(sequence):
                     return None  # the running step needs the victim's blocks, and its token is not known yet
                 if self._grow(sequence):
                     parts.append(_part(sequence, 1))
@@ -288,35 +287,42 @@ class StepScheduler:
         """
         if self._plans or not self._running or self._admissible() is not None:
             return None
-        num_steps = min(s.request.max_tokens - s.num_output for s in self._running)
+        num_steps = num_context_tokens = 0
+        started: list[Sequence] = []
         for sequence in self._running:
-            if not sequence.is_decoding or sequence.request.stop_token_ids:
-                return None
-        needed = self._blocks_of_run(num_steps)
-        if needed > self.blocks.num_available:
+            num_tokens, num_output = sequence.num_tokens, sequence.num_output
+            if num_tokens - sequence.num_computed != 1 or not num_output or sequence.request.stop_token_ids:
+                return None  # a prefill, a first token, or an end that nobody can foresee
+            left = sequence.request.max_tokens - num_output
+            num_steps = left if num_steps == 0 else min(num_steps, left)
+            num_context_tokens += num_tokens
+            if not sequence.started:
+                started.append(sequence)
+        num_blocks = len(self._running) * blocks_for(num_steps, self.blocks.block_size)
+        if num_blocks > self.blocks.num_available:  # it may still do, so count
             num_steps = bisect_right(
-                range(1, num_steps), self.blocks.num_available, key=lambda steps: self._blocks_of_run(steps)
+                range(1, num_steps + 1), self.blocks.num_available, key=lambda steps: self._blocks_of_run(steps)
             )
-            needed = self._blocks_of_run(num_steps)
+            num_blocks = self._blocks_of_run(num_steps)
         if num_steps == 0:
             return None  # somebody is preempted
         return DecodeRun(
             num_steps=num_steps,
             batch=len(self._running),
-            num_context_tokens=sum(s.num_tokens for s in self._running),
-            num_new_blocks=needed,
-            started=tuple(s for s in self._running if not s.started),
+            num_context_tokens=num_context_tokens,
+            num_new_blocks=num_blocks,
+            started=tuple(started),
         )
 
     def advance(self, num_steps: int, token_id: int) -> list[Sequence]:
         """Account for the first steps of a run in which every token is `token_id`; returns the sequences that ended."""
         ended: list[Sequence] = []
+        token_ids = [token_id] * num_steps
         for sequence in tuple(self._running):
-            needed = self._new_blocks(sequence, num_steps)
-            if needed > 0:
+            if needed := self._new_blocks(sequence, num_steps):
                 sequence.block_table += self.blocks.allocate(needed)
             sequence.started = True
-            sequence.token_ids.extend(repeat(token_id, num_steps))
+            sequence.token_ids.extend(token_ids)
             sequence.num_computed += num_steps
             self._publish(sequence, sequence.num_computed)
             if sequence.num_output >= sequence.request.max_tokens:
@@ -396,11 +402,12 @@ class StepScheduler:
         return sequence
 
     def _new_blocks(self, sequence: Sequence, num_steps: int) -> int:
-        """Blocks that a decoding sequence takes for that many steps; below 1: it has them."""
-        return blocks_for(sequence.num_tokens + num_steps - 1, self.blocks.block_size) - len(sequence.block_table)
+        """Blocks that a decoding sequence takes for that many steps."""
+        needed = blocks_for(sequence.num_tokens + num_steps - 1, self.blocks.block_size)
+        return max(0, needed - len(sequence.block_table))
 
     def _blocks_of_run(self, num_steps: int) -> int:
-        return sum(max(0, self._new_blocks(sequence, num_steps)) for sequence in self._running)
+        return sum(self._new_blocks(sequence, num_steps) for sequence in self._running)
 
     def _must_preempt(self, sequence: Sequence) -> bool:
         """Whether a decoding sequence needs a block for its next token that nobody has left."""
