@@ -12,6 +12,7 @@ from .calibration import Calibration
 from .candidates import fewest_workers
 from .closed_form import estimate_decode, estimate_prefill
 from .gpus import GpuSpec, link_bandwidth, load_gpu
+from .judge import simulated_outcome
 from .load import Load
 from .models import KvCacheDtype, ModelSpec, WeightDtype, load_model
 from .question import Objective, Question
@@ -104,7 +105,7 @@ def plan(
         calibration=calibration,
         seed=seed,
     )
-    return plan_question(question, judge=None, on_progress=on_progress)
+    return plan_question(question, judge=None if fast else simulated_outcome, on_progress=on_progress)
 
 
 def workers_needed(
@@ -145,7 +146,8 @@ def synthetic_requests(
             raise ConfigError(f"{name} is {value:g}; it must not be negative")
     rng = np.random.default_rng(seed)
     shape = 1 / max(arrival_cv, 1e-6) ** 2
-    arrivals = np.cumsum(rng.gamma(shape, 1 / (rate * shape), num_requests))
+    arrivals = np.cumsum(rng.gamma(shape, 1.0, num_requests))
+    arrivals = (arrivals - arrivals[0]) * (num_requests - 1) / rate / max(1e-12, arrivals[-1] - arrivals[0])
 
     def lengths(mean: float, cv: float) -> list[int]:
         if cv == 0:

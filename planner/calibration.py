@@ -181,8 +181,8 @@ def merge_calibrations(given: Sequence[Calibration]) -> Calibration:
     for kind, found in (("prefill", prefill), ("decode", decode)):
         if len(found) != 1:
             raise ConfigError(
-                f"--calibration: {len(found)} of {len(given)} files hold {kind} steps; give one that does, or two files "
-                "of which each holds one kind"
+                f"--calibration: {len(found)} of {len(given)} files hold {kind} steps; give one that does, or two "
+                "files of which each holds one kind"
             )
     first, second = prefill[0], decode[0]
     if first is second:

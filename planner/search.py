@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .candidates import Candidate, Pool, Sizing, meets
-from .closed_form import estimate
+from .closed_form import Estimate, estimate
 from .latency import Provenance
 from .load import Load
 from .outcome import Outcome, closed_form_outcome
@@ -20,7 +20,8 @@ Judge = Callable[[ClusterSpec, Sequence[SimRequest], Slo], Outcome]
 Progress = Callable[[str, int, int], None]  # what is done, how many of how many
 
 _MAX_JUDGED = 10  # clusters of each mode
-_MAX_SCREENED_REQUESTS = 1_500  # of the traffic, that candidates are compared on
+_MAX_ESTIMATED, _MAX_HOPEFUL, _EQUALLY_CHEAP = 150, 2, 3
+_SCREENED_REQUESTS = 500  # at least, of the traffic, that candidates are compared on; the best are tried on all of it
 _ALTERNATIVES = 8
 _TRIED_RATES = (1.1, 1.0, 0.9, 0.8, 0.65, 0.5)
 _SCAN_STEP, _LONGEST_SCAN = 1.5, 40.0
@@ -127,19 +128,28 @@ class _Jury:
     def best(self, mode: str, candidates: Sequence[Candidate], load: Load) -> Answer | None:
         """The cheapest that meets the limits, the roomiest of equally cheap ones; else the one that came closest."""
         judged: list[Answer] = []
+        best: Answer | None = None
         shortlist = self._shortlist(candidates, load)
         for number, candidate in enumerate(shortlist):
             self._on_progress(mode, number, len(shortlist))
-            good = [answer for answer in judged if answer.outcome.meets_slo]
-            if good and self._worse(candidate, good[0]):
+            if best is not None and self._worse(candidate, best):
                 break
-            judged.append(self._answer(candidate, load))
+            answer = self._answer(candidate, load)
+            if answer.outcome.meets_slo and (best is None or self._better(answer, best)):
+                # A part of the traffic was kind to it; all of it decides.
+                outcome = self.outcome(candidate, self._question.load.at(answer.rate), screen=False)
+                answer = replace(answer, outcome=outcome)
+                if outcome.meets_slo and (best is None or self._better(answer, best)):
+                    best = answer
+            judged.append(answer)
         self._on_progress(mode, len(shortlist), len(shortlist))
         self.answers += judged
-        if not judged:
-            return None
-        good = [answer for answer in judged if answer.outcome.meets_slo]
-        return min(good or judged, key=lambda answer: _merit(self._question, answer))
+        if best is None and judged:
+            return min(judged, key=lambda answer: _strain(answer.outcome, self._question.slo))
+        return best
+
+    def _better(self, answer: Answer, than: Answer) -> bool:
+        return _merit(self._question, answer) < _merit(self._question, than)
 
     def _answer(self, candidate: Candidate, load: Load) -> Answer:
         """At the load's rate; for the most goodput, at the highest of some rates around it that meets the limits."""
@@ -153,28 +163,36 @@ class _Jury:
         return Answer(candidate=candidate, outcome=outcome, rate=rate)
 
     def _shortlist(self, candidates: Sequence[Candidate], load: Load) -> list[Candidate]:
-        """Those that the closed form finds good first, in order of price; some that it finds a little too small."""
-        passing: list[Candidate] = []
+        """In order of price, the roomiest few of each price; some cheaper ones that the closed form finds too small."""
+        passing: dict[float, list[tuple[float, Candidate]]] = {}
         failing: list[Candidate] = []
-        for candidate in candidates[:200]:
+        for candidate in candidates[:_MAX_ESTIMATED]:
             found = estimate(candidate.cluster(self._question), load)
-            (passing if meets(found, self._question.slo) else failing).append(candidate)
-        cheapest = passing[0].cost_per_hour if passing else math.inf
-        hopeful = [c for c in failing if c.cost_per_hour < cheapest][-3:]
-        few = [*hopeful, *passing[: _MAX_JUDGED - len(hopeful)]] or failing[:3]
-        return sorted(few, key=lambda c: (c.cost_per_hour, c.num_gpus))
+            if meets(found, self._question.slo):
+                price = round(candidate.cost_per_hour, 4)
+                passing.setdefault(price, []).append((_strain(found, self._question.slo), candidate))
+            elif not passing:
+                failing.append(candidate)
+        few = failing[-_MAX_HOPEFUL:] if passing else failing[: _MAX_HOPEFUL * 2]
+        for price in sorted(passing):
+            few += [candidate for _, candidate in sorted(passing[price], key=lambda item: item[0])[:_EQUALLY_CHEAP]]
+        return few[:_MAX_JUDGED]
 
     def _worse(self, candidate: Candidate, good: Answer) -> bool:
         if self._question.objective == "goodput":
             return False
         return candidate.cost_per_hour > good.cost_per_hour * 1.001
 
-    def outcome(self, candidate: Candidate, load: Load, *, prompts: float = 1.0, link: float = 1.0) -> Outcome:
+    def outcome(
+        self, candidate: Candidate, load: Load, *, prompts: float = 1.0, link: float = 1.0, screen: bool = True
+    ) -> Outcome:
         """The candidate under the load, or under one with longer prompts or another bandwidth."""
         cluster = candidate.cluster(self._question, link_factor=link)
         if self._judge is None:
             return closed_form_outcome(cluster, load.with_prompts(prompts), self._question.slo)
-        requests = self._question.requests[:_MAX_SCREENED_REQUESTS]
+        requests = self._question.requests
+        if screen:
+            requests = requests[: max(_SCREENED_REQUESTS, len(requests) // 10)]
         pace = Load.of(self._question.requests, prefix_cache=False).rate / load.rate
         return self._judge(cluster, [_changed(r, pace, prompts) for r in requests], self._question.slo)
 
@@ -218,7 +236,7 @@ def _merit(question: Question, answer: Answer) -> tuple[float, ...]:
     return answer.cost_per_hour, answer.candidate.num_gpus, used
 
 
-def _strain(outcome: Outcome, slo: Slo) -> float:
+def _strain(outcome: Outcome | Estimate, slo: Slo) -> float:
     shares = [max(outcome.utilisation.values(), default=0.0)]
     for limit, values in ((slo.ttft_s, outcome.ttft_s), (slo.tpot_s, outcome.tpot_s), (slo.itl_s, outcome.itl_s)):
         if limit is not None and values:
