@@ -14,13 +14,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..core.errors import ConfigError
 from ..planner import Plan, plan
-from ..planner.api import DEFAULT_REQUESTS
+from ..planner.api import DEFAULT_REQUESTS, synthetic_requests
 from ..planner.calibration import merge_calibrations, read_calibration
 from ..planner.document import cluster_yaml, write_candidates, write_json
 from ..planner.gpus import GpuSpec, load_gpu
 from ..planner.models import KvCacheDtype, WeightDtype
 from ..planner.plots import plot
+from ..planner.published_traffic import published_traffic
 from ..planner.report import render
+from ..planner.trace_statistics import STATISTICS
+from ..planner.traces import read_trace
+from ..planner.traffic import mean_rate, scale_rate
+from ..planner.types import SimRequest
 
 INFEASIBLE = 3  # exit code
 
@@ -28,13 +33,23 @@ INFEASIBLE = 3  # exit code
 def command(
     model: Annotated[str, typer.Option(help="Built-in name, config.json or a directory that holds one.")],
     gpu: Annotated[list[str], typer.Option(help="Device of both pools, or FILE.yaml:NAME; several are tried.")],
-    isl: Annotated[float | None, typer.Option(help="Prompt tokens, mean.")] = None,
-    osl: Annotated[float | None, typer.Option(help="Answer tokens, mean.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Requests a second.")] = None,
-    isl_cv: Annotated[float, typer.Option(help="Spread of prompts: standard deviation by mean.")] = 0.0,
-    osl_cv: Annotated[float, typer.Option(help="Spread of answers.")] = 0.0,
+    isl: Annotated[
+        str | None, typer.Option(help="Prompt tokens: 4000, mean:CV as 4000:0.5, or p50=2000,p90=8000.")
+    ] = None,
+    osl: Annotated[str | None, typer.Option(help="Answer tokens, in the same forms.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests a second; a trace is sped up or slowed down to it.")
+    ] = None,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            help="Trace instead: Mooncake .jsonl, Azure or timestamp,isl,osl .csv; or mooncake, azure: alike."
+        ),
+    ] = None,
     arrival_cv: Annotated[float, typer.Option(help="Burstiness of arrivals; 1 is Poisson.")] = 1.0,
-    num_requests: Annotated[int, typer.Option(min=2, help="Requests to simulate.")] = DEFAULT_REQUESTS,
+    num_requests: Annotated[
+        int | None, typer.Option(min=2, help="Requests to simulate.", show_default="1500, or the whole trace")
+    ] = None,
     decode_gpu: Annotated[
         list[str] | None, typer.Option(help="Device of the decode pool.", show_default="as --gpu")
     ] = None,
@@ -90,12 +105,15 @@ def command(
 
     $ splitserve plan --model llama-3.1-8b --gpu h200 --isl 4000 --osl 500 --rate 10 --ttft-ms 600 --tpot-ms 25
 
-    $ splitserve plan --model qwen3-32b --gpu h100 --decode-gpu h200 --isl 4000 --isl-cv 0.5 --osl 500 --rate 20
+    $ splitserve plan --model qwen3-32b --gpu h100 --decode-gpu h200 --isl 4000:0.5 --osl 500 --rate 20
     --ttft-ms 1000 --tpot-ms 25 --headroom 0.2 --n-plus-one --json plan.json --write-cluster cluster.yaml
+
+    $ splitserve plan --model llama-3.1-70b --gpu h100 --trace mooncake.jsonl --prefix-cache --ttft-ms 4000 --tpot-ms 50
     """
     for file in (json_file, csv_file, plot_file, write_cluster):
         if file is not None and not os.access(file.absolute().parent, os.W_OK):
             raise ConfigError(f"{file}: its directory does not exist or cannot be written")
+    requests, notes, flags = _traffic(trace, isl, osl, rate, arrival_cv, num_requests, seed)
     prices = _prices(price or [])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -108,13 +126,9 @@ def command(
             model,
             [_priced(name, prices) for name in gpu],
             decode_gpu=[_priced(name, prices) for name in decode_gpu or gpu],
-            isl=isl,
-            osl=osl,
-            rate=rate,
-            isl_cv=isl_cv,
-            osl_cv=osl_cv,
-            arrival_cv=arrival_cv,
-            num_requests=num_requests,
+            requests=requests,
+            notes=notes,
+            traffic_flags=flags,
             ttft_s=_seconds(ttft_ms),
             tpot_s=_seconds(tpot_ms),
             itl_s=_seconds(itl_ms),
@@ -158,6 +172,45 @@ def _write(
         plot(found, plot_file)
     if cluster_file is not None and found.chosen is not None:
         cluster_file.write_text(cluster_yaml(found), encoding="utf-8")
+
+
+def _traffic(
+    trace: str | None,
+    isl: str | None,
+    osl: str | None,
+    rate: float | None,
+    arrival_cv: float,
+    num_requests: int | None,
+    seed: int,
+) -> tuple[list[SimRequest], tuple[str, ...], tuple[str, ...]]:
+    """The requests to plan for, what was done to them, and the flags of `bench` that send the same."""
+    if trace is None:
+        if isl is None or osl is None or rate is None:
+            raise ConfigError("traffic is missing: give --isl, --osl and --rate, or --trace")
+        made = synthetic_requests(
+            isl=isl,
+            osl=osl,
+            rate=rate,
+            arrival_cv=arrival_cv,
+            num_requests=num_requests or DEFAULT_REQUESTS,
+            seed=seed,
+        )
+        return made, (), ()
+    if isl is not None or osl is not None:
+        raise ConfigError("--trace and --isl or --osl both say how long requests are; choose one")
+    notes: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    if trace in STATISTICS and not Path(trace).exists():
+        requests = published_traffic(trace, num_requests, seed=seed)
+        notes = (f"the traffic follows the statistics of the {trace} trace; it is not the trace",)
+    else:
+        read = read_trace(Path(trace), seed=seed, limit=num_requests)
+        requests, notes, flags = list(read.requests), read.notes, ("--trace", trace)
+    if rate is not None:
+        factor = rate / mean_rate(requests)
+        requests = scale_rate(requests, factor)
+        flags = (*flags, "--time-scale", f"{1 / factor:.4g}") if flags else ()
+    return requests, notes, flags
 
 
 def _seconds(milliseconds: float | None) -> float | None:

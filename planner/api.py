@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from ..core.errors import ConfigError
 from .calibration import Calibration
 from .candidates import fewest_workers
@@ -17,6 +15,7 @@ from .load import Load
 from .models import KvCacheDtype, ModelSpec, WeightDtype, load_model
 from .question import Objective, Question
 from .search import Plan, Progress, plan_question
+from .traffic import SyntheticTraffic, mean_rate, parse_lengths, scale_rate
 from .types import PoolSpec, SimRequest, Slo
 
 DEFAULT_REQUESTS = 1_500
@@ -28,11 +27,9 @@ def plan(
     *,
     decode_gpu: str | GpuSpec | Sequence[str | GpuSpec] | None = None,
     requests: Sequence[SimRequest] | None = None,
-    isl: float | None = None,
-    osl: float | None = None,
+    isl: float | str | None = None,
+    osl: float | str | None = None,
     rate: float | None = None,
-    isl_cv: float = 0.0,
-    osl_cv: float = 0.0,
     arrival_cv: float = 1.0,
     num_requests: int = DEFAULT_REQUESTS,
     ttft_s: float | None = None,
@@ -56,12 +53,15 @@ def plan(
     engine: str = "splitserve",
     calibration: Calibration | None = None,
     seed: int = 0,
+    traffic_flags: Sequence[str] = (),
+    notes: Sequence[str] = (),
     fast: bool = False,
     on_progress: Progress = lambda what, number, of: None,
 ) -> Plan:
     """How many prefill and decode workers, of what kind, serve this traffic, and whether to split at all.
 
-    Traffic is either `requests` (a trace) or `isl`, `osl` and `rate`. `gpu` and `decode_gpu` take names, YAML files or
+    Traffic is either `requests` (a trace) or `isl`, `osl` and `rate`; lengths are tokens (4000), mean and spread
+    ("4000:0.5") or percentiles ("p50=2000,p90=8000"). `gpu` and `decode_gpu` take names, YAML files or
     specs; several let the search choose. `fast` judges by formulas alone.
     Raises: ConfigError: something contradicts itself, or a limit is below what one request alone takes.
     """
@@ -69,14 +69,7 @@ def plan(
         if isl is None or osl is None or rate is None:
             raise ConfigError("traffic is missing: give requests, or isl, osl and rate")
         requests = synthetic_requests(
-            rate=rate,
-            isl=isl,
-            osl=osl,
-            isl_cv=isl_cv,
-            osl_cv=osl_cv,
-            arrival_cv=arrival_cv,
-            num_requests=num_requests,
-            seed=seed,
+            isl=isl, osl=osl, rate=rate, arrival_cv=arrival_cv, num_requests=num_requests, seed=seed
         )
     spec = load_model(model) if isinstance(model, str) else model
     bandwidth, latency_s = link_bandwidth(link)
@@ -104,6 +97,8 @@ def plan(
         engine=engine,
         calibration=calibration,
         seed=seed,
+        traffic_flags=tuple(traffic_flags),
+        notes=tuple(notes),
     )
     return plan_question(question, judge=None if fast else simulated_outcome, on_progress=on_progress)
 
@@ -127,37 +122,14 @@ def workers_needed(
 
 
 def synthetic_requests(
-    *,
-    rate: float,
-    isl: float,
-    osl: float,
-    isl_cv: float = 0.0,
-    osl_cv: float = 0.0,
-    arrival_cv: float = 1.0,
-    num_requests: int,
-    seed: int,
+    *, isl: float | str, osl: float | str, rate: float, arrival_cv: float = 1.0, num_requests: int, seed: int = 0
 ) -> list[SimRequest]:
-    """Gamma gaps and log-normal lengths of the given means and coefficients of variation."""
-    for name, value in (("--rate", rate), ("--isl", isl), ("--osl", osl)):
-        if not 0 < value < float("inf"):
-            raise ConfigError(f"{name} is {value:g}; it must be above 0")
-    for name, value in (("--isl-cv", isl_cv), ("--osl-cv", osl_cv), ("--arrival-cv", arrival_cv)):
-        if not 0 <= value < float("inf"):
-            raise ConfigError(f"{name} is {value:g}; it must not be negative")
-    rng = np.random.default_rng(seed)
-    shape = 1 / max(arrival_cv, 1e-6) ** 2
-    arrivals = np.cumsum(rng.gamma(shape, 1.0, num_requests))
-    arrivals = (arrivals - arrivals[0]) * (num_requests - 1) / rate / max(1e-12, arrivals[-1] - arrivals[0])
-
-    def lengths(mean: float, cv: float) -> list[int]:
-        if cv == 0:
-            return [max(1, round(mean))] * num_requests
-        sigma = np.sqrt(np.log1p(cv**2))
-        drawn = rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, num_requests)
-        return [max(1, round(value)) for value in drawn.tolist()]
-
-    rows = zip(arrivals.tolist(), lengths(isl, isl_cv), lengths(osl, osl_cv), strict=True)
-    return [SimRequest(arrival_s=at, isl=prompt, osl=answer) for at, prompt, answer in rows]
+    """Requests whose rate is exactly the one asked for. Raises: ConfigError: a value is out of range."""
+    traffic = SyntheticTraffic(
+        rate=rate, isl=parse_lengths(str(isl)), osl=parse_lengths(str(osl)), arrival_cv=arrival_cv
+    )
+    requests = traffic.generate(num_requests, seed)
+    return scale_rate(requests, rate / mean_rate(requests)) if num_requests > 1 else requests
 
 
 def _gpus(given: str | GpuSpec | Sequence[str | GpuSpec]) -> tuple[GpuSpec, ...]:

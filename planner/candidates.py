@@ -115,6 +115,7 @@ class Sizing:
         }
         self.link_bytes_per_s = question.link_bytes_per_s
         self.slo = question.slo
+        self.max_gpus = question.max_gpus
         self.num_evaluated = 0
 
     def refuse_impossible_limits(self) -> None:

@@ -73,8 +73,10 @@ def sojourn_percentile(wait: Wait, service_s: Array, percentile: float) -> float
     if wait.decay == 0:
         return math.inf
     tail = 1 - percentile / 100
-    low = float(service_s.min())
-    high = float(service_s.max()) + max(0.0, math.log(max(wait.probability, 1e-12) / tail)) / wait.decay
+    longest_wait = max(0.0, math.log(max(wait.probability, 1e-12) / tail)) / wait.decay
+    low, high = float(service_s.min()), float(service_s.max()) + longest_wait
+    if len(service_s) == 1:
+        return high
     for _ in range(25):
         middle = (low + high) / 2
         if float(wait.beyond(middle - service_s).mean()) > tail:

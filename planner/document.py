@@ -111,9 +111,9 @@ def error_band(plan: Plan) -> dict[str, float]:
 def warnings(plan: Plan) -> list[str]:
     """What the reader should not overlook."""
     answer = plan.chosen
+    found = list(plan.question.notes)
     if answer is None:
-        return []
-    found = []
+        return found
     for pool, value in answer.outcome.utilisation.items():
         if pool == "link" and value > _BUSY_LINK:
             found.append(f"the link is {value:.0%} used: transfers wait for each other")
@@ -135,8 +135,12 @@ def bench_command(plan: Plan) -> str:
     """The command that would prove the chosen cluster wrong."""
     answer, question = plan.chosen, plan.question
     assert answer is not None
-    words = ["splitserve", "bench", "--rate", f"{answer.rate:.4g}", "--num-requests", "500"]
-    words += ["--input-len", f"{question.load.mean_isl:.0f}", "--output-len", f"{question.load.mean_osl:.0f}"]
+    words = ["splitserve", "bench"]
+    if question.traffic_flags:
+        words += question.traffic_flags
+    else:
+        words += ["--rate", f"{answer.rate:.4g}", "--num-requests", "500"]
+        words += ["--input-len", f"{question.load.mean_isl:.0f}", "--output-len", f"{question.load.mean_osl:.0f}"]
     for flag, limit in (("--slo-ttft-ms", question.slo.ttft_s), ("--slo-tpot-ms", question.slo.tpot_s)):
         if limit is not None:
             words += [flag, f"{limit * 1e3:g}"]

@@ -10,7 +10,7 @@ import numpy as np
 from .fitting import Array
 from .types import SimRequest
 
-_NUM_QUANTILES = 64  # equal parts of the prompts, each one by its mean
+_NUM_QUANTILES = 32  # equal parts of the prompts, each one by its mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,8 @@ class Load:
         osl = np.array([float(request.osl) for request in requests])
         cached = np.array(cached_tokens(requests) if prefix_cache else [0.0] * len(requests))
         order = np.argsort(isl, kind="stable")
-        parts = np.array_split(order, min(_NUM_QUANTILES, len(order)))
+        num_kinds = len(set(zip(isl.tolist(), cached.tolist(), strict=True)))
+        parts = np.array_split(order, min(_NUM_QUANTILES, num_kinds))
         weights = np.maximum(osl - 1, 1e-9)  # the first token comes from prefill
         return cls(
             rate=1 / mean_gap,

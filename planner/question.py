@@ -51,6 +51,8 @@ class Question:
     engine: str = "splitserve"
     calibration: Calibration | None = None
     seed: int = 0
+    traffic_flags: tuple[str, ...] = ()  # of `splitserve bench`, to send the same; empty: rate and mean lengths
+    notes: tuple[str, ...] = ()  # what was done to the traffic, for the reader
 
     def __post_init__(self) -> None:
         slo = self.slo
@@ -105,7 +107,8 @@ def worker_choices(question: Question, role: Role) -> list[WorkerChoice]:
     Raises: ConfigError: it fits on none; says what the largest one lacks.
     """
     gpus = question.prefill_gpus if role == "prefill" else question.decode_gpus
-    choices, refused = [], []
+    choices: list[WorkerChoice] = []
+    refused: dict[str, str] = {}  # the largest of each device
     for gpu in gpus:
         for tp in question.tp or _degrees(gpu, question):
             reason = question.model.refuse_tp(tp)
@@ -118,12 +121,12 @@ def worker_choices(question: Question, role: Role) -> list[WorkerChoice]:
                     f"{weights:,.0f} GB of {question.dtype} weights, {tp * gpu.memory_bytes / 1e9:,.0f} GB of memory"
                 )
             if reason is not None:
-                refused.append(f"{tp} x {gpu.name}: {reason}")
+                refused[gpu.name] = f"{tp} x {gpu.name}: {reason}"
                 continue
             choices += _with_chunks(question, role, gpu, tp, blocks)
     if not choices:
         raise ConfigError(
-            f"{question.model.name} fits on none of the workers for {role}: {'; '.join(refused)}; "
+            f"{question.model.name} fits on none of the workers for {role}: {'; '.join(refused.values())}; "
             f"use a larger GPU, more --tp, or --dtype {_smaller(question.dtype)}"
         )
     return choices

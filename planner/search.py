@@ -20,6 +20,7 @@ Judge = Callable[[ClusterSpec, Sequence[SimRequest], Slo], Outcome]
 Progress = Callable[[str, int, int], None]  # what is done, how many of how many
 
 _MAX_JUDGED = 10  # clusters of each mode
+_MAX_ENLARGED = 6
 _MAX_ESTIMATED, _MAX_HOPEFUL, _EQUALLY_CHEAP = 150, 2, 3
 _SCREENED_REQUESTS = 500  # at least, of the traffic, that candidates are compared on; the best are tried on all of it
 _ALTERNATIVES = 8
@@ -143,10 +144,24 @@ class _Jury:
                     best = answer
             judged.append(answer)
         self._on_progress(mode, len(shortlist), len(shortlist))
-        self.answers += judged
         if best is None and judged:
-            return min(judged, key=lambda answer: _strain(answer.outcome, self._question.slo))
+            closest = min(judged, key=lambda answer: _strain(answer.outcome, self._question.slo))
+            best = self._enlarged_until_good(closest, judged)
+        self.answers += judged
         return best
+
+    def _enlarged_until_good(self, answer: Answer, judged: list[Answer]) -> Answer:
+        """The closed form was too hopeful: give what is short more workers until limits are met or GPUs run out."""
+        for _ in range(_MAX_ENLARGED):
+            candidate = _enlarged(answer)
+            if candidate.num_gpus > self._question.max_gpus:
+                break
+            load = self._question.load.at(answer.rate)
+            answer = Answer(candidate=candidate, outcome=self.outcome(candidate, load, screen=False), rate=answer.rate)
+            judged.append(answer)
+            if answer.outcome.meets_slo:
+                break
+        return answer
 
     def _better(self, answer: Answer, than: Answer) -> bool:
         return _merit(self._question, answer) < _merit(self._question, than)
@@ -216,6 +231,20 @@ class _Jury:
         return tuple(found)
 
 
+def _enlarged(answer: Answer) -> Candidate:
+    """A quarter more workers, at least one, in the pool that missed its limit."""
+    candidate = answer.candidate
+
+    def more(pool: Pool) -> Pool:
+        return replace(pool, num_workers=pool.num_workers + max(1, pool.num_workers // 4))
+
+    if candidate.prefill is not None and "TTFT" in answer.outcome.missed:
+        candidate = replace(candidate, prefill=more(candidate.prefill))
+        if "TPOT" not in answer.outcome.missed and "ITL" not in answer.outcome.missed:
+            return candidate
+    return replace(candidate, decode=more(candidate.decode))
+
+
 def _changed(request: SimRequest, pace: float, prompts: float) -> SimRequest:
     """Arriving `pace` times as late, with a prompt `prompts` times as long; shared blocks stretch with it."""
     if pace == 1.0 and prompts == 1.0:
@@ -268,8 +297,7 @@ def _verdict(question: Question, split: Answer | None, together: Answer | None) 
 def _binding(sizing: Sizing, load: Load, roles: Sequence[str], answer: Answer | None) -> str:
     if answer is not None:
         return answer.outcome.missed
-    reasons = [f"{role}: {reason}" for role in roles if (reason := sizing.binding(load, role))]
-    return "; ".join(reasons) or "no combination fits into --max-gpus or the link"
+    return "; ".join(sizing.binding(load, role) for role in roles) + f"; --max-gpus is {sizing.max_gpus}"
 
 
 def _choices(candidate: Candidate) -> list[Provenance]:
