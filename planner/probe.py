@@ -22,6 +22,8 @@ from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
 
 _HELLO_TIMEOUT_S = 10.0
 _MESSAGE_TIMEOUT_S = 120.0
+_MIN_CELLS = 4
+_MAX_CELL_SHARE = 0.25  # of the time that the prompts of one cell may take
 _TOKENS_PER_CELL = 24  # of each sequence of a decode cell; the first gaps still hold other sequences' prompts
 _PROMPTS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -173,17 +175,22 @@ class _Probe:
             and batch * context <= 65_536
         ]
         self._rng.shuffle(cells)
-        # The smallest and the largest batch first: however short the time, both ends are known.
-        cells.sort(key=lambda cell: cell[0] not in (1, 8))
+        # One short cell first: it tells how fast the worker prefills, and so which cells are worth their prompts.
+        cells.sort(key=lambda cell: cell != (1, _CONTEXTS[0]))
+        tokens_per_s = 0.0
         for number, (batch, context) in enumerate(cells):
-            if number >= 4 and time.monotonic() > self._until_s:
+            if number >= _MIN_CELLS and time.monotonic() > self._until_s:
                 return
+            if number and batch * context > tokens_per_s * self._seconds * _MAX_CELL_SHARE:
+                continue
             try:
                 await self._decode_cell(end, batch, context)
             except SplitserveError as error:
                 if error.code != "overloaded":
                     raise
                 return  # larger batches than it takes
+            if number == 0:
+                tokens_per_s = max(context / r.total_s for r in self.records if r.kind == "prefill")
 
     async def _decode_cell(self, end: _End, batch: int, context: int) -> None:
         requests = [self._request(context, _TOKENS_PER_CELL) for _ in range(batch)]
@@ -204,7 +211,7 @@ class _Probe:
                     "decode", tokens=0, batch=batch, context=total, sequences=batch, seconds=now_s - previous_s
                 )
             for sequence in message.sequences:
-                if sequence.index == 0 and batch == 1 and sequence.HasField("report"):
+                if batch == 1 and sequence.HasField("report"):
                     self._record("prefill", context, 0, context, 1, sequence.report.prefill_s)
                 if sequence.finish_reason:
                     unfinished.discard(sequence.request_id)
