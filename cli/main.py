@@ -30,6 +30,8 @@ SUBCOMMANDS = {
     "generate": "Send one prompt and print the answer.",
     "chat": "Talk with the model, turn by turn.",
     "bench": "Load a router and report latencies, throughput and goodput.",
+    "plan": "Find how many prefill and decode workers a traffic needs.",
+    "calibrate": "Measure a worker, for plans that fit it.",
     "demo": "Start a small cluster, answer eight prompts, stop it.",
     "router": "Run a router process.",
     "prefill-worker": "Run a prefill worker process.",
@@ -38,6 +40,7 @@ SUBCOMMANDS = {
 
 # What the default install leaves out, by the extra that brings it.
 _EXTRAS = {
+    "plot": {"matplotlib"},
     "serve": {"gguf", "grpc_health", "grpc_reflection", "jinja2", "ray", "safetensors", "torch", "transformers"},
 }
 
