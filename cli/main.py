@@ -31,6 +31,7 @@ SUBCOMMANDS = {
     "chat": "Talk with the model, turn by turn.",
     "bench": "Load a router and report latencies, throughput and goodput.",
     "plan": "Find how many prefill and decode workers a traffic needs.",
+    "simulate": "Replay traffic on a cluster that need not exist.",
     "calibrate": "Measure a worker, for plans that fit it.",
     "demo": "Start a small cluster, answer eight prompts, stop it.",
     "router": "Run a router process.",

@@ -14,18 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..core.errors import ConfigError
 from ..planner import Plan, plan
-from ..planner.api import DEFAULT_REQUESTS, synthetic_requests
 from ..planner.calibration import merge_calibrations, read_calibration
 from ..planner.document import cluster_yaml, write_candidates, write_json
 from ..planner.gpus import GpuSpec, load_gpu
 from ..planner.models import KvCacheDtype, WeightDtype
 from ..planner.plots import plot
-from ..planner.published_traffic import published_traffic
 from ..planner.report import render
-from ..planner.trace_statistics import STATISTICS
-from ..planner.traces import read_trace
-from ..planner.traffic import mean_rate, scale_rate
-from ..planner.types import SimRequest
+from .traffic import read_traffic
 
 INFEASIBLE = 3  # exit code
 
@@ -113,7 +108,7 @@ def command(
     for file in (json_file, csv_file, plot_file, write_cluster):
         if file is not None and not os.access(file.absolute().parent, os.W_OK):
             raise ConfigError(f"{file}: its directory does not exist or cannot be written")
-    requests, notes, flags = _traffic(trace, isl, osl, rate, arrival_cv, num_requests, seed)
+    requests, notes, flags = read_traffic(trace, isl, osl, rate, arrival_cv, num_requests, seed)
     prices = _prices(price or [])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -172,45 +167,6 @@ def _write(
         plot(found, plot_file)
     if cluster_file is not None and found.chosen is not None:
         cluster_file.write_text(cluster_yaml(found), encoding="utf-8")
-
-
-def _traffic(
-    trace: str | None,
-    isl: str | None,
-    osl: str | None,
-    rate: float | None,
-    arrival_cv: float,
-    num_requests: int | None,
-    seed: int,
-) -> tuple[list[SimRequest], tuple[str, ...], tuple[str, ...]]:
-    """The requests to plan for, what was done to them, and the flags of `bench` that send the same."""
-    if trace is None:
-        if isl is None or osl is None or rate is None:
-            raise ConfigError("traffic is missing: give --isl, --osl and --rate, or --trace")
-        made = synthetic_requests(
-            isl=isl,
-            osl=osl,
-            rate=rate,
-            arrival_cv=arrival_cv,
-            num_requests=num_requests or DEFAULT_REQUESTS,
-            seed=seed,
-        )
-        return made, (), ()
-    if isl is not None or osl is not None:
-        raise ConfigError("--trace and --isl or --osl both say how long requests are; choose one")
-    notes: tuple[str, ...] = ()
-    flags: tuple[str, ...] = ()
-    if trace in STATISTICS and not Path(trace).exists():
-        requests = published_traffic(trace, num_requests, seed=seed)
-        notes = (f"the traffic follows the statistics of the {trace} trace; it is not the trace",)
-    else:
-        read = read_trace(Path(trace), seed=seed, limit=num_requests)
-        requests, notes, flags = list(read.requests), read.notes, ("--trace", trace)
-    if rate is not None:
-        factor = rate / mean_rate(requests)
-        requests = scale_rate(requests, factor)
-        flags = (*flags, "--time-scale", f"{1 / factor:.4g}") if flags else ()
-    return requests, notes, flags
 
 
 def _seconds(milliseconds: float | None) -> float | None:
