@@ -103,6 +103,8 @@ def command(
     $ splitserve plan --model qwen3-32b --gpu h100 --decode-gpu h200 --isl 4000:0.5 --osl 500 --rate 20
     --ttft-ms 1000 --tpot-ms 25 --headroom 0.2 --n-plus-one --json plan.json --write-cluster cluster.yaml
 
+    $ splitserve plan verify run.json --plan plan.json
+
     $ splitserve plan --model llama-3.1-70b --gpu h100 --trace mooncake.jsonl --prefix-cache --ttft-ms 4000 --tpot-ms 50
     """
     for file in (json_file, csv_file, plot_file, write_cluster):
