@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from dataclasses import replace
@@ -110,6 +111,8 @@ def command(
     for file in (json_file, csv_file, plot_file, write_cluster):
         if file is not None and not os.access(file.absolute().parent, os.W_OK):
             raise ConfigError(f"{file}: its directory does not exist or cannot be written")
+    if plot_file is not None:
+        importlib.import_module("matplotlib")  # before the search: its absence should not cost a minute
     requests, notes, flags = read_traffic(trace, isl, osl, rate, arrival_cv, num_requests, seed)
     prices = _prices(price or [])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,16 @@ def test_a_price_for_every_device_or_for_one() -> None:
     every, one = (plan(*ASKED, *TRAFFIC, "--fast", "--price", price).stdout for price in ("10", "h100=10"))
     assert every == one
     assert "110.00" in one  # 11 devices
+
+
+def test_the_plot_is_a_png_and_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "plan.png"
+    assert plan(*ASKED, *TRAFFIC, "--fast", "--plot", str(file)).exit_code == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    missing = plan(*ASKED, *TRAFFIC, "--fast", "--plot", str(file))
+    assert missing.exit_code == 2
+    assert "pip install 'splitserve[plot]'" in missing.stderr
 
 
 def bench_result(path: Path, *, ttft_s: float, tpot_s: float) -> Path:
