@@ -18,7 +18,7 @@ from .search import Plan, Progress, plan_question
 from .traffic import SyntheticTraffic, mean_rate, parse_lengths, scale_rate
 from .types import PoolSpec, SimRequest, Slo
 
-DEFAULT_REQUESTS = 1_500
+DEFAULT_REQUESTS = 1_000
 
 
 def plan(

@@ -59,6 +59,10 @@ def _modes(plan: Plan, answers: list[tuple[str, Answer]]) -> Table:
         table.add_row(name, *text)
 
     row("workers", [cluster_text(answer.candidate) for _, answer in answers])
+    chunks = [
+        (answer.candidate.prefill or answer.candidate.decode).choice.spec.max_step_tokens for _, answer in answers
+    ]
+    row("prefill tokens a step", [f"{chunk:,}" for chunk in chunks])
     row("GPUs", [f"{answer.candidate.num_gpus:,}" for _, answer in answers])
     row("cost, $/h", [f"{answer.cost_per_hour:,.2f}" for _, answer in answers])
     row("goodput, requests/s", [f"{answer.outcome.goodput_rps:.2f} of {answer.rate:.2f}" for _, answer in answers])
