@@ -220,7 +220,8 @@ def _print(result: SimulationResult, slo: Slo, pools: dict[str, str], notes: lis
         table.add_row(title, *(_milliseconds(figures[name]) for name in ("p50", "p90", "p99", "mean", "max")))
     facts = Table.grid(padding=(0, 2))
     for role, told in pools.items():
-        facts.add_row(role, f"{told}, busy {result.utilisation[role]:.0%}")
+        batch = "" if role == "prefill" else f", {result.mean_batch[role]:.1f} sequences a step"
+        facts.add_row(role, f"{told}, busy {result.utilisation[role]:.0%} of the time{batch}")
     facts.add_row(
         "requests", f"{result.num_finished:,} of {result.num_requests:,} finished, {result.duration_s:,.1f} s"
     )
@@ -276,6 +277,7 @@ def _document(
         "goodput_rps": result.goodput(slo),
         "output_tokens_per_s": result.output_tokens_per_s,
         "utilisation": result.utilisation,
+        "mean_batch": result.mean_batch,
         "link_utilisation": result.link_utilisation,
         "kv_gb_per_s": result.kv_bytes_per_s / 1e9,
         "preemptions": result.num_preemptions,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -84,6 +85,7 @@ class SimulatedWorker:
         self._began_s = 0.0  # of the step or run
         self._settling = False  # what ended is being told; the next step waits for what that brings
         self._version = 0  # of the step or run; the end of an older one means nothing
+        self._arrived: list[RequestLife] = []  # by transfer, in the last step of the run under way
         self._joining: list[RequestLife] = []  # get a token from the next step on
         self._joined: list[RequestLife] = []  # do so in the step or run under way
 
@@ -96,7 +98,7 @@ class SimulatedWorker:
     def add(self, request: Request, *, prefill_only: bool = False) -> None:
         """Raises: Overloaded."""
         if not self.scheduler.num_waiting:  # otherwise nobody gets past the one who waits already
-            self._cut_run()
+            self._shorten_run()
         self.scheduler.add(request, prefill_only=prefill_only)
         self._wake()
 
@@ -109,9 +111,11 @@ class SimulatedWorker:
         return self.scheduler.reserve(request, self._headroom_tokens)
 
     def start_reserved(self, life: RequestLife) -> None:
-        self._cut_run()
-        self.scheduler.start_reserved(life.request_id, TOKEN)
-        self._joining.append(life)
+        if self._run is not None:
+            self._shorten_run()
+            self._arrived.append(life)
+            return
+        self._start_reserved(life)
         self._wake()
 
     def release(self, request_id: str) -> None:
@@ -121,9 +125,18 @@ class SimulatedWorker:
 
     # --- steps ---
 
+    def _start_reserved(self, life: RequestLife) -> None:
+        self.scheduler.start_reserved(life.request_id, TOKEN)
+        self._joining.append(life)
+
     def _wake(self) -> None:
         if self._plan is None and self._run is None and not self._settling:
             self._begin()
+
+    def _start_arrived(self) -> None:
+        arrived, self._arrived = self._arrived, []
+        for life in arrived:
+            self._start_reserved(life)
 
     def _begin(self) -> None:
         """Start what comes next, if anything does."""
@@ -190,8 +203,18 @@ class SimulatedWorker:
             self._run_ended(self._timing.num_steps)
         elif self._plan is not None:
             self._plan_ended(self._plan)
+        self._start_arrived()
         self._settling = False
         self._begin()
+
+    def _shorten_run(self) -> None:
+        """Let the run under way end with the step that is being computed now: somebody joins then."""
+        if self._timing is None:
+            return
+        num_steps = self._timing.steps_within(self._queue.now_s - self._began_s) + 1
+        if num_steps < self._timing.num_steps:
+            self._timing = replace(self._timing, num_steps=num_steps)
+            self._end_at(self._began_s + self._timing.total_s)
 
     def _cut_run(self) -> None:
         """Turn the run under way into its steps so far and the single step that is being computed now."""
@@ -208,6 +231,7 @@ class SimulatedWorker:
         plan = self.scheduler.schedule()
         assert plan is not None, "a run goes on as it was foreseen"
         self._begin_plan(plan)
+        self._start_arrived()
 
     def _run_ended(self, num_steps: int) -> None:
         """The first `num_steps` steps of the run are over."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +53,7 @@ class SimulationResult:
     errors: dict[str, int]  # error code -> requests
     duration_s: float  # from the first arrival to the last end
     utilisation: dict[str, float]  # pool -> share of time in steps, mean over its workers
+    mean_batch: dict[str, float]  # pool -> sequences that a step gave a token, mean over its steps
     link_utilisation: float  # of the busiest worker's side of the link
     kv_bytes: float  # moved
     num_preemptions: int
@@ -167,7 +168,8 @@ def summarize_lives(
         itl_weights=weights,
         errors=errors,
         duration_s=duration_s,
-        utilisation=_utilisation(workers, duration_s),
+        utilisation=_by_pool(workers, lambda logs: _mean_busy(logs, duration_s)),
+        mean_batch=_by_pool(workers, _mean_batch),
         link_utilisation=max(links.busy_s.values(), default=0.0) / duration_s if duration_s > 0 else 0.0,
         kv_bytes=links.num_bytes,
         num_preemptions=sum(worker.scheduler.num_preemptions for worker in workers.values()),
@@ -221,8 +223,18 @@ def _weighted_percentile(values: Seconds, weights: NDArray[np.float64], q: float
     return float(values[order][min(np.searchsorted(reached, reached[-1] * q / 100), len(values) - 1)])
 
 
-def _utilisation(workers: Mapping[str, SimulatedWorker], duration_s: float) -> dict[str, float]:
-    pools: dict[str, list[float]] = {}
+def _by_pool(workers: Mapping[str, SimulatedWorker], figure: Callable[[Sequence[StepLog]], float]) -> dict[str, float]:
+    pools: dict[str, list[StepLog]] = {}
     for name, worker in workers.items():
-        pools.setdefault(name.rpartition("-")[0], []).append(worker.log.busy_s)
-    return {pool: sum(busy) / len(busy) / duration_s if duration_s > 0 else 0.0 for pool, busy in pools.items()}
+        pools.setdefault(name.rpartition("-")[0], []).append(worker.log)
+    return {pool: figure(logs) for pool, logs in pools.items()}
+
+
+def _mean_busy(logs: Sequence[StepLog], duration_s: float) -> float:
+    return sum(log.busy_s for log in logs) / len(logs) / duration_s if duration_s > 0 else 0.0
+
+
+def _mean_batch(logs: Sequence[StepLog]) -> float:
+    steps = sum(sum(log.num_steps) for log in logs)
+    tokens = sum(number * batch for log in logs for number, batch in zip(log.num_steps, log.batch, strict=True))
+    return tokens / steps if steps else 0.0

@@ -61,10 +61,11 @@ class BlockAllocator:
     def allocate(self, num_blocks: int, *, granted: bool = False) -> list[int]:
         """Take blocks that hold nothing, evicting the least recently used cached ones; guard with `can_allocate`."""
         assert num_blocks <= self.num_available, "allocate without can_allocate"
+        owners = self._owners(granted)
         taken = []
         for _ in range(num_blocks):
             block = self._free.pop() if self._free else self._evict()
-            self._owners(granted)[block] += 1
+            owners[block] += 1
             taken.append(block)
         return taken
 
@@ -82,9 +83,10 @@ class BlockAllocator:
 
     def share(self, blocks: Iterable[int], *, granted: bool = False) -> None:
         """Become one more owner of cached or owned blocks."""
+        owners = self._owners(granted)
         for block in blocks:
             self._idle.pop(block, None)
-            self._owners(granted)[block] += 1
+            owners[block] += 1
 
     def grant_to_live(self, blocks: Iterable[int]) -> None:
         """The transfer is committed: what the reservation owned, a sequence owns now."""

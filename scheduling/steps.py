@@ -290,11 +290,12 @@ class StepScheduler:
         num_steps = num_context_tokens = 0
         started: list[Sequence] = []
         for sequence in self._running:
-            num_tokens, num_output = sequence.num_tokens, sequence.num_output
-            if num_tokens - sequence.num_computed != 1 or not num_output or sequence.request.stop_token_ids:
+            request, num_tokens = sequence.request, sequence.num_tokens
+            num_output = num_tokens - request.num_prompt_tokens
+            if num_tokens - sequence.num_computed != 1 or not num_output or request.stop_token_ids:
                 return None  # a prefill, a first token, or an end that nobody can foresee
-            left = sequence.request.max_tokens - num_output
-            num_steps = left if num_steps == 0 else min(num_steps, left)
+            if not num_steps or request.max_tokens - num_output < num_steps:
+                num_steps = request.max_tokens - num_output
             num_context_tokens += num_tokens
             if not sequence.started:
                 started.append(sequence)
@@ -319,13 +320,15 @@ class StepScheduler:
         ended: list[Sequence] = []
         token_ids = [token_id] * num_steps
         for sequence in tuple(self._running):
-            if needed := self._new_blocks(sequence, num_steps):
+            num_computed = sequence.num_computed + num_steps
+            needed = blocks_for(num_computed, self.blocks.block_size) - len(sequence.block_table)
+            if needed > 0:
                 sequence.block_table += self.blocks.allocate(needed)
-            sequence.started = True
             sequence.token_ids.extend(token_ids)
-            sequence.num_computed += num_steps
-            self._publish(sequence, sequence.num_computed)
-            if sequence.num_output >= sequence.request.max_tokens:
+            sequence.num_computed = num_computed
+            sequence.started = True
+            self._publish(sequence, num_computed)
+            if num_computed + 1 - sequence.request.num_prompt_tokens >= sequence.request.max_tokens:
                 self._finish(sequence)
                 ended.append(sequence)
         return ended
@@ -401,13 +404,10 @@ class StepScheduler:
         insort(self._running, sequence, key=_queue_key)
         return sequence
 
-    def _new_blocks(self, sequence: Sequence, num_steps: int) -> int:
-        """Blocks that a decoding sequence takes for that many steps."""
-        needed = blocks_for(sequence.num_tokens + num_steps - 1, self.blocks.block_size)
-        return max(0, needed - len(sequence.block_table))
-
     def _blocks_of_run(self, num_steps: int) -> int:
-        return sum(self._new_blocks(sequence, num_steps) for sequence in self._running)
+        """Blocks that the running sequences take for that many decode steps."""
+        size = self.blocks.block_size
+        return sum(max(0, blocks_for(s.num_computed + num_steps, size) - len(s.block_table)) for s in self._running)
 
     def _must_preempt(self, sequence: Sequence) -> bool:
         """Whether a decoding sequence needs a block for its next token that nobody has left."""
@@ -441,14 +441,15 @@ class StepScheduler:
 
     def _publish(self, sequence: Sequence, num_computed: int) -> None:
         """Enter the blocks that became full with the first `num_computed` tokens into the prefix index."""
-        full = num_computed // self.blocks.block_size
-        if full <= sequence.num_published or not self.blocks.has_prefix_cache:
+        blocks = self.blocks
+        full = num_computed // blocks.block_size
+        if full <= sequence.num_published or not blocks.has_prefix_cache:
             return
         known = sequence.token_ids[:num_computed]  # those behind may be pending
         self._contents.extend_hashes(sequence.prefix_hashes, known, sequence.request)
-        units = self.blocks.block_size // PREFIX_UNIT
+        units = blocks.block_size // PREFIX_UNIT
         for index in range(sequence.num_published, full):
-            self.blocks.publish(sequence.block_table[index], sequence.prefix_hashes[(index + 1) * units - 1])
+            blocks.publish(sequence.block_table[index], sequence.prefix_hashes[(index + 1) * units - 1])
         sequence.num_published = full
 
     def _finish(self, sequence: Sequence) -> None:

@@ -1,6 +1,8 @@
 """The simulator: times that can be worked out by hand, conservation, and the same answer each time."""
 
 import dataclasses
+import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from splitserve.core.errors import ConfigError
 from splitserve.core.events import TERMINAL, Event
+from splitserve.core.request import Request
 from splitserve.planner.simulator import RouterLimits, Simulation, SimulationResult, simulate
 from splitserve.planner.types import ClusterSpec, SimRequest, Slo
+from splitserve.scheduling.routing import DecodeLoad, Placement, PrefillLoad
 from splitserve.scheduling.steps import StepScheduler
 
 from .clusters import LinearLatency, cluster, pool
@@ -31,6 +35,8 @@ def test_one_request_takes_prefill_then_a_step_for_each_further_token() -> None:
     assert result.transfer_exposed_s[0] == 0.0  # 131 MB in 5 ms, behind 20 ms of prefill
     assert result.kv_bytes == 1000 * 131_072
     assert result.percentile("itl", 99) == pytest.approx(0.010)
+    assert result.mean_batch["decode"] == 1.0
+    assert result.utilisation["decode"] == pytest.approx(0.100 / 0.122)  # of the time from arrival to the end
     assert [event for event, _ in result.events[0]] == [
         Event.ARRIVED,
         Event.ADMITTED,
@@ -135,6 +141,26 @@ def test_a_worker_that_is_added_takes_work_and_a_retired_one_gets_none() -> None
     assert result.num_finished == 200
     assert len(simulation.workers["prefill-1"].log) > 0
     assert_idle(simulation)
+
+
+def test_a_policy_chooses_the_workers_and_chance_comes_from_the_seed() -> None:
+    def random_pair(
+        request: Request,
+        prefills: Sequence[PrefillLoad],
+        decodes: Sequence[DecodeLoad],
+        *,
+        any_prefill_alive: bool,
+        prefill_bound_s: float,
+        rng: random.Random,
+    ) -> Placement | None:
+        return Placement(prefill=rng.choice(prefills).worker, decode=rng.choice(decodes).worker)
+
+    spec = cluster(pool(num_workers=3), pool(num_workers=3))
+    requests = [one(2000, 20, i * 0.02) for i in range(100)]
+    first, again, other = (simulate(spec, requests, policy=random_pair, seed=seed) for seed in (1, 1, 2))
+    assert (first.ttft_s == again.ttft_s).all()
+    assert (first.ttft_s != other.ttft_s).any()
+    assert simulate(spec, requests).percentile("ttft", 90) < first.percentile("ttft", 90)
 
 
 requests_strategy = st.lists(
