@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from dataclasses import replace
@@ -103,11 +104,15 @@ def command(
     $ splitserve plan --model qwen3-32b --gpu h100 --decode-gpu h200 --isl 4000:0.5 --osl 500 --rate 20
     --ttft-ms 1000 --tpot-ms 25 --headroom 0.2 --n-plus-one --json plan.json --write-cluster cluster.yaml
 
+    $ splitserve plan verify run.json --plan plan.json
+
     $ splitserve plan --model llama-3.1-70b --gpu h100 --trace mooncake.jsonl --prefix-cache --ttft-ms 4000 --tpot-ms 50
     """
     for file in (json_file, csv_file, plot_file, write_cluster):
         if file is not None and not os.access(file.absolute().parent, os.W_OK):
             raise ConfigError(f"{file}: its directory does not exist or cannot be written")
+    if plot_file is not None:
+        importlib.import_module("matplotlib")  # before the search: its absence should not cost a minute
     requests, notes, flags = read_traffic(trace, isl, osl, rate, arrival_cv, num_requests, seed)
     prices = _prices(price or [])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

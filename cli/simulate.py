@@ -60,7 +60,7 @@ def command(
     ] = None,
     arrival_cv: Annotated[float, typer.Option(help="Burstiness of arrivals; 1 is Poisson.")] = 1.0,
     num_requests: Annotated[
-        int | None, typer.Option(min=2, help="Requests to simulate.", show_default="1500, or the whole trace")
+        int | None, typer.Option(min=2, help="Requests to simulate.", show_default="1000, or the whole trace")
     ] = None,
     slo_ttft_ms: Annotated[float | None, typer.Option(help="Goodput: limit on TTFT.")] = None,
     slo_tpot_ms: Annotated[float | None, typer.Option(help="Goodput: limit on TPOT.")] = None,

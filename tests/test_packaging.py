@@ -76,7 +76,7 @@ def test_every_requirement_is_pinned_inside_its_range() -> None:
     pins = {canonicalize_name(name): pin for name, pin in (line.split("==") for line in lines if line[0] != "#")}
     project = PYPROJECT["project"]
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *extras["serve"], *extras["http"], *extras["dev"]]
+    lines = [*project["dependencies"], *extras["serve"], *extras["http"], *extras["plot"], *extras["dev"]]
     for requirement in map(Requirement, lines):
         if requirement.name != "splitserve":
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
