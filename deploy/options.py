@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..core.config import ClusterConfig, WorkerRole
-from ..core.errors import ConfigError
 from ..engine.options import EngineOptions
 from ..worker.options import WorkerOptions
 
 if TYPE_CHECKING:
     from ..router.server import RouterOptions
 
-_TRANSPORTS = {"auto": ("shared_memory", "grpc"), "grpc": ("grpc",), "shared-memory": ("shared_memory",)}
+_TRANSPORTS = {
+    "auto": ("cuda_ipc", "shared_memory", "grpc"),
+    "grpc": ("grpc",),
+    "shared-memory": ("shared_memory",),
+    "cuda-ipc": ("cuda_ipc",),
+}
 
 
 def worker_options(
@@ -30,16 +34,12 @@ def worker_options(
     transports = _TRANSPORTS[config.transport]
     device = engine.device or ("cuda" if config.pool(role).gpus else "cpu")
     on_gpu = device != "cpu"
-    if on_gpu and role != "colocated":
-        raise ConfigError(
-            f"engine.device is {device} and the role is {role}: KV does not move between GPUs yet; "
-            "use colocated workers there, or device cpu"
-        )
     return WorkerOptions(
         engine=EngineOptions(
             model=config.model,
             device=device,
             dtype=engine.dtype,
+            random_weights=engine.random_weights,
             block_size=engine.block_size,
             num_kv_blocks=engine.num_kv_blocks,
             kv_memory_bytes=engine.kv_memory,
@@ -79,8 +79,10 @@ def router_options(
         decode=decode,
         host=router.host,
         port=router.port,
+        http_port=http_port if (http_port := router.http_port_of(0)) >= 0 else None,
         metrics_port=metrics_port,
         router_id=router_id,
+        api_key_file=router.api_key_file,
         max_queued=router.max_queued,
         max_live=router.max_live,
         prefill_bound_s=router.prefill_bound_s,

@@ -45,7 +45,7 @@ def load_model(options: EngineOptions) -> LoadedModel:
     if not sys.stderr.isatty():
         # A log file is no place for one.
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    path = resolve_model(options.model)
+    path = resolve_model(options.model, weights=not options.random_weights)
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -56,8 +56,23 @@ def load_model(options: EngineOptions) -> LoadedModel:
     check_architecture(config)
     device = _device(options.device)
     dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    if options.random_weights:
+        model = _random_weights(config, TORCH_DTYPES[dtype], device)
+        shape = xxhash.xxh3_64_hexdigest(config.to_json_string().encode())
+        return prepare_model(model, options, path, f"{config.model_type}@random-{shape}")
     model = _load_weights(path, config, TORCH_DTYPES[dtype], device)
     return prepare_model(model, options, path, f"{config.model_type}@{_digest(path)}")
+
+
+def _random_weights(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The same on every device of one kind: two workers with random weights serve one model."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, attn_implementation="eager"
+        )
+    model.train(False)
+    return model
 
 
 def prepare_model(model: PreTrainedModel, options: EngineOptions, path: Path, model_id: str) -> LoadedModel:
@@ -70,7 +85,9 @@ def prepare_model(model: PreTrainedModel, options: EngineOptions, path: Path, mo
         pack_linears(model)
     dtype = next(name for name, torch_dtype in TORCH_DTYPES.items() if torch_dtype == model.dtype)
     geometry = KvGeometry(model_id=model_id, layers=_probe_layers(model), dtype=options.kv_dtype or dtype)
-    reference = eager_check_logits(model) if options.self_check else None
+    # The noise of random weights is larger than the bound for real ones.
+    checked = options.self_check and not options.random_weights
+    reference = eager_check_logits(model) if checked else None
     if on_gpu:
         from .gpu.fusions import fuse
 

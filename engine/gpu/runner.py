@@ -8,20 +8,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...core.errors import SplitserveError
 from ...scheduling.sequence import PENDING, SequenceState
 from ...scheduling.sequence import Sequence as RunningSequence
 from ...scheduling.steps import ScheduledTokens, StepPlan
 from ..attention import KvWritten
+from ..logprobs import StepLogprobs, prompt_rows
+from ..output_format import OutputFormats
 from ..pool import KvPool
-from ..runner import SequenceTokens, sample_input, sampled_rows
-from ..sampler import penalise, uniform
+from ..runner import SequenceTokens, StepResult, is_plain, sample_inputs, sampled_rows, step_result
+from ..sampler import adjust, uniform
 from .attention_kernels import prefill_tiles
 from .batch import CUDNN_FROM_TOKENS, DecodeRows, GpuBatch, PrefillRows, SplitMemory, cudnn_length, layer_views
 from .captured_prefill import MAX_SEQUENCES, CapturedPrefill
@@ -48,8 +51,10 @@ class _Slot:
 class _Running:
     """A step whose kernels are queued."""
 
-    request_ids: list[str]  # those that get a token, in order
-    chosen: Tensor  # [>= len(request_ids)] int64, pinned; written when `done` is
+    sampling: list[ScheduledTokens]  # those that get a token, in order
+    chosen: Tensor  # [>= len(sampling)] int64, pinned; written when `done` is
+    likelihoods: StepLogprobs | None  # the same
+    failed: dict[str, SplitserveError]
     done: torch.cuda.Event
 
 
@@ -71,10 +76,12 @@ class GpuRunner:
         max_model_len: int,
         max_step_tokens: int,
         num_query_heads: int,
+        formats: OutputFormats,
         kv_written: KvWritten | None = None,
     ) -> None:
         self._model = model
         self._pool = pool
+        self._formats = formats
         self._device = model.device
         self._layers = layer_views(pool)
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -182,22 +189,27 @@ class GpuRunner:
         with torch.cuda.stream(self._stream):
             parts = sorted(plan.parts, key=lambda part: part.num_tokens > 1)
             sampling, rows = sampled_rows(parts)
+            likelihoods: StepLogprobs | None = None
+            failed: dict[str, SplitserveError] = {}
             if self._graphs and all(_can_be_captured(part) for part in parts):
                 self._launch_captured(parts)
             else:
-                self._launch_packed(parts, sampling, rows)
+                likelihoods, failed = self._launch_packed(parts, sampling, rows)
             received = self._received[0]
             self._received.rotate(-1)
             received[: len(sampling)].copy_(self._chosen[: len(sampling)], non_blocking=True)
+            if likelihoods is not None:
+                likelihoods = replace(likelihoods, rows=likelihoods.rows.to_host())
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        request_ids = [part.sequence.request_id for part in sampling]
-        self._running.append(_Running(request_ids=request_ids, chosen=received, done=done))
+        self._running.append(
+            _Running(sampling=sampling, chosen=received, likelihoods=likelihoods, failed=failed, done=done)
+        )
 
-    def collect(self) -> dict[str, int]:
+    def collect(self) -> StepResult:
         step = self._running.popleft()
         step.done.synchronize()
-        return dict(zip(step.request_ids, step.chosen[: len(step.request_ids)].tolist(), strict=True))
+        return step_result(step.sampling, step.chosen[: len(step.sampling)].tolist(), step.failed, step.likelihoods)
 
     def abandon(self) -> None:
         self._running.clear()
@@ -206,6 +218,7 @@ class GpuRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Let cuDNN prepare for the prompt lengths it will see; what it prepares belongs to the calling thread."""
+        self._formats.warm_up()
         lengths = sorted({cudnn_length(n) for n in range(CUDNN_FROM_TOKENS, self._max_step_tokens + 1, 128)})
         with torch.cuda.stream(self._stream):
             for length in lengths:
@@ -277,7 +290,7 @@ class GpuRunner:
         """Bring the device's block table up to date, but for the newest block, which the step itself enters."""
         slot, table = self._slots[sequence], sequence.block_table
         if slot.table is not table or len(table) > slot.num_blocks + 1:
-            self._tables[slot.index, : len(table)].copy_(torch.tensor(table, dtype=torch.int32))
+            self._tables[slot.index, : len(table)] = to_device(np.array(table, np.int32), self._device)
             slot.table = table
         slot.num_blocks = len(table)
 
@@ -287,8 +300,11 @@ class GpuRunner:
 
     def _launch_packed(
         self, parts: Sequence[ScheduledTokens], sampling: Sequence[ScheduledTokens], rows: list[int]
-    ) -> None:
-        """Any mix of chunks and single tokens, each kernel launched by itself."""
+    ) -> tuple[StepLogprobs | None, dict[str, SplitserveError]]:
+        """Any mix of chunks and single tokens, each kernel launched by itself.
+
+        Returns the logprobs that were asked for, still on the device, and the requests that cannot go on.
+        """
         sequences = [
             SequenceTokens(
                 request_id=part.sequence.request_id,
@@ -298,7 +314,7 @@ class GpuRunner:
             )
             for part in parts
         ]
-        penalised = [part for part in sampling if part.sequence.request.sampling.has_penalties]
+        plain = all(is_plain(part) for part in parts)
         # Tokens that the step before this one is still choosing.
         waiting = [i for i, s in enumerate(sequences) if s.token_ids[-1] == PENDING]
         pending = None
@@ -307,11 +323,11 @@ class GpuRunner:
             at = to_device(np.array([waiting, slots]), self._device)
             pending = torch.stack((at[0], self._last_tokens[at[1]]))
         written = None if self._announcer is None else self._announcer.of_step(parts, self._stream)
-        captured = None if penalised else self._prefill.find(sequences)
+        captured = self._prefill.find(sequences) if plain else None
         if captured is not None:
             self._send(sampling, MAX_SEQUENCES, captured=False)
             self._prefill.launch(captured, sequences, self._pool.block_size, rows, pending, written)
-            return
+            return None, {}
         sent = self._send(sampling, len(sampling), captured=False)
         step, input_ids, position_ids = pack(
             sequences,
@@ -323,24 +339,21 @@ class GpuRunner:
         )
         if pending is not None:
             input_ids[pending[0]] = pending[1]
-        wanted = to_device(np.array(rows, np.int64), self._device)
+        wanted = to_device(np.array(rows + prompt_rows(parts), np.int64), self._device)
         logits = run(self._model, step, input_ids, position_ids, wanted)
-        if not sampling:
-            return
-        if penalised:
-            logits = logits.float()
-            for values, part in zip(logits, sampling, strict=True):
-                if part.sequence.request.sampling.has_penalties:
-                    penalise(values, sample_input(part))
-        self._sample(logits, sent)
+        if plain:
+            if sampling:
+                self._sample(logits, sent)
+            return None, {}
+        inputs, failed = sample_inputs(sampling, self._formats)
+        if sampling:
+            self._sample(adjust(logits[: len(sampling)], inputs), sent)
+        return StepLogprobs.of(logits, parts, sampling, self._chosen[: len(sampling)]), failed
 
 
 def _can_be_captured(part: ScheduledTokens) -> bool:
-    """A single token of a sequence that has a place on the device and samples without looking back."""
-    sequence = part.sequence
-    return (
-        part.num_tokens == 1 and part.samples and not (sequence.prefill_only or sequence.request.sampling.has_penalties)
-    )
+    """A single token of a sequence that has a place on the device, chosen by logits that nobody else looks at."""
+    return part.num_tokens == 1 and part.samples and not part.sequence.prefill_only and is_plain(part)
 
 
 class _Announcer:
