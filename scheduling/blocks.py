@@ -68,7 +68,7 @@ class BlockAllocator:
         taken = []
         for _ in range(num_blocks):
             block = self._free.pop() if self._free else self._evict()
-            owners[block] = 1
+            owners[block] = 1  # the first, so there is no need for _own
             taken.append(block)
         if granted:
             self._num_granted += num_blocks

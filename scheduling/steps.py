@@ -89,6 +89,7 @@ class StepScheduler:
     Args:
         max_packed_tokens: no further prompt joins a step that has this many prefill tokens. Past the size from which
             a device is busy, it would be no sooner done, and would delay those before it. None: up to max_step_tokens.
+        contents: what stands for tokens and their prefixes. None: real tokens, of this model and dtype.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class StepScheduler:
         max_waiting: int,
         max_step_tokens: int,
         max_packed_tokens: int | None = None,
-        contents: Contents | None = None,  # None: real tokens
+        contents: Contents | None = None,
     ) -> None:
         self.blocks = blocks
         self._contents = contents or TokenContents(model_id=model_id, kv_dtype=kv_dtype)
