@@ -183,10 +183,10 @@ class Controller:
             if name not in self._actors:
                 self._actors[name] = create_actor(name, group, needs, log_path=log_path)
             command = self._command(
-                config, role, name=name, host=self._host(role), port=port, num_threads=needs.num_cpus
+                config, role, name=name, host=self._host(role), port=port, num_threads=needs.num_threads
             )
             started: Endpoint | StartFailure = await self._actors[name].start.remote(
-                command, role_environment(needs.num_cpus), config.startup_timeout_s
+                command, role_environment(needs.num_threads), config.startup_timeout_s
             )
         except SplitserveError as error:  # it cannot be placed
             return StartFailure(code=error.code, message=error.message)

@@ -35,10 +35,16 @@ def worker_options(
             f"engine.device is {device} and the role is {role}: KV does not move between GPUs yet; "
             "use colocated workers there, or device cpu"
         )
+    if engine.tensor_parallel > 1 and role != "colocated":
+        raise ConfigError(
+            f"engine.tensor_parallel is {engine.tensor_parallel} and the role is {role}: KV that is split over ranks "
+            "does not move between workers yet; use colocated workers, or tensor_parallel 1"
+        )
     return WorkerOptions(
         engine=EngineOptions(
             model=config.model,
             device=device,
+            tensor_parallel=engine.tensor_parallel,
             dtype=engine.dtype,
             block_size=engine.block_size,
             num_kv_blocks=engine.num_kv_blocks,

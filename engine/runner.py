@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol
 
 import torch
@@ -16,12 +17,24 @@ from .pool import KvPool
 from .sampler import SampleInput, sample
 
 
+class StepMode(IntEnum):
+    """How a step is computed. Ranks that share a model must choose alike, so rank 0 chooses."""
+
+    PACKED = 0  # kernel by kernel
+    CAPTURED = 1  # as PACKED, but through the graph of its number of tokens if there is one
+    DECODE = 2  # one new token for each sequence, through the graph of its batch
+
+
 class StepRunner(Protocol):
     """Computes planned steps in order. Only the device thread calls."""
 
     max_steps: int  # that may be launched and not collected
 
-    def launch(self, plan: StepPlan) -> None:
+    def mode(self, plan: StepPlan) -> StepMode:
+        """How `launch` computes this step unless told otherwise."""
+        ...
+
+    def launch(self, plan: StepPlan, mode: StepMode | None = None) -> None:
         """Start a step; on a GPU this only queues its work."""
         ...
 
@@ -43,17 +56,23 @@ class StepRunner(Protocol):
 
 
 class CpuRunner:
-    """Runs a step when it is collected."""
+    """Runs a step when it is collected; where another rank samples, `samples` is false and there are no tokens."""
 
     max_steps = 1
 
-    def __init__(self, model: PreTrainedModel, pool: KvPool, kv_written: KvWritten | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, pool: KvPool, kv_written: KvWritten | None, *, samples: bool = True
+    ) -> None:
         self._model = model
         self._pool = pool
         self._kv_written = kv_written
+        self._samples = samples
         self._plan: StepPlan | None = None
 
-    def launch(self, plan: StepPlan) -> None:
+    def mode(self, plan: StepPlan) -> StepMode:
+        return StepMode.PACKED
+
+    def launch(self, plan: StepPlan, mode: StepMode | None = None) -> None:
         self._plan = plan
 
     def abandon(self) -> None:
@@ -82,6 +101,8 @@ class CpuRunner:
         ]
         sampling, rows = sampled_rows(parts)
         logits = forward(self._model, self._pool, sequences, rows, self._kv_written)
+        if not self._samples:
+            return {}
         token_ids = sample(logits, [sample_input(part) for part in sampling])
         return {part.sequence.request_id: token for part, token in zip(sampling, token_ids, strict=True)}
 

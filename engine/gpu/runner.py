@@ -19,8 +19,9 @@ from ...scheduling.sequence import PENDING, SequenceState
 from ...scheduling.sequence import Sequence as RunningSequence
 from ...scheduling.steps import ScheduledTokens, StepPlan
 from ..attention import KvWritten
+from ..parallel.group import RankGroup
 from ..pool import KvPool
-from ..runner import SequenceTokens, sample_input, sampled_rows
+from ..runner import SequenceTokens, StepMode, sample_input, sampled_rows
 from ..sampler import penalise, uniform
 from .attention_kernels import prefill_tiles
 from .batch import CUDNN_FROM_TOKENS, DecodeRows, GpuBatch, PrefillRows, SplitMemory, cudnn_length, layer_views
@@ -72,8 +73,10 @@ class GpuRunner:
         max_step_tokens: int,
         num_query_heads: int,
         kv_written: KvWritten | None = None,
+        group: RankGroup | None = None,
     ) -> None:
         self._model = model
+        self._group = group
         self._pool = pool
         self._device = model.device
         self._layers = layer_views(pool)
@@ -96,7 +99,7 @@ class GpuRunner:
         self._slots: dict[RunningSequence, _Slot] = {}
         self._free_slots = list(range(num_slots))
         self._tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=self._device)
-        self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
+        self._last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=self._device)  # the last: nobody's
         # Static inputs of the captured steps; each graph uses the first rows.
         num_rows = max(max_running, MAX_SEQUENCES)
         self._rows = torch.zeros(num_rows, FIELDS, dtype=torch.int32, device=self._device)
@@ -171,21 +174,34 @@ class GpuRunner:
         self._sample(logits, self._rows[:batch])
 
     def _sample(self, logits: Tensor, rows: Tensor) -> None:
-        sample_rows(
-            logits, rows[:, 4:], rows[:, 1], last_tokens=self._last_tokens, chosen=self._chosen[: logits.shape[0]]
-        )
+        chosen = self._chosen[: logits.shape[0]]
+        if self._group is None or self._group.leads:
+            sample_rows(logits, rows[:, 4:], rows[:, 1], last_tokens=self._last_tokens, chosen=chosen)
+        if self._group is not None:
+            self._group.copy_from_leader(chosen)
+            if not self._group.leads:
+                slots = rows[:, 1].long()
+                slots = torch.where(slots < 0, self._last_tokens.shape[0] - 1, slots)
+                self._last_tokens.scatter_(0, slots, chosen)
 
     # --- steps ---
 
+    def mode(self, plan: StepPlan) -> StepMode:
+        if self._graphs and all(_can_be_captured(part) for part in plan.parts):
+            return StepMode.DECODE
+        penalised = any(part.samples and part.sequence.request.sampling.has_penalties for part in plan.parts)
+        return StepMode.PACKED if penalised else StepMode.CAPTURED
+
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> None:
+    def launch(self, plan: StepPlan, mode: StepMode | None = None) -> None:
+        mode = self.mode(plan) if mode is None else mode
         with torch.cuda.stream(self._stream):
             parts = sorted(plan.parts, key=lambda part: part.num_tokens > 1)
             sampling, rows = sampled_rows(parts)
-            if self._graphs and all(_can_be_captured(part) for part in parts):
+            if mode is StepMode.DECODE:
                 self._launch_captured(parts)
             else:
-                self._launch_packed(parts, sampling, rows)
+                self._launch_packed(parts, sampling, rows, mode)
             received = self._received[0]
             self._received.rotate(-1)
             received[: len(sampling)].copy_(self._chosen[: len(sampling)], non_blocking=True)
@@ -286,7 +302,7 @@ class GpuRunner:
             self._free_slots.append(self._slots.pop(sequence).index)
 
     def _launch_packed(
-        self, parts: Sequence[ScheduledTokens], sampling: Sequence[ScheduledTokens], rows: list[int]
+        self, parts: Sequence[ScheduledTokens], sampling: Sequence[ScheduledTokens], rows: list[int], mode: StepMode
     ) -> None:
         """Any mix of chunks and single tokens, each kernel launched by itself."""
         sequences = [
@@ -307,7 +323,7 @@ class GpuRunner:
             at = to_device(np.array([waiting, slots]), self._device)
             pending = torch.stack((at[0], self._last_tokens[at[1]]))
         written = None if self._announcer is None else self._announcer.of_step(parts, self._stream)
-        captured = None if penalised else self._prefill.find(sequences)
+        captured = self._prefill.find(sequences) if mode is StepMode.CAPTURED else None
         if captured is not None:
             self._send(sampling, MAX_SEQUENCES, captured=False)
             self._prefill.launch(captured, sequences, self._pool.block_size, rows, pending, written)

@@ -38,6 +38,8 @@ def start_on_gpu(
     others = max(0, others - torch.cuda.memory_reserved(device))  # CUDA's own, and other processes
     left = budget - others - weights - step - graphs - _SLACK_BYTES
     num_blocks = options.num_kv_blocks or left // row_bytes
+    if model.group is not None:
+        num_blocks = model.group.least(num_blocks)  # ranks share block numbers
     logger.info(
         "device memory: %.2f GiB of %.2f GiB may be used: weights %.2f, largest step %.2f, graphs %.2f, CUDA and other "
         "processes %.2f, slack %.2f, KV pool %.2f (%d blocks of %d tokens)",
@@ -75,6 +77,7 @@ def _runner(
         max_step_tokens=options.max_step_tokens,
         num_query_heads=int(model.model.config.get_text_config().num_attention_heads),
         kv_written=kv_written,
+        group=model.group,
     )
 
 
