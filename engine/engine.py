@@ -206,6 +206,11 @@ class Engine:
         return self._scheduler.cached_tokens
 
     @property
+    def captured(self) -> bool:
+        """Whether steps run as CUDA graphs."""
+        return self._runner.captured
+
+    @property
     def preemptions(self) -> int:
         return self._scheduler.num_preemptions
 

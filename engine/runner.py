@@ -30,6 +30,11 @@ class StepRunner(Protocol):
 
     max_steps: int  # that may be launched and not collected
 
+    @property
+    def captured(self) -> bool:
+        """Whether steps run as CUDA graphs."""
+        ...
+
     def mode(self, plan: StepPlan) -> StepMode:
         """How `launch` computes this step unless told otherwise."""
         ...
@@ -59,6 +64,7 @@ class CpuRunner:
     """Runs a step when it is collected; where another rank samples, `samples` is false and there are no tokens."""
 
     max_steps = 1
+    captured = False
 
     def __init__(
         self, model: PreTrainedModel, pool: KvPool, kv_written: KvWritten | None, *, samples: bool = True

@@ -140,6 +140,10 @@ class GpuRunner:
         self._prefill.capture(self._stream, memory, self._max_step_tokens)
         return time.monotonic() - began_s
 
+    @property
+    def captured(self) -> bool:
+        return bool(self._graphs)
+
     def drop_graphs(self) -> None:
         self._graphs.clear()
         self._prefill.drop()

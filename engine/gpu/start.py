@@ -61,7 +61,7 @@ def start_on_gpu(
         )
     pool = KvPool(model.geometry, num_blocks=num_blocks, block_size=size, device=device)
     runner = _runner(model, pool, options, max_model_len, kv_written)
-    if options.cuda_graphs and (seconds := _capture(runner)) is not None:
+    if options.cuda_graphs and (seconds := _capture(runner, model)) is not None:
         logger.info("captured the decode step for batches of up to %d in %.1f s", runner.max_running, seconds)
     return pool, runner
 
@@ -81,18 +81,25 @@ def _runner(
     )
 
 
-def _capture(runner: GpuRunner) -> float | None:
+def _capture(runner: GpuRunner, model: LoadedModel) -> float | None:
     """Seconds that it took; None when the model's layers do what a graph cannot hold, such as asking the host."""
+    seconds, reason = None, "another rank cannot"
     try:
-        return runner.capture()
+        seconds = runner.capture()
     except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+    if model.group is not None and not model.group.least(seconds is not None):  # ranks run the same steps
+        seconds = None
+    if seconds is None:
         runner.drop_graphs()
+        mixture = any(parameter.dim() == 3 for parameter in model.model.parameters())
         logger.warning(
             "steps are not captured as CUDA graphs, so each kernel is launched by itself, which is slow for small "
-            "batches: %s",
-            str(error).splitlines()[0],
+            "batches%s: %s",
+            "; a mixture of experts is captured in bfloat16" if mixture and model.model.dtype != torch.bfloat16 else "",
+            reason,
         )
-        return None
+    return seconds
 
 
 def _measure(model: LoadedModel, options: EngineOptions, max_model_len: int) -> tuple[int, int]:
@@ -126,7 +133,7 @@ def _measure(model: LoadedModel, options: EngineOptions, max_model_len: int) -> 
     if options.cuda_graphs:
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
-        _capture(runner)
+        _capture(runner, model)
         graphs = max(0, free - torch.cuda.mem_get_info(device)[0])
     del runner, pool, plan, scheduler
     gc.collect()

@@ -31,6 +31,10 @@ class LeadingRunner:
         self._writer = StepWriter()
         self.max_steps = own.max_steps
 
+    @property
+    def captured(self) -> bool:
+        return self._own.captured
+
     def mode(self, plan: StepPlan) -> StepMode:
         return self._own.mode(plan)
 

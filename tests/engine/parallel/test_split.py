@@ -21,7 +21,7 @@ from splitserve.engine.testing import make_tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from .conftest import OpenSplit
+from ..conftest import OpenSplit
 
 # Dense, biased, per-head norms, soft caps and windows, fused projections, mixtures, latent attention, plain gathering.
 QUICK = ("llama", "qwen2", "qwen3", "gemma2", "gpt_neox", "glm4", "qwen3_moe", "deepseek_v2", "phi3")
@@ -71,7 +71,10 @@ def check(path: Path, open_split: OpenSplit, monkeypatch: pytest.MonkeyPatch, **
 def test_two_ranks_give_the_logits_and_tokens_of_one(
     architecture: str, open_split: OpenSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check(make_tiny_model(architecture, tmp_path), open_split, monkeypatch)
+    path = make_tiny_model(architecture, tmp_path)
+    if AutoConfig.from_pretrained(path).base_model_tp_plan is None:
+        pytest.skip("this version of transformers has no plan for it")
+    check(path, open_split, monkeypatch)
 
 
 def test_each_rank_holds_its_own_kv_heads(open_split: OpenSplit, tmp_path: Path) -> None:
@@ -115,7 +118,9 @@ def test_a_model_without_a_plan_is_refused(architecture: str, tmp_path: Path) ->
     [(9, 3, 2, "1, 3, 9"), (8, 2, 3, "1, 2, 4, 8"), (12, 4, 3, "1, 2, 4, 12"), (12, 4, 6, "1, 2, 4, 12")],
 )
 def test_ranks_that_do_not_divide_the_heads_are_refused(heads: int, kv_heads: int, size: int, fitting: str) -> None:
-    config = AutoConfig.for_model("llama", num_attention_heads=heads, num_key_value_heads=kv_heads)
+    config = AutoConfig.for_model(
+        "llama", hidden_size=16 * heads, num_attention_heads=heads, num_key_value_heads=kv_heads
+    )
     with pytest.raises(ConfigError, match=f"--tensor-parallel is {size}, .*; use one of {fitting}$"):
         check_divides(config, size)
 
