@@ -122,7 +122,7 @@ def _device_seconds(work: Callable[[], object], rounds: int = 10) -> float:
     return float(statistics.median(times[2:]))
 
 
-def random_model(config: PretrainedConfig, options: EngineOptions) -> LoadedModel:
+def random_model(config: PretrainedConfig, options: EngineOptions, *, fused: bool = True) -> LoadedModel:
     """The shape with random weights on the GPU."""
     torch.manual_seed(SEED)
     with torch.device("cuda"):
@@ -130,7 +130,7 @@ def random_model(config: PretrainedConfig, options: EngineOptions) -> LoadedMode
             config, dtype=torch.bfloat16, attn_implementation="eager"
         )
     model.train(False)
-    return prepare_model(model, options, Path(), f"{config.model_type}@random")
+    return prepare_model(model, options, Path(), f"{config.model_type}@random", fused=fused)
 
 
 def _floors(engine: Engine, loaded: LoadedModel, limits: Limits) -> tuple[Callable[..., float], Callable[..., float]]:
@@ -173,7 +173,7 @@ def prefill_seconds(engine: Engine, batch: int, tokens: int, rounds: int) -> tup
         end.record()
         torch.cuda.synchronize()
         device.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(whole[2:]), statistics.median(device[2:])
+    return statistics.median(whole[-rounds:]), statistics.median(device[-rounds:])
 
 
 def decode_seconds(engine: Engine, batch: int, context: int, rounds: int) -> tuple[float, float]:

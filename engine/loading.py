@@ -76,7 +76,13 @@ def load_model(options: EngineOptions, group: RankGroup | None = None) -> Loaded
 
 
 def prepare_model(
-    model: PreTrainedModel, options: EngineOptions, path: Path, model_id: str, group: RankGroup | None = None
+    model: PreTrainedModel,
+    options: EngineOptions,
+    path: Path,
+    model_id: str,
+    group: RankGroup | None = None,
+    *,
+    fused: bool = True,  # on a GPU; False for comparisons
 ) -> LoadedModel:
     """Make a model ready to serve: probe its KV geometry, check it, speed up its layers.
 
@@ -88,7 +94,7 @@ def prepare_model(
     dtype = next(name for name, torch_dtype in TORCH_DTYPES.items() if torch_dtype == model.dtype)
     geometry = KvGeometry(model_id=model_id, layers=_probe_layers(model), dtype=options.kv_dtype or dtype)
     reference = eager_check_logits(model) if options.self_check else None
-    if on_gpu:
+    if on_gpu and fused:
         from .gpu.fusions import fuse
 
         if group is not None:
