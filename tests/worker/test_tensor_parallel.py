@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
+import torch
 from splitserve.core.request import Request
 from splitserve.engine.engine import Engine
 from splitserve.engine.loading import load_model
@@ -44,17 +45,21 @@ class Worker:
         return int(child)
 
 
-StartWorker = Callable[[], Worker]
+StartWorker = Callable[[str], Worker]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture
 def start_worker(model_dir: Path, tmp_path: Path) -> Iterator[StartWorker]:
     processes: list[subprocess.Popen[bytes]] = []
 
-    def start() -> Worker:
+    def start(device: str) -> Worker:
+        if device == "cuda" and torch.cuda.device_count() < 2:
+            pytest.skip("needs two GPUs")
         ready, log = os.pipe(), tmp_path / "log"
         command = [sys.executable, "-c", "from splitserve.cli.main import main; main()", "-v", "decode-worker"]
         command += ["--role", "colocated", "--tensor-parallel", "2", "--model", str(model_dir), "--threads", "1"]
+        command += ["--device", device, "--dtype", "float32", "--max-model-len", "256", "--max-running", "8"]
         command += ["--num-kv-blocks", "32", "--no-self-check", "--ready-file", f"/dev/fd/{ready[1]}"]
         with log.open("wb") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, pass_fds=(ready[1],))
@@ -102,8 +107,11 @@ def alone(model_dir: Path) -> list[int]:
     return tokens
 
 
-def test_a_killed_rank_ends_its_worker_at_once_with_the_reason(start_worker: StartWorker, model_dir: Path) -> None:
-    worker = start_worker()
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_killed_rank_ends_its_worker_at_once_with_the_reason(
+    device: str, start_worker: StartWorker, model_dir: Path
+) -> None:
+    worker = start_worker(device)
     assert asyncio.run(answer(worker.address)) == alone(model_dir)
     killed = worker.other_rank
     os.kill(killed, signal.SIGKILL)
@@ -111,9 +119,10 @@ def test_a_killed_rank_ends_its_worker_at_once_with_the_reason(start_worker: Sta
     assert f"rank 1 (process {killed}) of the tensor-parallel group was killed by SIGKILL" in worker.log.read_text()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)])
-def test_no_rank_outlives_its_worker(number: signal.Signals, code: int, start_worker: StartWorker) -> None:
-    worker = start_worker()
+def test_no_rank_outlives_its_worker(device: str, number: signal.Signals, code: int, start_worker: StartWorker) -> None:
+    worker = start_worker(device)
     other = os.pidfd_open(worker.other_rank)
     try:
         worker.process.send_signal(number)
