@@ -140,10 +140,9 @@ def _floors(engine: Engine, loaded: LoadedModel, limits: Limits) -> tuple[Callab
     model: Any = loaded.model
     config = model.config.get_text_config()
     ranks = engine.options.tensor_parallel  # each computes its share at the same time
-    embedding, head = (
-        int(found.weight.numel()) for found in (model.get_input_embeddings(), model.get_output_embeddings())
-    )
-    total = sum(parameter.numel() for parameter in model.parameters())
+    embedding = int(model.get_input_embeddings().weight.numel())
+    head = int(model.get_output_embeddings().weight.numel())
+    total = int(sum(parameter.numel() for parameter in model.parameters()))
     layers = total - embedding - (0 if config.tie_word_embeddings else head)
     read = layers + head
     heads = int(config.num_attention_heads) // ranks * sum(g.key_dim + g.value_dim for g in engine.geometry.layers)
