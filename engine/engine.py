@@ -239,6 +239,10 @@ class Engine:
             output = self._finish_step()
         return output
 
+    def close(self) -> None:
+        """No step follows. What ranks captured must be gone before they part."""
+        self._runner.close()
+
     def bare_step(self, batch: int) -> Callable[[], None]:
         """The device's part of a decode step of `batch` sequences, for benchmarks; on a GPU one replay of its graph."""
         return self._runner.bare_step(batch)

@@ -55,6 +55,10 @@ class StepRunner(Protocol):
         """Prepare what the calling thread needs, so that no step has to."""
         ...
 
+    def close(self) -> None:
+        """Free what was captured; no step follows."""
+        ...
+
     def bare_step(self, batch: int) -> Callable[[], None]:
         """What queues the device's part of a decode step. Raises: NotImplementedError: there is no such part."""
         ...
@@ -85,6 +89,9 @@ class CpuRunner:
         self._plan = None
 
     def warm_up(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
     def bare_step(self, batch: int) -> Callable[[], None]:

@@ -144,6 +144,10 @@ class GpuRunner:
     def captured(self) -> bool:
         return bool(self._graphs)
 
+    def close(self) -> None:
+        self._stream.synchronize()
+        self.drop_graphs()
+
     def drop_graphs(self) -> None:
         self._graphs.clear()
         self._prefill.drop()

@@ -45,6 +45,7 @@ def follow(options: EngineOptions, group: RankGroup, read: Callable[[], bytes | 
         if runner.max_steps == 1:  # such a runner computes when it is asked for the result
             runner.collect()
             running -= 1
+    runner.close()
 
 
 def main() -> None:

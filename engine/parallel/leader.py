@@ -61,5 +61,8 @@ class LeadingRunner:
         self._others.tell(warm_up_message())
         self._own.warm_up()
 
+    def close(self) -> None:
+        self._own.close()
+
     def bare_step(self, batch: int) -> Callable[[], None]:
         raise NotImplementedError("the device's part of a step is not measured apart when ranks share the model")

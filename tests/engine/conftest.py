@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
@@ -82,11 +81,14 @@ def open_split(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenSplit]:
     def open_(options: EngineOptions) -> Iterator[Engine]:
         group = RankGroup(rank=0, size=2, store=tmp_path_factory.mktemp("store") / "store")
         pipe.tell(json.dumps({"store": str(group.store), "options": asdict(options)}).encode())
+        engine = None
         try:
-            yield Engine(load_model(options, group), options, others=pipe)
+            engine = Engine(load_model(options, group), options, others=pipe)
+            yield engine
         finally:
             pipe.tell(b"")
-            gc.collect()  # captured steps must be gone before what they communicate through
+            if engine is not None:
+                engine.close()
             group.close()
 
     try:

@@ -1,6 +1,5 @@
 """Rank 1 of one model after another: `rank_process.py MESSAGES_FD`. JSON starts a model, an empty message ends it."""
 
-import gc
 import json
 import sys
 from pathlib import Path
@@ -18,7 +17,6 @@ def main(messages: int) -> None:
         told = json.loads(start)
         group = RankGroup(rank=1, size=2, store=Path(told["store"]))
         follow(EngineOptions(**told["options"]), group, lambda: read_message(messages) or None)
-        gc.collect()  # captured steps must be gone before what they communicate through
         group.close()
 
 
