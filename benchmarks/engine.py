@@ -156,7 +156,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=512, help="prefill tokens of one engine step")
     parser.add_argument("--skip-generate-batch", action="store_true", help="compare with model.generate alone")
     parser.add_argument(
-        "--tensor-parallel", type=int, default=1, metavar="N", help="with --device cuda and --model: over so many GPUs"
+        "--tensor-parallel", type=int, default=1, metavar="N", help="with --device cuda: over so many GPUs"
     )
     parser.add_argument(
         "--compare-fusions",
@@ -167,8 +167,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.compare_fusions and (options.device != "cuda" or options.model is not None):
         parser.error("--compare-fusions needs --device cuda, and takes a --shape, no --model")
-    if options.tensor_parallel > 1 and (options.device != "cuda" or options.model is None):
-        parser.error("--tensor-parallel needs --device cuda and a --model that every rank can load")
+    if options.tensor_parallel > 1 and options.device != "cuda":
+        parser.error("--tensor-parallel needs --device cuda")
     if options.device == "cpu" and options.model is None:
         options.model = "smollm2-135m"
     return options

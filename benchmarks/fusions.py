@@ -12,6 +12,7 @@ import importlib
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -22,12 +23,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from ..engine.attention import NAME, paged_attention
 from ..engine.engine import Engine
+from ..engine.loading import load_model
 from ..engine.options import EngineOptions
-from .gpu_engine import SEED, prefill_seconds, random_model, shapes
+from .gpu_engine import SEED, prefill_seconds, shapes
 
 TOKENS = (512, 2048, 8192)
 
@@ -86,8 +88,8 @@ WAYS: dict[str, Callable[[PreTrainedModel], AbstractContextManager[None]]] = {
 }
 
 
-def measure(way: str, config: PretrainedConfig, options: EngineOptions, rounds: int) -> list[Row]:
-    loaded = random_model(config, options, fused=way == "splitserve")
+def measure(way: str, options: EngineOptions, rounds: int) -> list[Row]:
+    loaded = load_model(options, fused=way == "splitserve")
     rows = []
     with WAYS[way](loaded.model):
         engine = Engine(loaded, options)
@@ -107,22 +109,24 @@ def measure(way: str, config: PretrainedConfig, options: EngineOptions, rounds: 
 def run(*, shape: str, rounds: int, json_path: Path | None) -> list[Row]:
     """Measure every way and print a table."""
     console = Console(width=120)
-    options = EngineOptions(
-        model=shape,
-        device="cuda",
-        num_kv_blocks=2048,
-        max_model_len=16384,
-        max_running=8,
-        max_step_tokens=8192,
-        prefix_cache=False,
-        cuda_graphs=False,
-        self_check=False,  # noise of random weights is larger than the bound for real ones
-    )
     rows: list[Row] = []
-    for way in WAYS:
-        rows += measure(way, shapes()[shape], options, rounds)
-        gc.collect()
-        torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        shapes()[shape].save_pretrained(folder)
+        options = EngineOptions(
+            model=folder,
+            random_weights=True,
+            device="cuda",
+            num_kv_blocks=2048,
+            max_model_len=16384,
+            max_running=8,
+            max_step_tokens=8192,
+            prefix_cache=False,
+            cuda_graphs=False,
+        )
+        for way in WAYS:
+            rows += measure(way, options, rounds)
+            gc.collect()
+            torch.cuda.empty_cache()
     name = torch.cuda.get_device_properties(0).name
     table = Table(title=f"{shape}, bf16, prefill of one prompt on {name}, ms (median of {rounds})")
     for column in ("", "tokens", "whole step", "on the device", "first pass, s"):

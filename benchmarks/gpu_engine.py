@@ -12,6 +12,7 @@ import math
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,12 +23,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from ..core.kv_geometry import blocks_for
 from ..core.request import Request, SamplingParams
 from ..engine.engine import Engine
-from ..engine.loading import LoadedModel, load_model, prepare_model
+from ..engine.loading import LoadedModel, load_model
 from ..engine.options import EngineOptions
 from ..engine.parallel.ranks import start_ranks
 
@@ -125,17 +126,6 @@ def _device_seconds(work: Callable[[], object], rounds: int = 10) -> float:
     return float(statistics.median(times[2:]))
 
 
-def random_model(config: PretrainedConfig, options: EngineOptions, *, fused: bool = True) -> LoadedModel:
-    """The shape with random weights on the GPU."""
-    torch.manual_seed(SEED)
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=torch.bfloat16, attn_implementation="eager"
-        )
-    model.train(False)
-    return prepare_model(model, options, Path(), f"{config.model_type}@random", fused=fused)
-
-
 def _floors(engine: Engine, loaded: LoadedModel, limits: Limits) -> tuple[Callable[..., float], Callable[..., float]]:
     model: Any = loaded.model
     config = model.config.get_text_config()
@@ -226,12 +216,29 @@ def run(
     tensor_parallel: int = 1,
 ) -> list[Row]:
     """Measure and print; `model` is a directory, else `shape` names a config with random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        if model is None:
+            shapes()[shape].save_pretrained(folder)
+        return _run(model, shape, Path(folder), max_step_tokens, rounds, json_path, only, tensor_parallel)
+
+
+def _run(
+    model: str | None,
+    shape: str,
+    shape_dir: Path,
+    max_step_tokens: int,
+    rounds: int,
+    json_path: Path | None,
+    only: str | None,
+    tensor_parallel: int,
+) -> list[Row]:
     console = Console(width=120)
     limits = measure_limits()
     gc.collect()
     torch.cuda.empty_cache()
     options = EngineOptions(
-        model=model or shape,
+        model=model or str(shape_dir),
+        random_weights=model is None,
         device="cuda",
         tensor_parallel=tensor_parallel,
         max_model_len=16384,
@@ -239,14 +246,10 @@ def run(
         max_step_tokens=max_step_tokens,
         prefix_cache=False,
         decode_headroom_tokens=_STEPS * (rounds + 2),
-        self_check=model is not None,  # noise of random weights is larger than the bound for real ones
     )
     began_s = time.monotonic()
     others = start_ranks(options)
-    if model:
-        loaded = load_model(options, None if others is None else others.group)
-    else:
-        loaded = random_model(shapes()[shape], options)
+    loaded = load_model(options, None if others is None else others.group)
     loaded_s = time.monotonic() - began_s
     engine = Engine(loaded, options, others=others)
     engine.warm_up()

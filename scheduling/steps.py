@@ -64,7 +64,12 @@ class SampledToken:
 
 
 class StepScheduler:
-    """Queues, block tables and the step plan of one engine. Not thread-safe: the engine's lock guards it."""
+    """Queues, block tables and the step plan of one engine. Not thread-safe: the engine's lock guards it.
+
+    Args:
+        max_packed_tokens: no further prompt joins a step that has this many prefill tokens. Past the size from which
+            a device is busy, it would be no sooner done, and would delay those before it. None: up to max_step_tokens.
+    """
 
     def __init__(
         self,
@@ -75,6 +80,7 @@ class StepScheduler:
         max_running: int,
         max_waiting: int,
         max_step_tokens: int,
+        max_packed_tokens: int | None = None,
     ) -> None:
         self.blocks = blocks
         self._model_id = model_id
@@ -82,6 +88,7 @@ class StepScheduler:
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._max_step_tokens = max_step_tokens
+        self._max_packed_tokens = max_step_tokens if max_packed_tokens is None else max_packed_tokens
         self._sequences: dict[str, Sequence] = {}  # every one that is not finished
         self._waiting: list[Sequence] = []  # in queue order
         self._running: list[Sequence] = []  # in queue order
@@ -214,7 +221,8 @@ class StepScheduler:
                 budget -= parts[-1].num_tokens
         started: list[Sequence] = []
         resumed: list[Sequence] = []
-        while budget and not self._preempted and (admitted := self._admit()):
+        full = self._max_step_tokens - self._max_packed_tokens
+        while budget > full and not self._preempted and (admitted := self._admit()):
             parts.append(_part(admitted, budget))
             budget -= parts[-1].num_tokens
             if not admitted.started:

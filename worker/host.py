@@ -292,7 +292,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         metrics.blocks_cached.set_function(lambda: engine.usage().blocks_cached)
         metrics.blocks_live.set_function(lambda: engine.usage().blocks_live)
         metrics.blocks_granted.set_function(lambda: engine.usage().blocks_granted)
-        metrics.blocks_orphaned.set_function(lambda: engine.usage().blocks_orphaned)
+        metrics.blocks_orphaned.set_function(engine.num_orphaned_blocks)
         metrics.running.set_function(lambda: engine.usage().num_running)
         metrics.waiting.set_function(lambda: engine.usage().num_waiting)
         metrics.held.set_function(lambda: engine.usage().num_held)

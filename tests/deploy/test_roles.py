@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 from splitserve.cli.main import app
-from splitserve.core.config import ClusterConfig, Role, load_config
+from splitserve.core.config import WORKER_ROLES, ClusterConfig, Role, WorkerRole, load_config
 from splitserve.deploy.config_docs import BEGIN, tables
 from splitserve.deploy.options import router_options, worker_options
 from splitserve.deploy.roles import default_threads, flag, role_command, role_keys
@@ -106,7 +106,15 @@ def test_a_flag_is_the_last_part_of_its_key() -> None:
     assert flag("engine.max_running") == "--max-running"
 
 
-def test_prefill_and_decode_workers_on_a_gpu_are_refused_until_kv_moves_between_gpus() -> None:
-    result = CliRunner().invoke(app, ["prefill-worker", "--device", "cuda"])
+@pytest.mark.parametrize("role", WORKER_ROLES)
+def test_a_pool_with_gpus_computes_there(role: WorkerRole) -> None:
+    config = load_config(None, {f"{role}.replicas": 1, f"{role}.gpus": 1})
+    options = worker_options(config, role, host="127.0.0.1", port=0, metrics_port=0, worker_id="w", num_threads=None)
+    assert options.engine.device == "cuda"
+    assert options.transports[0] == "cuda_ipc"
+
+
+def test_a_worker_whose_gpu_is_not_here_says_so() -> None:
+    result = CliRunner().invoke(app, ["prefill-worker", "--device", "cuda:63"])
     assert result.exit_code == 2
-    assert "KV does not move between GPUs yet" in result.stderr
+    assert "device 'cuda:63' is not here" in result.stderr

@@ -55,7 +55,7 @@ class Cluster:
         for engine in self.engines:
             usage = engine.usage()
             assert usage.blocks_free + usage.blocks_cached == usage.blocks_total
-            assert usage.blocks_orphaned == 0
+            assert engine.num_orphaned_blocks() == 0
         assert self.router.dispatcher.num_live == self.router.dispatcher.num_queued == 0
 
 

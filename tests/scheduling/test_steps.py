@@ -64,6 +64,18 @@ def test_a_long_prompt_is_prefilled_in_chunks_of_the_budget() -> None:
     assert chunks == [(0, 24), (24, 48), (48, 60)]
 
 
+def test_no_prompt_joins_a_step_that_is_busy_enough() -> None:
+    scheduler = make_scheduler(max_step_tokens=64, max_packed_tokens=20)
+    for seed, (name, length) in enumerate([("a", 10), ("b", 15), ("c", 12), ("long", 50), ("d", 4)]):
+        scheduler.add(make_request(name, length, max_tokens=1, seed=seed))
+    steps = []
+    for _ in range(3):
+        plan, _ = run_step(scheduler)
+        assert plan is not None
+        steps.append([part.sequence.request_id for part in plan.parts])
+    assert steps == [["a", "b"], ["c", "long"], ["d"]]
+
+
 def test_decodes_go_on_beside_a_prefill_and_do_not_use_its_budget() -> None:
     scheduler = make_scheduler(max_step_tokens=32)
     scheduler.add(make_request("a", 20, seed=1))

@@ -104,8 +104,9 @@ class Pair:
         async with asyncio.timeout(WAIT_S):
             for host in (self.prefill.worker.host, self.decode.worker.host):
                 await until(lambda usage: usage.blocks_live + usage.blocks_granted + usage.num_waiting == 0, host)
+        for host in (self.prefill.worker.host, self.decode.worker.host):
+            assert host.engine.num_orphaned_blocks() == 0
         for usage in self.usages():
-            assert usage.blocks_orphaned == 0
             assert usage.blocks_free + usage.blocks_cached == usage.blocks_total
             assert usage.num_running + usage.num_held + usage.num_reserved == 0
 

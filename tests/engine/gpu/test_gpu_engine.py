@@ -51,7 +51,7 @@ def run(engine: Engine, prompts: list[list[int]], **sampling: float) -> list[lis
             assert token.index == len(tokens[int(token.request_id)])
             tokens[int(token.request_id)].append(token.token_id)
     usage = engine.usage()
-    assert (usage.blocks_live, usage.blocks_granted, usage.blocks_orphaned) == (0, 0, 0)
+    assert (usage.blocks_live, usage.blocks_granted, engine.num_orphaned_blocks()) == (0, 0, 0)
     return tokens
 
 
