@@ -95,7 +95,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             if self._ranks is not None:
                 self._ranks.close()
             raise
-        self.devices: DeviceReader = open_devices(self.model.model.device)
+        self.devices: DeviceReader = open_devices(self.model.model.device, options.engine.tensor_parallel)
         self.fault = ""  # why this worker is out of service; what is broken stays broken until somebody restarts it
         self.draining = False
         self.num_runs = 0
