@@ -27,8 +27,7 @@ class RankGroup:
     size: int
     store: Path
     meet: Callable[[], None] = lambda: None
-    _backend: str = field(default="", init=False)
-    _device: torch.device = field(default=torch.device("cpu"), init=False)
+    device: torch.device = field(default=torch.device("cpu"), init=False)
 
     @property
     def leads(self) -> bool:
@@ -40,10 +39,9 @@ class RankGroup:
         self.meet()
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")  # ranks share a host: nothing listens on other interfaces
-        self._device = device
-        self._backend = "nccl" if device.type == "cuda" else "gloo"
+        self.device = device
         dist.init_process_group(
-            self._backend,
+            "nccl" if device.type == "cuda" else "gloo",
             init_method=f"file://{self.store}",
             rank=self.rank,
             world_size=self.size,
@@ -69,12 +67,11 @@ class RankGroup:
 
     def least(self, value: int) -> int:
         """The smallest of every rank's `value`."""
-        values = torch.tensor([value], dtype=torch.int64, device=self._device)
+        values = torch.tensor([value], dtype=torch.int64, device=self.device)
         dist.all_reduce(values, op=dist.ReduceOp.MIN)
         return int(values.item())
 
     def close(self) -> None:
-        """Leave the other ranks; NCCL by ending the process, for a polite end waits for ranks that may be gone."""
-        if self._backend == "gloo":
+        """Leave, when the other ranks do and what was captured is gone; nothing happens before `connect`."""
+        if dist.is_initialized():
             dist.destroy_process_group()
-        self._backend = ""
