@@ -1,8 +1,7 @@
 """Which way to fuse a layer's elementwise work prefills fastest? The same engine over one model, fused in four ways.
 
 `python -m splitserve.benchmarks.engine --device cuda --compare-fusions` runs this. Steps are launched kernel by kernel,
-as those of long prompts are: a graph would hide what the host pays for each way. The first pass of each size, which
-compiles, is not measured, but its time is shown.
+as those of long prompts are: a graph would hide what the host pays for each way. What compiles is compiled before.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -42,7 +40,6 @@ class Row:
     tokens: int
     step_ms: float  # whole steps
     device_ms: float
-    first_s: float  # of the first pass, compilation included
     n: int
 
 
@@ -96,13 +93,8 @@ def measure(way: str, options: EngineOptions, rounds: int) -> list[Row]:
         engine.warm_up()
         engine.pool.elements.normal_()
         for tokens in TOKENS:
-            began_s = time.perf_counter()
-            prefill_seconds(engine, 1, tokens, 0)
-            first_s = time.perf_counter() - began_s
             whole, device = prefill_seconds(engine, 1, tokens, rounds)
-            rows.append(
-                Row(way=way, tokens=tokens, step_ms=whole * 1e3, device_ms=device * 1e3, first_s=first_s, n=rounds)
-            )
+            rows.append(Row(way=way, tokens=tokens, step_ms=whole * 1e3, device_ms=device * 1e3, n=rounds))
     return rows
 
 
@@ -129,10 +121,10 @@ def run(*, shape: str, rounds: int, json_path: Path | None) -> list[Row]:
             torch.cuda.empty_cache()
     name = torch.cuda.get_device_properties(0).name
     table = Table(title=f"{shape}, bf16, prefill of one prompt on {name}, ms (median of {rounds})")
-    for column in ("", "tokens", "whole step", "on the device", "first pass, s"):
+    for column in ("", "tokens", "whole step", "on the device"):
         table.add_column(column, justify="left" if not column else "right")
     for row in rows:
-        table.add_row(row.way, f"{row.tokens:,}", f"{row.step_ms:.2f}", f"{row.device_ms:.2f}", f"{row.first_s:.1f}")
+        table.add_row(row.way, f"{row.tokens:,}", f"{row.step_ms:.2f}", f"{row.device_ms:.2f}")
     console.print(table)
     if json_path is not None:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout

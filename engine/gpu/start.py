@@ -82,21 +82,25 @@ def _runner(
 
 
 def _capture(runner: GpuRunner, model: LoadedModel) -> float | None:
-    """Seconds that it took; None when the model's layers do what a graph cannot hold, such as asking the host."""
-    seconds, reason = None, "another rank cannot"
-    try:
-        seconds = runner.capture()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    """Seconds that it took; None when the model's layers do what a graph cannot hold, such as asking the host.
+
+    Mixtures of experts do so in other dtypes than bfloat16, whose grouped product alone runs without the host.
+    """
+    mixture = any(parameter.dim() == 3 for parameter in model.model.parameters())
+    seconds, reason = None, "experts are computed without the host in bfloat16 only"
+    if not mixture or model.model.dtype == torch.bfloat16 or model.group is None:
+        try:
+            seconds = runner.capture()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+    # Else not even tried: a capture that fails halfway would leave the ranks in the middle of a collective.
     if model.group is not None and not model.group.least(seconds is not None):  # ranks run the same steps
         seconds = None
     if seconds is None:
         runner.drop_graphs()
-        mixture = any(parameter.dim() == 3 for parameter in model.model.parameters())
         logger.warning(
             "steps are not captured as CUDA graphs, so each kernel is launched by itself, which is slow for small "
-            "batches%s: %s",
-            "; a mixture of experts is captured in bfloat16" if mixture and model.model.dtype != torch.bfloat16 else "",
+            "batches: %s",
             reason,
         )
     return seconds

@@ -30,17 +30,20 @@ def options_for(path: Path, **changes: object) -> EngineOptions:
     return EngineOptions(model=str(path), device="cuda", tensor_parallel=2, **{**settings, **changes})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# A mixture is captured in bfloat16 only, see below.
+@pytest.mark.parametrize(
+    ("architecture", "graphs"), [(name, name != "qwen3_moe") for name in ARCHITECTURES] + [("llama", False)]
+)
 def test_two_gpus_give_the_tokens_of_one(
     architecture: str, graphs: bool, open_split: OpenSplit, tmp_path: Path
 ) -> None:
     path = make_tiny_model(architecture, tmp_path)
-    one = make_engine(path)
+    one = make_engine(path, cuda_graphs=False)
     prompts = prompts_for(one.vocab_size)
     expected = run(one, prompts)
     with open_split(options_for(path, cuda_graphs=graphs)) as two:
         two.warm_up()
+        assert two.captured == graphs
         assert run(two, prompts) == expected
         if architecture == "llama":
             assert two.geometry.bytes_per_token * 2 == one.geometry.bytes_per_token
@@ -48,7 +51,7 @@ def test_two_gpus_give_the_tokens_of_one(
 
 def test_gpus_share_a_kv_head_where_there_are_fewer(open_split: OpenSplit, tmp_path: Path) -> None:
     path = make_tiny_model("llama", tmp_path, num_key_value_heads=1)
-    one = make_engine(path)
+    one = make_engine(path, cuda_graphs=False)
     prompts = prompts_for(one.vocab_size)
     with open_split(options_for(path)) as two:
         assert run(two, prompts) == run(one, prompts)
@@ -56,7 +59,7 @@ def test_gpus_share_a_kv_head_where_there_are_fewer(open_split: OpenSplit, tmp_p
 
 def test_sampling_penalties_and_preemption_are_rank_0s_business(open_split: OpenSplit, tmp_path: Path) -> None:
     path = make_tiny_model("llama", tmp_path)
-    one = make_engine(path)
+    one = make_engine(path, cuda_graphs=False)
     prompts = prompts_for(one.vocab_size)
     with open_split(options_for(path, num_kv_blocks=22, prefix_cache=False)) as two:
         for sampling in ({"temperature": 0.8, "top_p": 0.9, "seed": 7}, {"frequency_penalty": 1.5}):
@@ -69,6 +72,7 @@ def test_half_precision_is_accepted_and_runs(architecture: str, open_split: Open
     path = make_tiny_model(architecture, tmp_path)
     with open_split(options_for(path, dtype="bfloat16", max_step_tokens=1024, max_model_len=2048)) as two:
         two.warm_up()
+        assert two.captured
         tokens = run(two, [*prompts_for(two.vocab_size), [5] * 900])
         assert all(len(found) == NEW_TOKENS for found in tokens)
 
