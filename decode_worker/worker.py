@@ -16,7 +16,7 @@ from ..kv_transfer.grants import Grant
 from ..kv_transfer.peer import TRANSPORTS
 from ..kv_transfer.receiver import KvReceiver, Received
 from ..proto import worker_pb2
-from ..proto.convert import failure_to_proto, reason_to_proto
+from ..proto.convert import failure_to_proto, logprob_to_proto, reason_to_proto
 from ..worker.edge import sequence_id
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
@@ -72,6 +72,7 @@ class DecodeWorker:
         """Reserve blocks and open the fetch, or answer with RunFailed. Older attempts are revoked."""
         if not self._is_new(request_id, request):
             return
+        request = replace(request, prompt_logprobs=None)  # the prefill worker's business
         try:
             self._refuse_early(request)
             reservation = self.host.engine.reserve(request)
@@ -153,7 +154,13 @@ class DecodeWorker:
         token_ids = request.prompt_token_ids + request.output_token_ids
         adopted = False
         try:
-            received = await self.receiver.receive(grant, kv_address, token_ids, reservation.block_ids)
+            received = await self.receiver.receive(
+                grant,
+                kv_address,
+                token_ids,
+                reservation.block_ids,
+                on_covered=lambda: self.host.engine.expect_reserved(request.request_id),
+            )
             self._record(run, Event.TRANSFER_STARTED, received.started_at_s)
             self._record(run, Event.TRANSFER_FINISHED)
             if not received.finished:
@@ -209,7 +216,9 @@ class DecodeWorker:
             if (run := self._runs.get(sequence)) is not None:
                 self._record(run, Event.RESUMED)
         by_session: defaultdict[RouterSession, list[worker_pb2.SequenceTokens]] = defaultdict(list)
-        for token in output.tokens:
+        # The newest sequence first: it has waited longest for this token, through its transfer, and a router takes
+        # milliseconds to hand out the tokens of a large batch.
+        for token in reversed(output.tokens):
             if (run := self._runs.get(token.request_id)) is not None:
                 by_session[run.session].append(self._sequence_tokens(run, token))
         for session, sequences in by_session.items():
@@ -230,6 +239,8 @@ class DecodeWorker:
             index=token.index,
             token_ids=(token.token_id,),
             finish_reason=reason_to_proto(token.finish_reason),
+            logprobs=() if token.logprob is None else (logprob_to_proto(token.logprob),),
+            prompt_logprobs=map(logprob_to_proto, token.prompt_logprobs),
         )
         if token.finish_reason is not None:
             started_s = run.started_s if run.started_s is not None else run.first_token_s

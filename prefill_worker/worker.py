@@ -13,7 +13,7 @@ from ..engine.engine import StepOutput, TokenOutput
 from ..kv_transfer.grants import Grant
 from ..kv_transfer.sender import KvSender
 from ..proto import worker_pb2
-from ..proto.convert import failure_to_proto, reason_to_proto
+from ..proto.convert import failure_to_proto, logprob_to_proto, reason_to_proto
 from ..worker.edge import sequence_id
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
@@ -142,6 +142,8 @@ class PrefillWorker:
                     prefill_queue_s=started_s - run.received_s,
                     prefill_s=now - started_s,
                     num_cached_tokens=token.num_cached_tokens,
+                    logprob=None if token.logprob is None else logprob_to_proto(token.logprob),
+                    prompt_logprobs=map(logprob_to_proto, token.prompt_logprobs),
                 )
             )
         )

@@ -319,6 +319,10 @@ class WorkRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    MIN_TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    OUTPUT_FORMAT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request."""
     attempt: _builtins.int
@@ -331,6 +335,12 @@ class WorkRequest(_message.Message):
     """Seconds left until the deadline."""
     tenant: _builtins.str
     """Prefix-cache name space."""
+    min_tokens: _builtins.int
+    """Output tokens that must be there before stop_token_ids may come."""
+    logprobs: _builtins.int
+    """How many of the likeliest tokens to tell for each output token; unset: no logprobs."""
+    prompt_logprobs: _builtins.int
+    """The same for the prompt's tokens, with the first output token of this attempt."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt."""
@@ -347,6 +357,10 @@ class WorkRequest(_message.Message):
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens that end the answer, the model's own included."""
 
+    @_builtins.property
+    def output_format(self) -> _inference_pb2.OutputFormat:
+        """What the text of the answer must look like."""
+
     def __init__(
         self,
         *,
@@ -360,12 +374,23 @@ class WorkRequest(_message.Message):
         priority: _builtins.int = ...,
         timeout_s: _builtins.float = ...,
         tenant: _builtins.str = ...,
+        min_tokens: _builtins.int = ...,
+        logprobs: _builtins.int | None = ...,
+        prompt_logprobs: _builtins.int | None = ...,
+        output_format: _inference_pb2.OutputFormat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "logprobs", b"logprobs", "output_format", b"output_format", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "max_tokens", b"max_tokens", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "attempt", b"attempt", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "output_format", b"output_format", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
+    _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
 
 Global___WorkRequest: _TypeAlias = WorkRequest  # noqa: Y015
 
@@ -583,6 +608,8 @@ class FirstToken(_message.Message):
     PREFILL_QUEUE_S_FIELD_NUMBER: _builtins.int
     PREFILL_S_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request."""
     attempt: _builtins.int
@@ -599,6 +626,14 @@ class FirstToken(_message.Message):
     """First step to this token."""
     num_cached_tokens: _builtins.int
     """Prompt tokens that the prefix cache held."""
+    @_builtins.property
+    def logprob(self) -> _inference_pb2.TokenLogprob:
+        """If logprobs was asked for. Texts are left out on this hop: they are the router's."""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprob]:
+        """If prompt_logprobs was asked for: one per prompt token but the first."""
+
     def __init__(
         self,
         *,
@@ -610,10 +645,12 @@ class FirstToken(_message.Message):
         prefill_queue_s: _builtins.float = ...,
         prefill_s: _builtins.float = ...,
         num_cached_tokens: _builtins.int = ...,
+        logprob: _inference_pb2.TokenLogprob | None = ...,
+        prompt_logprobs: _abc.Iterable[_inference_pb2.TokenLogprob] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "finish_reason", b"finish_reason", "index", b"index", "num_cached_tokens", b"num_cached_tokens", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "request_id", b"request_id", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "finish_reason", b"finish_reason", "index", b"index", "logprob", b"logprob", "num_cached_tokens", b"num_cached_tokens", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -813,6 +850,8 @@ class SequenceTokens(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request."""
     attempt: _builtins.int
@@ -829,6 +868,14 @@ class SequenceTokens(_message.Message):
     def report(self) -> Global___RunReport:
         """Set together with finish_reason."""
 
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprob]:
+        """One per token, if logprobs was asked for."""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprob]:
+        """With the first tokens of a local run, if prompt_logprobs was asked for: one per prompt token but the first."""
+
     def __init__(
         self,
         *,
@@ -838,10 +885,12 @@ class SequenceTokens(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         finish_reason: _inference_pb2.FinishReason.ValueType = ...,
         report: Global___RunReport | None = ...,
+        logprobs: _abc.Iterable[_inference_pb2.TokenLogprob] | None = ...,
+        prompt_logprobs: _abc.Iterable[_inference_pb2.TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "finish_reason", b"finish_reason", "index", b"index", "report", b"report", "request_id", b"request_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "report", b"report", "request_id", b"request_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,6 +12,7 @@ from ...core.kv_geometry import blocks_for
 from ..attention import KvWritten
 from ..loading import LoadedModel
 from ..options import EngineOptions
+from ..output_format import OutputFormats
 from ..pool import KvPool
 from .runner import GpuRunner
 
@@ -76,6 +77,7 @@ def _runner(
         max_model_len=max_model_len,
         max_step_tokens=options.max_step_tokens,
         num_query_heads=int(model.model.config.get_text_config().num_attention_heads),
+        formats=OutputFormats(model.path, model.vocab_size, model.eos_token_ids),
         kv_written=kv_written,
         group=model.group,
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ...scheduling.steps import StepPlan
-from ..runner import StepMode, StepRunner
+from ..runner import StepMode, StepResult, StepRunner
 from .messages import StepWriter, warm_up_message
 
 
@@ -47,7 +47,7 @@ class LeadingRunner:
             self._others.fail(error)
             raise
 
-    def collect(self) -> dict[str, int]:
+    def collect(self) -> StepResult:
         try:
             return self._own.collect()
         except Exception as error:

@@ -59,7 +59,9 @@ class StepWriter:
         for part in plan.parts:
             known = self._find(part.sequence)
             table = part.sequence.block_table
+            targets = part.prompt_targets
             numbers += (known.number, part.start, part.end, part.samples, part.sequence.prefill_only)
+            numbers += (targets.start, targets.stop)
             numbers += (known.num_blocks, len(table), *table[known.num_blocks :])
             numbers += part.sequence.token_ids[part.start : part.end]
             known.num_blocks = len(table)
@@ -71,6 +73,17 @@ class StepWriter:
             known = self._known[sequence] = _Known(number=self._next, table=sequence.block_table)
             self._next = (self._next + 1) % (1 << 31)
         return known
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MirroredTokens(ScheduledTokens):
+    """Only rank 0 knows who asked how likely the prompt was; the others compute as many rows of logits."""
+
+    targets: range
+
+    @property
+    def prompt_targets(self) -> range:
+        return self.targets
 
 
 class StepReader:
@@ -91,7 +104,7 @@ class StepReader:
             self._mirrors.pop(number).state = SequenceState.FINISHED
         parts = []
         for _ in range(next(rest)):
-            number, start, end, samples, prefill_only, known, num_blocks = take(7)
+            number, start, end, samples, prefill_only, first_target, end_target, known, num_blocks = take(9)
             if (mirror := self._mirrors.get(number)) is None:
                 mirror = self._mirrors[number] = _mirror(number, bool(prefill_only))
             assert len(mirror.block_table) == known, "a step is missing"
@@ -99,7 +112,16 @@ class StepReader:
             # Earlier tokens are in the KV pool already, and were perhaps never told: the prefix cache held them.
             mirror.token_ids += [0] * (end - len(mirror.token_ids))
             mirror.token_ids[start:end] = take(end - start)
-            parts.append(ScheduledTokens(sequence=mirror, start=start, end=end, samples=bool(samples), index=0))
+            parts.append(
+                _MirroredTokens(
+                    sequence=mirror,
+                    start=start,
+                    end=end,
+                    samples=bool(samples),
+                    index=0,
+                    targets=range(first_target, end_target),
+                )
+            )
         plan = StepPlan(
             parts=tuple(parts),
             num_decode_tokens=0,

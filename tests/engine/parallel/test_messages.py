@@ -34,6 +34,7 @@ def shown(plan: StepPlan) -> list[tuple[object, ...]]:
             part.start,
             part.end,
             part.samples,
+            part.prompt_targets,
             part.sequence.prefill_only,
             part.sequence.token_ids[part.start : part.end],
             part.sequence.block_table,
@@ -52,7 +53,8 @@ def test_every_step_arrives_as_it_was_planned(lengths: list[tuple[int, int]], nu
     steps, writer, reader = scheduler(num_blocks), StepWriter(), StepReader()
     for i, (prompt, answer) in enumerate(lengths):  # prompts that begin alike, so that the prefix cache holds some
         tokens = tuple(range(1, prompt + 1))
-        steps.add(Request(request_id=str(i), prompt_token_ids=tokens, max_tokens=answer))
+        asked = 2 if i % 3 == 1 else None
+        steps.add(Request(request_id=str(i), prompt_token_ids=tokens, max_tokens=answer, prompt_logprobs=asked))
     running: list[StepPlan] = []
     while True:
         plan = steps.schedule() if len(running) <= ahead else None

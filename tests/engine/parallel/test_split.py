@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from splitserve.core.errors import ConfigError, ModelUnsupported
+from splitserve.core.logprobs import TokenLogprob
 from splitserve.core.request import Request, SamplingParams
 from splitserve.engine import loading
 from splitserve.engine.architectures import SUPPORTED
@@ -103,6 +104,28 @@ def test_sampling_penalties_and_preemption_are_rank_0s_business(
         roomy = options_for(path, self_check=False)
         assert run(engine, max_tokens=40) == run(Engine(load_model(roomy), roomy), max_tokens=40)
         assert engine.preemptions > 0
+
+
+def test_logprobs_of_prompt_and_answer_are_those_of_one_rank(open_split: OpenSplit, tmp_path: Path) -> None:
+    path = make_tiny_model("llama", tmp_path)
+    request = Request(request_id="r", prompt_token_ids=tuple(range(3, 60)), max_tokens=4, logprobs=2, prompt_logprobs=2)
+
+    def told(engine: Engine) -> list[TokenLogprob]:
+        engine.add(request)
+        found: list[TokenLogprob] = []
+        while (output := engine.step()) is not None:
+            for token in output.tokens:
+                found += [*(token.prompt_logprobs or ()), *([token.logprob] if token.logprob else [])]
+        return found
+
+    one = options_for(path, self_check=False)
+    expected = told(Engine(load_model(one), one))
+    with open_split(options_for(path, tensor_parallel=2, self_check=False)) as engine:
+        found = told(engine)
+    assert [logprob.token_id for logprob in found] == [logprob.token_id for logprob in expected]
+    assert len(found) == 56 + 4
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
 
 
 @pytest.mark.parametrize("architecture", WITHOUT_PLAN)
