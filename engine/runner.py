@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Protocol
 
 import torch
@@ -18,6 +19,14 @@ from .logprobs import StepLogprobs, prompt_rows
 from .output_format import OutputFormats
 from .pool import KvPool
 from .sampler import SampleInput, sample
+
+
+class StepMode(IntEnum):
+    """How a step is computed. Ranks that share a model must choose alike, so rank 0 chooses."""
+
+    PACKED = 0  # kernel by kernel
+    CAPTURED = 1  # as PACKED, but through the graph of its number of tokens if there is one
+    DECODE = 2  # one new token for each sequence, through the graph of its batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +45,16 @@ class StepRunner(Protocol):
 
     max_steps: int  # that may be launched and not collected
 
-    def launch(self, plan: StepPlan) -> None:
+    @property
+    def captured(self) -> bool:
+        """Whether steps run as CUDA graphs."""
+        ...
+
+    def mode(self, plan: StepPlan) -> StepMode:
+        """How `launch` computes this step unless told otherwise."""
+        ...
+
+    def launch(self, plan: StepPlan, mode: StepMode | None = None) -> None:
         """Start a step; on a GPU this only queues its work."""
         ...
 
@@ -52,26 +70,41 @@ class StepRunner(Protocol):
         """Prepare what the calling thread needs, so that no step has to."""
         ...
 
+    def close(self) -> None:
+        """Free what was captured; no step follows."""
+        ...
+
     def bare_step(self, batch: int) -> Callable[[], None]:
         """What queues the device's part of a decode step. Raises: NotImplementedError: there is no such part."""
         ...
 
 
 class CpuRunner:
-    """Runs a step when it is collected."""
+    """Runs a step when it is collected; where another rank samples, `samples` is false and there are no tokens."""
 
     max_steps = 1
+    captured = False
 
     def __init__(
-        self, model: PreTrainedModel, pool: KvPool, formats: OutputFormats, kv_written: KvWritten | None
+        self,
+        model: PreTrainedModel,
+        pool: KvPool,
+        formats: OutputFormats,
+        kv_written: KvWritten | None,
+        *,
+        samples: bool = True,
     ) -> None:
         self._model = model
         self._pool = pool
         self._formats = formats
         self._kv_written = kv_written
+        self._samples = samples
         self._plan: StepPlan | None = None
 
-    def launch(self, plan: StepPlan) -> None:
+    def mode(self, plan: StepPlan) -> StepMode:
+        return StepMode.PACKED
+
+    def launch(self, plan: StepPlan, mode: StepMode | None = None) -> None:
         self._plan = plan
 
     def abandon(self) -> None:
@@ -79,6 +112,9 @@ class CpuRunner:
 
     def warm_up(self) -> None:
         self._formats.warm_up()
+
+    def close(self) -> None:
+        pass
 
     def bare_step(self, batch: int) -> Callable[[], None]:
         raise NotImplementedError("a step on the CPU is not queued apart from its host part")
@@ -100,6 +136,8 @@ class CpuRunner:
         ]
         sampling, rows = sampled_rows(parts)
         logits = forward(self._model, self._pool, sequences, rows + prompt_rows(parts), self._kv_written)
+        if not self._samples:
+            return StepResult(token_ids={})
         inputs, failed = sample_inputs(sampling, self._formats)
         token_ids = sample(logits[: len(rows)], inputs)
         likelihoods = StepLogprobs.of(logits, parts, sampling, torch.tensor(token_ids, dtype=torch.int64))

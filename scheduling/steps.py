@@ -109,7 +109,7 @@ class StepScheduler:
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._max_step_tokens = max_step_tokens
-        self._max_packed_tokens = max_step_tokens if max_packed_tokens is None else max_packed_tokens
+        self._max_packed_tokens = min(max_step_tokens, max_packed_tokens or max_step_tokens)
         self._sequences: dict[str, Sequence] = {}  # every one that is not finished
         self._waiting: list[Sequence] = []  # in queue order
         self._running: list[Sequence] = []  # in queue order
