@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..scheduling.steps import ScheduledTokens, StepPlan
 from .attention import AttentionBatch, Chunk, DecodeBatch, KvWritten, current
+from .cpu_attention import decode_kernel
 from .pool import KvPool
 from .sampler import SampleInput, sample
 
@@ -60,7 +61,7 @@ class CpuRunner:
         self._plan = None
 
     def warm_up(self) -> None:
-        pass
+        decode_kernel()
 
     def bare_step(self, batch: int) -> Callable[[], None]:
         raise NotImplementedError("a step on the CPU is not queued apart from its host part")
