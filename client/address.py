@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 
+from ..core.address import check_address
 from ..core.errors import ConfigError
 from ..core.state import read_state
 
@@ -15,9 +15,7 @@ def find_router(address: str | None = None) -> str:
     Raises: ConfigError: there is none, or it is malformed.
     """
     found = address if address is not None else os.environ.get("SPLITSERVE_ADDRESS") or _local_router()
-    if not re.fullmatch(r"(\[[^\]/]+\]|[^:/\s]+):\d{1,5}", found):
-        raise ConfigError(f"the router's address is {found!r}; it must be HOST:PORT, as in 127.0.0.1:7000")
-    return found
+    return check_address(found, "the router's address")
 
 
 def _local_router() -> str:
