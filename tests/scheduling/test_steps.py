@@ -77,6 +77,15 @@ def test_no_prompt_joins_a_step_that_is_busy_enough() -> None:
     assert steps == [["a", "b"], ["c", "long"], ["d"]]
 
 
+def test_a_step_that_is_never_busy_enough_still_ends_at_its_budget() -> None:
+    scheduler = make_scheduler(max_step_tokens=24, max_packed_tokens=512)
+    for seed, length in enumerate((10, 14, 12)):
+        scheduler.add(make_request(str(seed), length, seed=seed))
+    plan, _ = run_step(scheduler)
+    assert plan is not None
+    assert [part.num_tokens for part in plan.parts] == [10, 14]
+
+
 def test_decodes_go_on_beside_a_prefill_and_do_not_use_its_budget() -> None:
     scheduler = make_scheduler(max_step_tokens=32)
     scheduler.add(make_request("a", 20, seed=1))
