@@ -9,7 +9,7 @@ import torch
 from splitserve.core.errors import GeometryMismatch, KvCorrupted
 from splitserve.core.kv_geometry import KvGeometry
 from splitserve.kv_transfer.codecs import TORCH_DTYPES, PlaneShape, wire_bytes
-from splitserve.kv_transfer.grants import Grant
+from splitserve.kv_transfer.grants import Grant, KvSource
 
 NUM_TOKENS = 100
 
@@ -130,3 +130,18 @@ async def test_a_pair_of_other_layers_is_refused_with_the_difference(pair, tiny)
         request = p.request(NUM_TOKENS)
         with pytest.raises(GeometryMismatch, match="layer 0 has value_dim 4 on the prefill worker and 9"):
             await p.receive(p.grant(request), request)
+
+
+async def test_codec_auto_goes_by_what_a_links_transfers_have_shown(pair) -> None:
+    async with pair(receiver_options={"codec": "auto"}) as p:
+        request = p.request(NUM_TOKENS)
+        source = KvSource(address=p.address, boot_id="prefill-boot")
+        assert p.receiver.choose_wire(source, NUM_TOKENS).codec == "none"  # nothing is known yet
+        grant = p.receiver.make_grant(request, source, p.receiver.choose_wire(source, NUM_TOKENS), 0)
+        p.complete(grant, request)
+        await p.receive(grant, request)
+        speed = p.receiver._speeds[p.address]
+        assert speed.prefill_tokens_per_s is not None  # the sender told, with END
+        for bytes_per_s, codec in ((1e5, "int8"), (1e12, "none")):
+            p.receiver._speeds[p.address] = replace(speed, link_bytes_per_s=bytes_per_s, prefill_tokens_per_s=1e9)
+            assert p.receiver.choose_wire(source, NUM_TOKENS).codec == codec
