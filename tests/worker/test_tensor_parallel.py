@@ -123,6 +123,7 @@ def test_a_killed_rank_ends_its_worker_at_once_with_the_reason(
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)])
 def test_no_rank_outlives_its_worker(device: str, number: signal.Signals, code: int, start_worker: StartWorker) -> None:
     worker = start_worker(device)
+    assert asyncio.run(answer(worker.address))  # so it has come to where it waits for signals
     other = os.pidfd_open(worker.other_rank)
     try:
         worker.process.send_signal(number)
