@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..core.address import check_address
 from ..core.config import ClusterConfig, WorkerRole
 from ..core.errors import ConfigError
 from ..engine.options import EngineOptions
@@ -17,6 +18,7 @@ _TRANSPORTS = {
     "grpc": ("grpc",),
     "shared-memory": ("shared_memory",),
     "cuda-ipc": ("cuda_ipc",),
+    "gloo": ("gloo",),
 }
 
 
@@ -68,6 +70,7 @@ def worker_options(
         metrics_port=metrics_port,
         worker_id=worker_id,
         transports=transports,
+        kv_codec=config.kv_codec,
         trace_dir=config.trace_dir,
         drain_timeout_s=config.drain_timeout_s,
         lease_s=config.lease_s,
@@ -77,9 +80,12 @@ def worker_options(
 def router_options(
     config: ClusterConfig, *, prefill: tuple[str, ...], decode: tuple[str, ...], metrics_port: int, router_id: str
 ) -> RouterOptions:
+    """Raises: ConfigError: a worker's address is malformed."""
     from ..router.server import RouterOptions  # here, so that worker processes need not load the router
 
     router = config.router
+    for address in (*prefill, *decode):
+        check_address(address, "a worker's address")
     return RouterOptions(
         model=config.model,
         prefill=prefill,

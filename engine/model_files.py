@@ -89,9 +89,10 @@ def _embedded_gguf() -> Path:
     raise ModelLoadFailed(f"the model {EMBEDDED} is not installed; run `{_EMBEDDED_INSTALL}`")
 
 
-def _cache() -> Path:
+def cache_directory(kind: str) -> Path:
+    """Where this user keeps what was made once, by kind."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "splitserve" / "models"
+    return Path(root) / "splitserve" / kind
 
 
 def _converted(gguf: Path, name: str) -> Path:
@@ -100,7 +101,7 @@ def _converted(gguf: Path, name: str) -> Path:
         digest = xxhash.xxh3_64()
         while piece := file.read(1 << 24):
             digest.update(piece)
-    target = _cache() / f"{name}-{digest.hexdigest()[:12]}"
+    target = cache_directory("models") / f"{name}-{digest.hexdigest()[:12]}"
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from ..core.errors import SplitserveError
 from ..core.logprobs import TokenLogprob
 from ..scheduling.steps import ScheduledTokens, StepPlan
 from .attention import AttentionBatch, Chunk, DecodeBatch, KvWritten, current
+from .cpu_attention import decode_kernel
 from .logprobs import StepLogprobs, prompt_rows
 from .output_format import OutputFormats
 from .pool import KvPool
@@ -111,6 +112,7 @@ class CpuRunner:
         self._plan = None
 
     def warm_up(self) -> None:
+        decode_kernel()
         self._formats.warm_up()
 
     def close(self) -> None:

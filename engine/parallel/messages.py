@@ -136,7 +136,9 @@ class StepReader:
 
 def _mirror(number: int, prefill_only: bool) -> RunningSequence:
     request = Request(request_id=str(number), prompt_token_ids=(), max_tokens=1)
-    return RunningSequence(request=request, arrival=number, prefill_only=prefill_only, state=SequenceState.RUNNING)
+    return RunningSequence(
+        request=request, arrival=number, token_ids=[], prefill_only=prefill_only, state=SequenceState.RUNNING
+    )
 
 
 def write_message(fd: int, message: bytes) -> None:
