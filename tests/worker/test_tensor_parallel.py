@@ -86,7 +86,7 @@ async def answer(address: str) -> list[int]:
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS))
         end = End(channel, worker_pb2_grpc.DecodeWorkerStub(channel).DecodeSession(), worker_pb2.DecodeSessionRequest)
         await end.send(hello=worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_id="test"))
-        await end.next("hello")
+        assert (await end.next("hello")).tensor_parallel == 2
         request = Request(request_id="r", prompt_token_ids=PROMPT, max_tokens=NEW_TOKENS)
         await end.send(run=worker_pb2.RunLocal(request=request_to_proto(request, 60.0)))
         tokens: list[int] = []
