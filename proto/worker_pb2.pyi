@@ -98,6 +98,7 @@ class WorkerInfo(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     MAX_STEP_TOKENS_FIELD_NUMBER: _builtins.int
     KV_DTYPE_FIELD_NUMBER: _builtins.int
+    TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this protocol that the worker speaks."""
     worker_id: _builtins.str
@@ -126,6 +127,8 @@ class WorkerInfo(_message.Message):
     """Most prefill tokens in one step."""
     kv_dtype: _builtins.str
     """Dtype of its KV pool."""
+    tensor_parallel: _builtins.int
+    """Processes (ranks) that hold its model together; kv_bytes_per_token is one rank's share."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """End-of-sequence token ids."""
@@ -148,10 +151,11 @@ class WorkerInfo(_message.Message):
         pid: _builtins.int = ...,
         max_step_tokens: _builtins.int = ...,
         kv_dtype: _builtins.str = ...,
+        tensor_parallel: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "boot_id", b"boot_id", "eos_token_ids", b"eos_token_ids", "geometry_digest", b"geometry_digest", "kv_address", b"kv_address", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_dtype", b"kv_dtype", "max_model_len", b"max_model_len", "max_step_tokens", b"max_step_tokens", "model", b"model", "pid", b"pid", "protocol_version", b"protocol_version", "role", b"role", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "boot_id", b"boot_id", "eos_token_ids", b"eos_token_ids", "geometry_digest", b"geometry_digest", "kv_address", b"kv_address", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_dtype", b"kv_dtype", "max_model_len", b"max_model_len", "max_step_tokens", b"max_step_tokens", "model", b"model", "pid", b"pid", "protocol_version", b"protocol_version", "role", b"role", "tensor_parallel", b"tensor_parallel", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

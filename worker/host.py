@@ -208,6 +208,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             pid=os.getpid(),
             max_step_tokens=self.options.engine.max_step_tokens,
             kv_dtype=geometry.dtype,
+            tensor_parallel=self.options.engine.tensor_parallel,
         )
 
     def status(self) -> worker_pb2.WorkerStatus:

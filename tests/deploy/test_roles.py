@@ -9,9 +9,10 @@ import pytest
 import typer
 from splitserve.cli.main import app
 from splitserve.core.config import WORKER_ROLES, ClusterConfig, Role, WorkerRole, load_config
+from splitserve.core.errors import ConfigError
 from splitserve.deploy.config_docs import BEGIN, tables
 from splitserve.deploy.options import router_options, worker_options
-from splitserve.deploy.roles import default_threads, flag, role_command, role_keys
+from splitserve.deploy.roles import default_threads, flag, role_command, role_keys, role_needs
 from splitserve.engine.options import EngineOptions
 from splitserve.router.server import RouterOptions
 from splitserve.worker.options import WorkerOptions
@@ -119,3 +120,12 @@ def test_a_worker_whose_gpu_is_not_here_says_so() -> None:
     result = CliRunner().invoke(app, ["prefill-worker", "--device", "cuda:63"])
     assert result.exit_code == 2
     assert "device 'cuda:63' is not here" in result.stderr
+
+
+def test_the_ranks_of_a_worker_are_placed_as_one() -> None:
+    split = {"engine.tensor_parallel": 2, "colocated.replicas": 1, "colocated.threads": 3, "colocated.gpus": 2}
+    needs = role_needs(load_config(None, split), "colocated")
+    assert needs.bundle() == {"CPU": 6.0, "GPU": 2.0}
+    assert needs.num_threads == 3
+    with pytest.raises(ConfigError, match=r"colocated\.gpus: got 1, wanted: at least engine\.tensor_parallel, 2"):
+        load_config(None, {**split, "colocated.gpus": 1})

@@ -68,7 +68,7 @@ class _Pipe:
         raise AssertionError("rank 0 failed in the middle of a step") from error
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def open_split(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenSplit]:
     """An engine over two ranks; the other one serves one model after another, since importing torch takes longest."""
     read, write = os.pipe()

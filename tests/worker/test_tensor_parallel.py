@@ -86,7 +86,7 @@ async def answer(address: str) -> list[int]:
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS))
         end = End(channel, worker_pb2_grpc.DecodeWorkerStub(channel).DecodeSession(), worker_pb2.DecodeSessionRequest)
         await end.send(hello=worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_id="test"))
-        await end.next("hello")
+        assert (await end.next("hello")).tensor_parallel == 2
         request = Request(request_id="r", prompt_token_ids=PROMPT, max_tokens=NEW_TOKENS)
         await end.send(run=worker_pb2.RunLocal(request=request_to_proto(request, 60.0)))
         tokens: list[int] = []
@@ -123,6 +123,7 @@ def test_a_killed_rank_ends_its_worker_at_once_with_the_reason(
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)])
 def test_no_rank_outlives_its_worker(device: str, number: signal.Signals, code: int, start_worker: StartWorker) -> None:
     worker = start_worker(device)
+    assert asyncio.run(answer(worker.address))  # so it has come to where it waits for signals
     other = os.pidfd_open(worker.other_rank)
     try:
         worker.process.send_signal(number)
