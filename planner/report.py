@@ -38,7 +38,7 @@ def render(plan: Plan) -> RenderableType:
     if plan.sensitivity:
         parts.append(_sensitivity(plan))
     parts += [Text(f"not possible, {line}", style="red") for line in plan.binding]
-    parts += [Text(f"would flip: {line}") for line in plan.flips]
+    parts += [Text(f"what would flip it: {line}") for line in plan.flips]
     parts += [Text(f"warning: {line}", style="yellow") for line in warnings(plan)]
     band = error_band(plan)
     parts += [Text(f"latency model, {provenance}", style="dim") for provenance in plan.provenance]

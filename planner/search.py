@@ -351,18 +351,23 @@ def _flips(sizing: Sizing, load: Load, verdict: Verdict) -> tuple[str, ...]:
     found = []
     if today != (verdict == "disaggregate"):
         found.append("the closed form alone would answer the other way: the two modes are close")
-    if (factor := _nearest_flip(with_prompts, today)) is not None:
+    longest = max(1.0, (sizing.max_model_len - load.mean_osl) / float(load.isl.max()))
+    if (factor := _nearest_flip(with_prompts, today, longest)) is not None:
         found.append(f"{other} with prompts of about {load.mean_isl * factor:,.0f} tokens ({factor:.2g} times)")
-    if (factor := _nearest_flip(with_link, today)) is not None:
+    else:
+        found.append(f"no prompt length that the model takes speaks for {other}")
+    if (factor := _nearest_flip(with_link, today, _LONGEST_SCAN)) is not None:
         found.append(f"{other} with a link of about {sizing.link_bytes_per_s * factor / 1e9:,.2g} GB/s")
+    else:
+        found.append(f"no bandwidth speaks for {other}")
     return tuple(found)
 
 
-def _nearest_flip(prefers_split: Callable[[float], bool], today: bool) -> float | None:
+def _nearest_flip(prefers_split: Callable[[float], bool], today: bool, largest: float) -> float | None:
     factor = _SCAN_STEP
     while factor <= _LONGEST_SCAN:
         for tried in (factor, 1 / factor):
-            if prefers_split(tried) != today:
+            if tried <= largest and prefers_split(tried) != today:
                 return tried
         factor *= _SCAN_STEP
     return None
