@@ -14,8 +14,9 @@ import yaml
 
 from .. import __version__
 from .candidates import Candidate, Pool
+from .jury import Answer
 from .outcome import Figures, Outcome, kv_gigabytes_per_s
-from .search import Answer, Plan
+from .search import Plan
 
 FORMAT = 1
 _CLIFF = 0.9  # utilisation from which a little more load means a lot more waiting

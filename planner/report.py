@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .document import bench_command, cluster_text, error_band, warnings
+from .jury import Answer
 from .outcome import Figures, kv_gigabytes_per_s
-from .search import Answer, Plan
+from .search import Plan
 
 _STYLES = {"disaggregate": "bold green", "colocate": "bold yellow", "infeasible": "bold red"}
 
