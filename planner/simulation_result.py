@@ -57,7 +57,12 @@ class SimulationResult:
     link_utilisation: float  # of the busiest worker's side of the link
     kv_bytes: float  # moved
     num_preemptions: int
-    events: tuple[tuple[tuple[Event, float], ...], ...]  # life-cycle events of each request
+    marks: tuple[tuple[tuple[Event, float], ...], ...]  # life-cycle events of each request, as they were noted
+
+    @property
+    def events(self) -> list[list[tuple[Event, float]]]:
+        """The life-cycle events of each request in order of time, in seconds of the simulation."""
+        return [sorted(life, key=lambda mark: mark[1]) for life in self.marks]
 
     @property
     def num_requests(self) -> int:
@@ -173,7 +178,7 @@ def summarize_lives(
         link_utilisation=max(links.busy_s.values(), default=0.0) / duration_s if duration_s > 0 else 0.0,
         kv_bytes=links.num_bytes,
         num_preemptions=sum(worker.scheduler.num_preemptions for worker in workers.values()),
-        events=tuple(tuple(sorted(life.marks, key=lambda mark: mark[1])) for life in lives),
+        marks=tuple(tuple(life.marks) for life in lives),
     )
 
 

@@ -30,6 +30,8 @@ class CountedTokens(MutableSequence[int]):
     def __getitem__(self, index: int | slice) -> int | CountedTokens:
         if isinstance(index, slice):
             return CountedTokens(len(range(*index.indices(self._count))))
+        if not -self._count <= index < self._count:
+            raise IndexError(f"token {index} of {self._count}")
         return TOKEN
 
     def __setitem__(self, index: object, value: object) -> None:
