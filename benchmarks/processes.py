@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,37 +26,46 @@ class ProcessCluster:
 
 @asynccontextmanager
 async def process_cluster(
-    config: ClusterConfig, log_dir: Path, *, num_threads: int = 1
+    config: ClusterConfig, log_dir: Path, *, num_threads: int = 1, gpus: Mapping[str, int] | None = None
 ) -> AsyncIterator[ProcessCluster]:
     """Start every worker of `config` in parallel, then a router; all are killed on the way out.
 
+    Args: gpus: the GPU that each worker, by name, may see.
     Raises: SplitserveError: a process did not start; the end of its log is in the message.
     """
     processes: list[RoleProcess] = []
 
     async def start(role: WorkerRole, name: str) -> Endpoint:
         command = role_command(config, role, name=name, host="127.0.0.1", port=0, num_threads=num_threads)
-        return await _start(processes, log_dir / f"{name}.log", command, num_threads, config)
+        devices = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": str(gpus[name])}
+        return await _start(processes, log_dir / f"{name}.log", command, num_threads, config, devices)
 
     names = {f"{role}-{index}": role for role in WORKER_ROLES for index in range(config.replicas(role))}
     try:
         endpoints = await asyncio.gather(*(start(role, name) for name, role in names.items()))
         workers = dict(zip(names, endpoints, strict=True))
-        command = [*role_command(config, "router", name="router-0", host="127.0.0.1", port=0, num_threads=1)]
+        command = [
+            *role_command(config, "router", name="router-0", host="127.0.0.1", port=0, num_threads=1, http_port=0)
+        ]
         for name, endpoint in workers.items():
             command += ["--prefill" if names[name] == "prefill" else "--decode", endpoint.address]
-        router = await _start(processes, log_dir / "router-0.log", command, 1, config)
+        router = await _start(processes, log_dir / "router-0.log", command, 1, config, {})
         yield ProcessCluster(router=router, workers=workers)
     finally:
         await asyncio.gather(*(process.stop(2.0) for process in processes))
 
 
 async def _start(
-    processes: list[RoleProcess], log: Path, command: Sequence[str], threads: int, config: ClusterConfig
+    processes: list[RoleProcess],
+    log: Path,
+    command: Sequence[str],
+    threads: int,
+    config: ClusterConfig,
+    devices: Mapping[str, str],
 ) -> Endpoint:
     process = RoleProcess(log)
     processes.append(process)
-    started = await process.start(command, role_environment(threads), config.startup_timeout_s)
+    started = await process.start(command, {**role_environment(threads), **devices}, config.startup_timeout_s)
     if isinstance(started, StartFailure):
         raise SplitserveError(f"{started.message}\n{started.log_tail}")
     return started

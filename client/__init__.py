@@ -12,13 +12,16 @@ from ..core.errors import (
     ProtocolMismatch,
     SplitserveError,
     TransferFailed,
+    Unauthenticated,
     Unavailable,
     WorkerLost,
 )
-from ..core.request import FinishReason
+from ..core.logprobs import TokenLogprob, TopLogprob
+from ..core.request import FinishReason, derive_seed
 from .async_client import AsyncClient, AsyncStream
 from .generation import RetryPolicy
-from .request import Message, RequestOptions
+from .messages import Message, Tool, ToolCall
+from .request import RequestOptions
 from .results import (
     Chunk,
     GenerationResult,
@@ -30,6 +33,7 @@ from .results import (
     Usage,
     WorkerView,
 )
+from .routers import Tls
 from .sync_client import Client, Stream
 
 __all__ = [
@@ -57,10 +61,17 @@ __all__ = [
     "SplitserveError",
     "Stream",
     "TimelineEvent",
+    "Tls",
+    "TokenLogprob",
     "Tokenization",
+    "Tool",
+    "ToolCall",
+    "TopLogprob",
     "TransferFailed",
+    "Unauthenticated",
     "Unavailable",
     "Usage",
     "WorkerLost",
     "WorkerView",
+    "derive_seed",
 ]

@@ -36,6 +36,8 @@ class RequestRecord:
     message: str
     kv_bytes: int
     transport: str
+    prefill_s: float  # on the prefill worker, without waiting
+    transfer_exposed_s: float  # of the transfer, what came after the prefill
     prefill_worker: str
     decode_worker: str
 
@@ -234,6 +236,8 @@ async def _send(
         message=failure.message if failure else "",
         kv_bytes=result.timing.kv_bytes if result else 0,
         transport=result.timing.transport if result else "",
+        prefill_s=result.timing.prefill_s if result else 0.0,
+        transfer_exposed_s=result.timing.transfer_exposed_s if result else 0.0,
         prefill_worker=result.timing.prefill_worker if result else "",
         decode_worker=result.timing.decode_worker if result else "",
     )

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
 from ..core.errors import InvalidRequest
-from ..core.request import SamplingParams
+from ..core.request import FormatKind, OutputFormat, SamplingParams
 from ..proto import inference_pb2 as pb
-from ..proto.convert import PROTOCOL_VERSION
+from ..proto.convert import PROTOCOL_VERSION, format_to_proto
+from .messages import Message, Messages, Tool, check_text, to_proto
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str  # "system", "user", "assistant" or "tool"
-    content: str
-
-
-Messages = Sequence[Message | Mapping[str, str]]
 Prompt = str | Sequence[int] | Messages
 
 
@@ -45,6 +36,15 @@ class RequestOptions(TypedDict, total=False):
     timeout_s: float | None  # deadline from now, retries included; None: the client's default
     idempotency_key: str  # names the request across retries
     received_token_ids: Sequence[int]  # of this answer, from an earlier attempt; the stream goes on after them
+    min_tokens: int  # the answer does not end by itself before it has so many
+    logit_bias: Mapping[int, float]  # token id to what is added to its logit, -100 to 100; at most 300 tokens
+    logprobs: int | None  # tell each token's log probability, and so many of the likeliest in its place (0 to 20)
+    prompt_logprobs: int | None  # the same for the prompt's tokens
+    json_schema: str | Mapping[str, Any]  # the answer is a JSON document that this schema accepts
+    json_object: bool  # the answer is a JSON object
+    regex: str  # the answer matches this regular expression as a whole
+    grammar: str  # the answer follows this grammar: EBNF in Lark's notation, with the rule "start"
+    tools: Sequence[Tool]  # functions that the model may ask for; with messages only
 
 
 _SAMPLING = (
@@ -66,7 +66,11 @@ _PLAIN = (
     "tenant",
     "idempotency_key",
     "received_token_ids",
+    "min_tokens",
+    "logprobs",
+    "prompt_logprobs",
 )
+_FORMATS = tuple(kind.value for kind in FormatKind)
 
 
 def build_request(prompt: Prompt, options: RequestOptions) -> pb.GenerateRequest:
@@ -75,74 +79,65 @@ def build_request(prompt: Prompt, options: RequestOptions) -> pb.GenerateRequest
     Raises: InvalidRequest: what can be seen to be wrong without the router.
     """
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    unknown = given.keys() - {*_SAMPLING, *_PLAIN, "stop", "timeout_s"}
+    unknown = given.keys() - {*_SAMPLING, *_PLAIN, *_FORMATS, "logit_bias", "tools", "stop", "timeout_s"}
     if unknown:
         raise TypeError(f"unknown options {sorted(unknown)}; RequestOptions lists the known ones")
     sampling = {name: given[name] for name in _SAMPLING if name in given}
-    SamplingParams(**sampling)  # refuses what is out of range; unset fields stay unset on the wire
+    bias: Mapping[int, float] = given.get("logit_bias", {})
+    SamplingParams(**sampling, logit_bias=tuple(bias.items()))  # refuses what is out of range; unset stays unset
     if given.get("max_tokens", 1) < 1:
         raise InvalidRequest(f"max_tokens is {given['max_tokens']}; it must be at least 1", field="max_tokens")
     stop = given.get("stop", ())
     for name in ("model", "tenant", "idempotency_key"):
-        _check_text(given.get(name, ""), name)
+        check_text(given.get(name, ""), name)
     with _InvalidFields("request"):
         return pb.GenerateRequest(
-            **_input(prompt),
-            sampling=pb.SamplingParams(**sampling),
-            stop=[_check_text(text, "stop") for text in ([stop] if isinstance(stop, str) else stop)],
+            **_input(prompt, given.get("tools", ())),
+            sampling=pb.SamplingParams(**sampling, logit_bias=bias),
+            output_format=format_to_proto(_output_format(given)),
+            stop=[check_text(text, "stop") for text in ([stop] if isinstance(stop, str) else stop)],
             protocol_version=PROTOCOL_VERSION,
             **{name: given[name] for name in _PLAIN if name in given},
         )
 
 
-def build_tokenize_request(prompt: str | Messages, model: str) -> pb.TokenizeRequest:
+def build_tokenize_request(prompt: str | Messages, model: str, tools: Sequence[Tool] = ()) -> pb.TokenizeRequest:
     """Raises: InvalidRequest: the prompt is empty, malformed or already token ids."""
     with _InvalidFields("prompt"):
-        row = _input(prompt)
+        row = _input(prompt, tools)
         if "token_ids" in row:
             raise InvalidRequest("the prompt already is token ids; send text or messages", field="prompt")
-        return pb.TokenizeRequest(**row, model=_check_text(model, "model"))
+        return pb.TokenizeRequest(**row, model=check_text(model, "model"))
 
 
-def _input(prompt: Prompt) -> dict[str, Any]:
+def _output_format(given: Mapping[str, Any]) -> OutputFormat | None:
+    """Raises: InvalidRequest: there are two, or one is not what it should be."""
+    named = [name for name in _FORMATS if given.get(name) not in (None, False)]
+    if len(named) > 1:
+        raise InvalidRequest(f"{' and '.join(named)} were given; an answer has at most one format", field=named[1])
+    if not named:
+        return None
+    kind, source = FormatKind(named[0]), given[named[0]]
+    if kind is FormatKind.JSON_OBJECT:
+        return OutputFormat(kind=kind)
+    if kind is FormatKind.JSON_SCHEMA and isinstance(source, Mapping):
+        source = json.dumps(source)
+    return OutputFormat(kind=kind, source=check_text(source, named[0]))
+
+
+def _input(prompt: Prompt, tools: Sequence[Tool] = ()) -> dict[str, Any]:
     """The one `input` field that the prompt fills."""
     if isinstance(prompt, bytes | bytearray):
         raise InvalidRequest("the prompt is bytes; decode it to text first", field="prompt")
     if len(prompt) == 0:
         raise InvalidRequest("the prompt is empty; send at least one token", field="prompt")
+    if not isinstance(prompt, str) and isinstance(prompt[0], Message | Mapping):
+        return {"messages": to_proto(cast(Messages, prompt), tools)}
+    if tools:
+        raise InvalidRequest("tools need a conversation; send messages instead of text or token ids", field="tools")
     if isinstance(prompt, str):
-        return {"text": _check_text(prompt, "prompt")}
-    if isinstance(prompt[0], Message | Mapping):
-        return {"messages": pb.ChatMessages(messages=[_message(turn) for turn in cast(Messages, prompt)])}
+        return {"text": check_text(prompt, "prompt")}
     return {"token_ids": pb.TokenIds(ids=cast(Sequence[int], prompt))}
-
-
-def _message(turn: Message | Mapping[str, str]) -> pb.ChatMessage:
-    row = {"role": turn.role, "content": turn.content} if isinstance(turn, Message) else turn
-    if not isinstance(row, Mapping) or row.keys() != {"role", "content"} or not row["role"]:
-        raise InvalidRequest(
-            f"a message holds {sorted(row) if isinstance(row, Mapping) else type(row).__name__}; "
-            "it needs a role that is not empty, a content and nothing else",
-            field="messages",
-        )
-    return pb.ChatMessage(
-        role=_check_text(row["role"], "messages.role"), content=_check_text(row["content"], "messages.content")
-    )
-
-
-def _check_text(text: str, field: str) -> str:
-    """Raises: InvalidRequest: lone surrogates (what Python makes of invalid UTF-8 in arguments and file names)."""
-    if not isinstance(text, str):
-        raise InvalidRequest(f"{field} is {type(text).__name__}; it must be text", field=field)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(
-            f"{field} is not valid Unicode: {error.object[error.start]!a} at position {error.start} is half a "
-            "character; it was probably read from bytes that are not UTF-8",
-            field=field,
-        ) from error
-    return text
 
 
 class _InvalidFields:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
+from ..core.logprobs import TokenLogprob
 from ..core.request import FinishReason
 from ..proto import inference_pb2 as pb
 
@@ -17,6 +18,7 @@ class Chunk:
     token_ids: tuple[int, ...]
     text: str  # what became certain with them; may be empty, never ends inside a character or a stop string
     at_s: float  # arrival here, since the request was sent
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per token, if asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,7 @@ class RequestTiming:
     decode_s: float  # first token to last token
     e2e_s: float  # arrival to end
     kv_bytes: int  # moved between the workers
-    transport: str  # "grpc", "shared_memory" or "none"
+    transport: str  # "cuda_ipc", "shared_memory", "grpc" or "none"
     prefill_worker: str
     decode_worker: str
     attempts: int  # 1 is the normal case
@@ -73,6 +75,8 @@ class GenerationResult:
     timing: RequestTiming  # as the router saw it
     token_times_s: tuple[float, ...]  # arrival here of each token, since the request was sent
     e2e_s: float  # sent to last token, measured here
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per token, if asked for
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # one per prompt token, if asked for; the first one's rank is 0
 
     @property
     def ttft_s(self) -> float | None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from .errors import ConfigError
 
+DEFAULT_HTTP_PORT = 8000
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
@@ -43,8 +44,18 @@ class EngineConfig(_Section):
     device: str | None = Field(
         default=None, description="cpu, cuda or cuda:N; empty: cuda for pools that have GPUs, else cpu"
     )
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Processes that hold each worker's model together, one a GPU; it must divide the attention heads",
+    )
     dtype: Dtype | None = Field(
         default=None, description="Number type of weights and KV; empty: float32 on a CPU, bfloat16 on a GPU"
+    )
+    random_weights: bool = Field(
+        default=False,
+        description="Random weights instead of the model's, to measure speed; answers are noise",
     )
     block_size: int = Field(default=16, ge=1, description="Tokens in a KV block")
     num_kv_blocks: int | None = Field(
@@ -82,6 +93,15 @@ class RouterConfig(_Section):
         default="127.0.0.1", description="Address that clients connect to; loopback unless you say otherwise"
     )
     port: int = Field(default=50051, ge=0, le=65535, description="Port of the first router; 0 takes a free one")
+    http_port: int | None = Field(
+        default=None,
+        ge=-1,
+        le=65535,
+        description="Port of the first router's OpenAI API; empty: 8000, or a free one where port is 0; -1: none",
+    )
+    api_key_file: Path | None = Field(
+        default=None, description="File with one API key a line, asked of every caller; empty: everybody may call"
+    )
     max_queued: int = Field(default=256, ge=1, description="Requests waiting for dispatch; more are refused")
     max_live: int = Field(default=8_192, ge=1, description="Requests not ended, queued ones included; more are refused")
     prefill_bound_s: float = Field(
@@ -95,6 +115,13 @@ class RouterConfig(_Section):
         default=4.0, ge=0, description="Seconds that a request waits while nobody can serve it"
     )
 
+    def http_port_of(self, index: int) -> int:
+        """Port of router number `index`: consecutive ones, 0 for a free one, -1 for none."""
+        first = self.http_port
+        if first is None:
+            first = DEFAULT_HTTP_PORT if self.port else 0
+        return first + index if first > 0 else first
+
 
 class PoolConfig(_Section):
     """`prefill`, `decode`, `colocated`: one pool of workers."""
@@ -106,9 +133,9 @@ class PoolConfig(_Section):
         description="Workers; empty: 1 prefill and 1 decode, or none if there are colocated ones",
     )
     threads: int | None = Field(
-        default=None, ge=1, description="CPU threads of each; empty: the host's cores shared out"
+        default=None, ge=1, description="CPU threads of each of its processes; empty: the host's cores shared out"
     )
-    gpus: int = Field(default=0, ge=0, description="GPUs of each")
+    gpus: int = Field(default=0, ge=0, description="GPUs of each: engine.tensor_parallel, or 0 for none")
     labels: dict[str, str] = Field(
         default_factory=dict, description="Ray node labels that its node must have, such as splitserve/role: decode"
     )
@@ -143,8 +170,8 @@ class ClusterConfig(_Section):
         min_length=1,
         description="smollm2-135m (built in), a directory, a .gguf file or a hub id",
     )
-    transport: Literal["auto", "grpc", "shared-memory"] = Field(
-        default="auto", description="How KV moves; auto: shared memory within a host, else gRPC"
+    transport: Literal["auto", "grpc", "shared-memory", "cuda-ipc"] = Field(
+        default="auto", description="How KV moves; auto: CUDA IPC or shared memory within a host, else gRPC"
     )
     worker_host: str | None = Field(
         default=None,
@@ -177,6 +204,16 @@ class ClusterConfig(_Section):
                 f"{prefill} prefill, {decode} decode and {colocated} colocated workers cannot serve a request; "
                 "start at least one prefill and one decode worker, or one colocated worker"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_fit_ranks(self) -> Self:
+        for role in WORKER_ROLES:
+            if 0 < self.pool(role).gpus < self.engine.tensor_parallel:
+                raise ValueError(
+                    f"{role}.gpus: got {self.pool(role).gpus}, wanted: at least engine.tensor_parallel, "
+                    f"{self.engine.tensor_parallel}"
+                )
         return self
 
     def pool(self, role: WorkerRole) -> PoolConfig:

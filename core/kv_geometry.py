@@ -46,8 +46,8 @@ class KvGeometry:
         return self.layers[layer].elements_per_token * DTYPE_BYTES[self.dtype]
 
     def digest(self) -> str:
-        """16 hex digits that two workers compare before any KV moves; block size is not part of it."""
-        parts = [self.model_id, self.dtype]
+        """16 hex digits that two workers compare before any KV moves; block size and dtype are converted."""
+        parts = [self.model_id]
         parts += [f"{g.num_kv_heads}:{g.key_dim}:{g.value_dim}:{g.sliding_window}" for g in self.layers]
         return hashlib.blake2b("|".join(parts).encode(), digest_size=8).hexdigest()
 

@@ -56,6 +56,18 @@ class WorkerMetrics:
         self.transfer_seconds = seconds("transfer", "First KV byte ready to commit")
         self.transfer_exposed_seconds = seconds("transfer_exposed", "End of prefill to commit")
 
+        def device(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"splitserve_gpu_{name}", text, ["gpu", *labels], registry=registry)
+
+        self.gpu_memory_used = device("memory_used_bytes", "Memory of the GPU in use")
+        self.gpu_memory_total = device("memory_total_bytes", "Memory of the GPU")
+        self.gpu_temperature = device("temperature_celsius", "Temperature of the GPU")
+        self.gpu_power = device("power_watts", "Power that the GPU draws")
+        self.gpu_sm_clock = device("sm_clock_hertz", "Clock of the GPU's multiprocessors")
+        self.gpu_throttled = device("throttled", "1 while the GPU is slowed down for this reason", "reason")
+        self.gpu_ecc_errors = device("ecc_errors", "Memory errors since the GPU's last reset", "kind")
+        self.gpu_nvlinks_up = device("nvlinks_up", "NVLinks of the GPU that are up")
+
 
 class RouterMetrics:
     """Metrics of one router process."""
@@ -72,6 +84,7 @@ class RouterMetrics:
         self.stale_messages = Counter(
             "splitserve_router_stale_messages", "Worker messages dropped: of no live attempt", registry=registry
         )
+        self.tokenizations = Counter("splitserve_tokenizations", "Texts tokenised", registry=registry)
         self.workers = Gauge("splitserve_ready_workers", "Workers ready", ["role"], registry=registry)
         self.ttft_seconds = Histogram(
             "splitserve_ttft_seconds", "Arrival to first token", buckets=_SECONDS, registry=registry

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 from enum import Enum
 
 from .errors import InvalidRequest, PromptTooLong
+from .logprobs import MAX_TOP_LOGPROBS
 
 MAX_SEED = 2**63 - 1
+MAX_LOGIT_BIASES = 300
+MAX_FORMAT_CHARS = 200_000
+MAX_PROMPT_LOGPROBS = 400_000  # tokens and alternatives of a prompt: they travel in one message
 
 
 class FinishReason(Enum):
@@ -16,6 +21,48 @@ class FinishReason(Enum):
 
     STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
     LENGTH = "length"  # max_tokens was reached
+
+
+class FormatKind(Enum):
+    """How an output format is written down."""
+
+    JSON_SCHEMA = "json_schema"  # a JSON document that the schema accepts
+    JSON_OBJECT = "json_object"  # any JSON object
+    REGEX = "regex"  # text that matches as a whole
+    GRAMMAR = "grammar"  # Lark's notation of EBNF, with the rule "start"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFormat:
+    """What the text of an answer must look like."""
+
+    kind: FormatKind
+    source: str = ""  # schema, expression or grammar; empty for JSON_OBJECT
+
+    def __post_init__(self) -> None:
+        """Raises: InvalidRequest: it is empty or too long; whether it can be followed only its compiler knows."""
+        if (self.kind is FormatKind.JSON_OBJECT) != (not self.source):
+            raise InvalidRequest(
+                f"the output format {self.kind.value} has {'text' if self.source else 'no text'}; "
+                "send a schema, a regular expression or a grammar, and no text for json_object",
+                field="output_format",
+            )
+        if len(self.source) > MAX_FORMAT_CHARS:
+            raise InvalidRequest(
+                f"the output format has {len(self.source):,} characters; at most {MAX_FORMAT_CHARS:,} are allowed",
+                field="output_format",
+            )
+
+
+def derive_seed(seed: int, choice: int) -> int:
+    """Seed of answer number `choice` (from 0) of a request for several; the first one's is the request's own.
+
+    A front end runs n answers as n requests, so the same seed gives the same n answers through whichever of them.
+    """
+    if choice == 0:
+        return seed
+    digest = hashlib.blake2b(seed.to_bytes(8, "little") + choice.to_bytes(8, "little"), digest_size=8, person=b"choice")
+    return int.from_bytes(digest.digest(), "little") & MAX_SEED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +77,7 @@ class SamplingParams:
     presence_penalty: float = 0.0  # over output tokens
     frequency_penalty: float = 0.0  # over output tokens
     seed: int = 0  # the router stamps a random one when the user sent none
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit), each id once
 
     def __post_init__(self) -> None:
         """Raises: InvalidRequest: a value is outside its range or not a finite number."""
@@ -45,7 +93,19 @@ class SamplingParams:
         )
         for name, value, low, high in ranges:
             if not math.isfinite(value) or not low <= value <= high:
-                raise InvalidRequest(f"{name} is {value}; it must be from {low:g} to {high:g}", field=name)
+                limits = f"{low:,} to {high:,}" if isinstance(high, int) else f"{low:g} to {high:g}"
+                raise InvalidRequest(f"{name} is {value}; it must be from {limits}", field=name)
+        if len(self.logit_bias) > MAX_LOGIT_BIASES:
+            raise InvalidRequest(
+                f"logit_bias has {len(self.logit_bias):,} tokens; at most {MAX_LOGIT_BIASES} are allowed",
+                field="logit_bias",
+            )
+        for token_id, bias in self.logit_bias:
+            if token_id < 0 or not -100.0 <= bias <= 100.0:  # NaN is outside too
+                raise InvalidRequest(
+                    f"logit_bias is {bias} for token {token_id}; token ids are not negative, biases from -100 to 100",
+                    field="logit_bias",
+                )
 
     @property
     def is_greedy(self) -> bool:
@@ -75,6 +135,10 @@ class Request:
     priority: int = 0  # higher goes first
     timeout_s: float = 600.0  # from the receiver's now to the deadline
     tenant: str = ""  # prefix-cache name space
+    min_tokens: int = 0  # output tokens that must be there before stop_token_ids may come
+    logprobs: int | None = None  # likeliest tokens to tell for each output token; None: no logprobs
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    output_format: OutputFormat | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -104,6 +168,31 @@ class Request:
                 f"{max_model_len - len(self.prompt_token_ids):,} or raise max_model_len",
                 field="max_tokens",
             )
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens is {self.min_tokens:,}; it must be from 0 to max_tokens {self.max_tokens:,}",
+                field="min_tokens",
+            )
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if count is not None and not 0 <= count <= MAX_TOP_LOGPROBS:
+                raise InvalidRequest(f"{name} is {count}; it must be from 0 to {MAX_TOP_LOGPROBS}", field=name)
+        num_told = len(self.prompt_token_ids) * (1 + (self.prompt_logprobs or 0))
+        if self.prompt_logprobs is not None and num_told > MAX_PROMPT_LOGPROBS:
+            raise InvalidRequest(
+                f"prompt_logprobs {self.prompt_logprobs} for {len(self.prompt_token_ids):,} tokens makes {num_told:,} "
+                f"logprobs, at most {MAX_PROMPT_LOGPROBS:,} are told; ask for fewer or shorten the prompt",
+                field="prompt_logprobs",
+            )
+        if self.output_format is not None and self.ignore_eos:
+            raise InvalidRequest(
+                "ignore_eos cannot be had with an output format, which says itself where the answer ends; drop one",
+                field="ignore_eos",
+            )
+        for token_id, _ in self.sampling.logit_bias:
+            if token_id >= vocab_size:
+                raise InvalidRequest(
+                    f"logit_bias names token {token_id}, outside the vocabulary of {vocab_size:,}", field="logit_bias"
+                )
         low, high = min(self.prompt_token_ids), max(self.prompt_token_ids)
         if low < 0 or high >= vocab_size:
             raise InvalidRequest(

@@ -13,9 +13,10 @@ from ..core.events import Event
 from ..core.request import Request
 from ..engine.engine import Reservation, StepOutput, TokenOutput
 from ..kv_transfer.grants import Grant
+from ..kv_transfer.peer import TRANSPORTS
 from ..kv_transfer.receiver import KvReceiver, Received
-from ..proto import kv_transfer_pb2, worker_pb2
-from ..proto.convert import failure_to_proto, reason_to_proto
+from ..proto import worker_pb2
+from ..proto.convert import failure_to_proto, logprob_to_proto, reason_to_proto
 from ..worker.edge import sequence_id
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
@@ -25,11 +26,6 @@ logger = logging.getLogger(__name__)
 
 RouterSession = Session[worker_pb2.DecodeSessionRequest, worker_pb2.DecodeSessionResponse]
 SERVICES = ("splitserve.v1.DecodeWorker",)
-
-_TRANSPORTS = {
-    "grpc": kv_transfer_pb2.TRANSPORT_GRPC,
-    "shared_memory": kv_transfer_pb2.TRANSPORT_SHARED_MEMORY,
-}
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -76,6 +72,7 @@ class DecodeWorker:
         """Reserve blocks and open the fetch, or answer with RunFailed. Older attempts are revoked."""
         if not self._is_new(request_id, request):
             return
+        request = replace(request, prompt_logprobs=None)  # the prefill worker's business
         try:
             self._refuse_early(request)
             reservation = self.host.engine.reserve(request)
@@ -133,7 +130,7 @@ class DecodeWorker:
         return True
 
     def _refuse_early(self, request: Request) -> None:
-        self.host.refuse_if_draining()
+        self.host.refuse_if_out_of_service()
         if request.timeout_s <= 0:
             raise DeadlineExceeded("the deadline passed before the request reached a decode worker")
 
@@ -157,7 +154,13 @@ class DecodeWorker:
         token_ids = request.prompt_token_ids + request.output_token_ids
         adopted = False
         try:
-            received = await self.receiver.receive(grant, kv_address, token_ids, reservation.block_ids)
+            received = await self.receiver.receive(
+                grant,
+                kv_address,
+                token_ids,
+                reservation.block_ids,
+                on_covered=lambda: self.host.engine.expect_reserved(request.request_id),
+            )
             self._record(run, Event.TRANSFER_STARTED, received.started_at_s)
             self._record(run, Event.TRANSFER_FINISHED)
             if not received.finished:
@@ -188,7 +191,7 @@ class DecodeWorker:
                 transfer_done=worker_pb2.TransferDone(
                     request_id=run.request_id,
                     attempt=run.request.attempt,
-                    transport=_TRANSPORTS[received.transport],
+                    transport=TRANSPORTS[received.transport],
                     num_bytes=received.num_bytes,
                     transfer_s=received.transfer_s,
                     transfer_exposed_s=received.transfer_exposed_s,
@@ -213,7 +216,9 @@ class DecodeWorker:
             if (run := self._runs.get(sequence)) is not None:
                 self._record(run, Event.RESUMED)
         by_session: defaultdict[RouterSession, list[worker_pb2.SequenceTokens]] = defaultdict(list)
-        for token in output.tokens:
+        # The newest sequence first: it has waited longest for this token, through its transfer, and a router takes
+        # milliseconds to hand out the tokens of a large batch.
+        for token in reversed(output.tokens):
             if (run := self._runs.get(token.request_id)) is not None:
                 by_session[run.session].append(self._sequence_tokens(run, token))
         for session, sequences in by_session.items():
@@ -234,6 +239,8 @@ class DecodeWorker:
             index=token.index,
             token_ids=(token.token_id,),
             finish_reason=reason_to_proto(token.finish_reason),
+            logprobs=() if token.logprob is None else (logprob_to_proto(token.logprob),),
+            prompt_logprobs=map(logprob_to_proto, token.prompt_logprobs),
         )
         if token.finish_reason is not None:
             started_s = run.started_s if run.started_s is not None else run.first_token_s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..core.address import check_address
 from ..core.config import ClusterConfig, WorkerRole
 from ..core.errors import ConfigError
 from ..engine.options import EngineOptions
@@ -12,7 +13,12 @@ from ..worker.options import WorkerOptions
 if TYPE_CHECKING:
     from ..router.server import RouterOptions
 
-_TRANSPORTS = {"auto": ("shared_memory", "grpc"), "grpc": ("grpc",), "shared-memory": ("shared_memory",)}
+_TRANSPORTS = {
+    "auto": ("cuda_ipc", "shared_memory", "grpc"),
+    "grpc": ("grpc",),
+    "shared-memory": ("shared_memory",),
+    "cuda-ipc": ("cuda_ipc",),
+}
 
 
 def worker_options(
@@ -30,16 +36,18 @@ def worker_options(
     transports = _TRANSPORTS[config.transport]
     device = engine.device or ("cuda" if config.pool(role).gpus else "cpu")
     on_gpu = device != "cpu"
-    if on_gpu and role != "colocated":
+    if engine.tensor_parallel > 1 and role != "colocated":
         raise ConfigError(
-            f"engine.device is {device} and the role is {role}: KV does not move between GPUs yet; "
-            "use colocated workers there, or device cpu"
+            f"engine.tensor_parallel is {engine.tensor_parallel} and the role is {role}: KV that is split over ranks "
+            "does not move between workers yet; use colocated workers, or tensor_parallel 1"
         )
     return WorkerOptions(
         engine=EngineOptions(
             model=config.model,
             device=device,
+            tensor_parallel=engine.tensor_parallel,
             dtype=engine.dtype,
+            random_weights=engine.random_weights,
             block_size=engine.block_size,
             num_kv_blocks=engine.num_kv_blocks,
             kv_memory_bytes=engine.kv_memory,
@@ -70,17 +78,22 @@ def worker_options(
 def router_options(
     config: ClusterConfig, *, prefill: tuple[str, ...], decode: tuple[str, ...], metrics_port: int, router_id: str
 ) -> RouterOptions:
+    """Raises: ConfigError: a worker's address is malformed."""
     from ..router.server import RouterOptions  # here, so that worker processes need not load the router
 
     router = config.router
+    for address in (*prefill, *decode):
+        check_address(address, "a worker's address")
     return RouterOptions(
         model=config.model,
         prefill=prefill,
         decode=decode,
         host=router.host,
         port=router.port,
+        http_port=http_port if (http_port := router.http_port_of(0)) >= 0 else None,
         metrics_port=metrics_port,
         router_id=router_id,
+        api_key_file=router.api_key_file,
         max_queued=router.max_queued,
         max_live=router.max_live,
         prefill_bound_s=router.prefill_bound_s,

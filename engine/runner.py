@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..core.errors import SplitserveError
+from ..core.logprobs import TokenLogprob
 from ..scheduling.steps import ScheduledTokens, StepPlan
 from .attention import AttentionBatch, Chunk, DecodeBatch, KvWritten, current
+from .cpu_attention import decode_kernel
+from .logprobs import StepLogprobs, prompt_rows
+from .output_format import OutputFormats
 from .pool import KvPool
 from .sampler import SampleInput, sample
+
+
+class StepMode(IntEnum):
+    """How a step is computed. Ranks that share a model must choose alike, so rank 0 chooses."""
+
+    PACKED = 0  # kernel by kernel
+    CAPTURED = 1  # as PACKED, but through the graph of its number of tokens if there is one
+    DECODE = 2  # one new token for each sequence, through the graph of its batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step yields, by request id."""
+
+    token_ids: Mapping[str, int]
+    logprobs: Mapping[str, TokenLogprob] = field(default_factory=dict)  # of the new tokens
+    # Position of the first of these prompt tokens, and they.
+    prompt_logprobs: Mapping[str, tuple[int, list[TokenLogprob]]] = field(default_factory=dict)
+    failed: Mapping[str, SplitserveError] = field(default_factory=dict)  # instead of a token
 
 
 class StepRunner(Protocol):
@@ -21,12 +46,21 @@ class StepRunner(Protocol):
 
     max_steps: int  # that may be launched and not collected
 
-    def launch(self, plan: StepPlan) -> None:
+    @property
+    def captured(self) -> bool:
+        """Whether steps run as CUDA graphs."""
+        ...
+
+    def mode(self, plan: StepPlan) -> StepMode:
+        """How `launch` computes this step unless told otherwise."""
+        ...
+
+    def launch(self, plan: StepPlan, mode: StepMode | None = None) -> None:
         """Start a step; on a GPU this only queues its work."""
         ...
 
-    def collect(self) -> dict[str, int]:
-        """Wait for the oldest launched step: the new token of each request id that gets one."""
+    def collect(self) -> StepResult:
+        """Wait for the oldest launched step."""
         ...
 
     def abandon(self) -> None:
@@ -37,35 +71,57 @@ class StepRunner(Protocol):
         """Prepare what the calling thread needs, so that no step has to."""
         ...
 
+    def close(self) -> None:
+        """Free what was captured; no step follows."""
+        ...
+
     def bare_step(self, batch: int) -> Callable[[], None]:
         """What queues the device's part of a decode step. Raises: NotImplementedError: there is no such part."""
         ...
 
 
 class CpuRunner:
-    """Runs a step when it is collected."""
+    """Runs a step when it is collected; where another rank samples, `samples` is false and there are no tokens."""
 
     max_steps = 1
+    captured = False
 
-    def __init__(self, model: PreTrainedModel, pool: KvPool, kv_written: KvWritten | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pool: KvPool,
+        formats: OutputFormats,
+        kv_written: KvWritten | None,
+        *,
+        samples: bool = True,
+    ) -> None:
         self._model = model
         self._pool = pool
+        self._formats = formats
         self._kv_written = kv_written
+        self._samples = samples
         self._plan: StepPlan | None = None
 
-    def launch(self, plan: StepPlan) -> None:
+    def mode(self, plan: StepPlan) -> StepMode:
+        return StepMode.PACKED
+
+    def launch(self, plan: StepPlan, mode: StepMode | None = None) -> None:
         self._plan = plan
 
     def abandon(self) -> None:
         self._plan = None
 
     def warm_up(self) -> None:
+        decode_kernel()
+        self._formats.warm_up()
+
+    def close(self) -> None:
         pass
 
     def bare_step(self, batch: int) -> Callable[[], None]:
         raise NotImplementedError("a step on the CPU is not queued apart from its host part")
 
-    def collect(self) -> dict[str, int]:
+    def collect(self) -> StepResult:
         assert self._plan is not None, "collect without launch"
         plan, self._plan = self._plan, None
         # Single tokens first: the attention function takes them together.
@@ -81,9 +137,28 @@ class CpuRunner:
             for part in parts
         ]
         sampling, rows = sampled_rows(parts)
-        logits = forward(self._model, self._pool, sequences, rows, self._kv_written)
-        token_ids = sample(logits, [sample_input(part) for part in sampling])
-        return {part.sequence.request_id: token for part, token in zip(sampling, token_ids, strict=True)}
+        logits = forward(self._model, self._pool, sequences, rows + prompt_rows(parts), self._kv_written)
+        if not self._samples:
+            return StepResult(token_ids={})
+        inputs, failed = sample_inputs(sampling, self._formats)
+        token_ids = sample(logits[: len(rows)], inputs)
+        likelihoods = StepLogprobs.of(logits, parts, sampling, torch.tensor(token_ids, dtype=torch.int64))
+        return step_result(sampling, token_ids, failed, likelihoods)
+
+
+def step_result(
+    sampling: Sequence[ScheduledTokens],
+    token_ids: Sequence[int],
+    failed: Mapping[str, SplitserveError],
+    likelihoods: StepLogprobs | None,
+) -> StepResult:
+    ids = [part.sequence.request_id for part in sampling]
+    return StepResult(
+        token_ids={i: token_id for i, token_id in zip(ids, token_ids, strict=True) if i not in failed},
+        logprobs=likelihoods.of_tokens() if likelihoods is not None else {},
+        prompt_logprobs=likelihoods.of_prompts() if likelihoods is not None else {},
+        failed=failed,
+    )
 
 
 def sampled_rows(parts: Sequence[ScheduledTokens]) -> tuple[list[ScheduledTokens], list[int]]:
@@ -97,15 +172,45 @@ def sampled_rows(parts: Sequence[ScheduledTokens]) -> tuple[list[ScheduledTokens
     return sampling, rows
 
 
-def sample_input(part: ScheduledTokens) -> SampleInput:
+def needs_history(part: ScheduledTokens) -> bool:
+    """Whether its choice looks at earlier output, so that the step before must have ended."""
     request = part.sequence.request
-    return SampleInput(
-        params=request.sampling,
-        index=part.index,
-        # Only penalties look at the tokens; what follows them is not known yet.
-        token_ids=part.sequence.token_ids[: part.end] if request.sampling.has_penalties else (),
-        num_prompt_tokens=request.num_prompt_tokens,
-    )
+    return part.samples and (request.sampling.has_penalties or request.output_format is not None)
+
+
+def is_plain(part: ScheduledTokens) -> bool:
+    """Whether its token is chosen by the model's own logits, and nobody wants to see these."""
+    request = part.sequence.request
+    changes = needs_history(part) or request.sampling.logit_bias or part.index < request.min_tokens
+    return not (part.samples and (changes or request.logprobs is not None)) and not part.prompt_targets
+
+
+def sample_inputs(
+    sampling: Sequence[ScheduledTokens], formats: OutputFormats
+) -> tuple[list[SampleInput], dict[str, SplitserveError]]:
+    """What each part is sampled with, and the request ids that cannot go on."""
+    inputs: list[SampleInput] = []
+    failed: dict[str, SplitserveError] = {}
+    for part in sampling:
+        sequence, request = part.sequence, part.sequence.request
+        allowed = None
+        if request.output_format is not None and not sequence.released:  # it may have ended while this step was planned
+            try:
+                allowed = torch.from_numpy(formats.allowed(sequence, part.end))
+            except SplitserveError as error:
+                failed[sequence.request_id] = error
+        inputs.append(
+            SampleInput(
+                params=request.sampling,
+                index=part.index,
+                # What follows them is not known yet.
+                token_ids=sequence.token_ids[: part.end] if request.sampling.has_penalties else (),
+                num_prompt_tokens=request.num_prompt_tokens,
+                banned=request.stop_token_ids if part.index < request.min_tokens else (),
+                allowed=allowed,
+            )
+        )
+    return inputs, failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ choice depends neither on the batch nor on the worker, and no generator state ha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +24,14 @@ class SampleInput:
 
     params: SamplingParams
     index: int  # of the token to sample among the request's output tokens
-    token_ids: Sequence[int]  # prompt and output so far
-    num_prompt_tokens: int
+    token_ids: Sequence[int] = ()  # prompt and output so far; only penalties look at them
+    num_prompt_tokens: int = 0
+    banned: Collection[int] = ()  # must not be chosen, unless nothing else can be
+    allowed: Tensor | None = None  # [vocab] bool on the CPU: nothing else may be chosen
+
+    @property
+    def changes_logits(self) -> bool:
+        return bool(self.params.has_penalties or self.params.logit_bias or self.banned or self.allowed is not None)
 
 
 def uniform(seed: int, index: int) -> float:
@@ -36,15 +42,11 @@ def uniform(seed: int, index: int) -> float:
 
 @torch.inference_mode()
 def sample(logits: Tensor, inputs: Sequence[SampleInput]) -> list[int]:
-    """Next token of each row of `logits` [num_rows, vocab] fp32: penalties, temperature, top-k, top-p, min-p, choice.
+    """Next token of each row of `logits` [num_rows, vocab] fp32: `adjust`, temperature, top-k, top-p, min-p, choice.
 
     A filter keeps ties with the last token that it keeps.
     """
-    if any(row.params.has_penalties for row in inputs):
-        logits = logits.clone()
-        for values, row in zip(logits, inputs, strict=True):
-            if row.params.has_penalties:
-                penalise(values, row)
+    logits = adjust(logits, inputs)
     chosen: list[int] = logits.argmax(dim=-1).tolist()
     rows = [i for i, row in enumerate(inputs) if not row.params.is_greedy]
     if rows:
@@ -54,8 +56,30 @@ def sample(logits: Tensor, inputs: Sequence[SampleInput]) -> list[int]:
     return chosen
 
 
-def penalise(logits: Tensor, row: SampleInput) -> None:
-    """Apply a row's penalties in place to its `logits` [vocab], on whatever device."""
+def adjust(logits: Tensor, inputs: Sequence[SampleInput]) -> Tensor:
+    """The logits [num_rows, vocab] that tokens are chosen by, on whatever device; the model's own are left as they are.
+
+    In this order: penalties, bias, what the output format allows, and what is banned for now.
+    """
+    if not any(row.changes_logits for row in inputs):
+        return logits
+    logits = logits.float().clone()
+    for values, row in zip(logits, inputs, strict=True):
+        if row.params.has_penalties:
+            _penalise(values, row)
+        if row.params.logit_bias:
+            ids, biases = zip(*row.params.logit_bias, strict=True)
+            values[torch.tensor(ids, device=values.device)] += torch.tensor(biases, device=values.device)
+        if row.allowed is not None:
+            values.masked_fill_(~row.allowed.to(values.device), -torch.inf)
+        if row.banned:
+            left = values.index_fill(0, torch.tensor(list(row.banned), device=values.device), -torch.inf)
+            values.copy_(torch.where(left.max() > -torch.inf, left, values))  # no answer from the device is awaited
+    return logits
+
+
+def _penalise(logits: Tensor, row: SampleInput) -> None:
+    """Apply a row's penalties in place to its `logits` [vocab]."""
     params = row.params
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(list(set(row.token_ids)), device=logits.device)

@@ -107,12 +107,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 _GAIN = {"gpt_neox": 2.0, "phi": 2.0, "starcoder2": 2.0}
 
 
-def make_tiny_model(architecture: str, directory: Path, seed: int = 0) -> Path:
+def make_tiny_model(architecture: str, directory: Path, seed: int = 0, **changes: Any) -> Path:
     """Save a random model of `architecture` with a byte-level tokenizer; returns `directory`.
 
-    Its weights are large enough that attention matters and that greedy outputs do not settle on one token.
+    `changes` go over its config. Its weights are large enough that attention matters and that greedy outputs do not
+    settle on one token.
     """
-    config = AutoConfig.for_model(architecture, **{**_COMMON, **ARCHITECTURES[architecture]})
+    config = AutoConfig.for_model(architecture, **{**_COMMON, **ARCHITECTURES[architecture], **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(seed)
@@ -124,18 +125,18 @@ def make_tiny_model(architecture: str, directory: Path, seed: int = 0) -> Path:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     model.generation_config.eos_token_id = EOS_TOKEN_ID
     model.save_pretrained(directory)
-    _byte_tokenizer().save_pretrained(directory)
+    save_tokenizer(directory)
     return directory
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
+def save_tokenizer(directory: Path) -> None:
     """One token per byte, so that any text has an encoding."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>", "<pad>", "<unk>"])
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
@@ -143,3 +144,4 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         chat_template="{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:",
     )
+    fast.save_pretrained(directory)

@@ -14,14 +14,19 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..core.errors import KvCorrupted, ProtocolMismatch
+from ..core.kv_geometry import KvDtype
+from .codecs import CodecName, WireFormat
 from .grants import Grant
 
 SERVICE = "splitserve.v1.KvTransfer"
 MAGIC = b"SSKV"
-VERSION = 1
-# magic, version, kind, -, grant id, attempt, epoch, layers, heads, tokens, sequence, payload bytes, checksum
-_HEADER = struct.Struct("<4sHBx16sIIHHHHIIIIQ")
-HEADER_BYTES = _HEADER.size  # 64
+VERSION = 2
+# magic, version, kind, codec, grant id, attempt, epoch, layers, heads, tokens, sequence, payload bytes, checksum, turn,
+# dtype, -
+_HEADER = struct.Struct("<4sHBB16sIIHHHHIIIIQIB3x")
+HEADER_BYTES = _HEADER.size  # 72
+_CODECS: tuple[CodecName, ...] = ("none", "fp8", "int8")  # numbered by place; only ever appended to
+_DTYPES: tuple[KvDtype, ...] = ("float32", "bfloat16", "float16")
 
 _bytes_new = ctypes.pythonapi.PyBytes_FromStringAndSize
 _bytes_new.argtypes, _bytes_new.restype = (ctypes.c_void_p, ctypes.c_ssize_t), ctypes.py_object
@@ -33,14 +38,17 @@ class FrameKind(IntEnum):
     WAIT = 1  # nothing is ready, the sender is alive; not part of the sequence
     DATA = 2  # KV (gRPC) or the numbers of the sender's blocks that hold it (shared memory)
     END = 3  # all is sent; the payload is a TransferEnd
+    APART = 4  # KV whose payload moves by the link's channel, at the header's turn; only the header is here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvPart:
-    """A rectangle of one request's KV: layers [layer_start, layer_end) x tokens [token_start, token_end)."""
+    """A box of one request's KV: layers [layer_start, layer_end), and so on; heads in the model's numbering."""
 
     layer_start: int
     layer_end: int
+    head_start: int
+    head_end: int
     token_start: int
     token_end: int
 
@@ -48,20 +56,25 @@ class KvPart:
     def num_tokens(self) -> int:
         return self.token_end - self.token_start
 
+    @property
+    def num_heads(self) -> int:
+        return self.head_end - self.head_start
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrameHeader:
-    """64 bytes in front of every payload."""
+    """72 bytes in front of every payload."""
 
     kind: FrameKind
     grant_id: str
     attempt: int
     epoch: int
     part: KvPart
-    head_end: int  # heads [0, head_end): each frame holds all heads while both sides keep all of them
+    wire: WireFormat  # of the payload
     sequence: int
     payload_bytes: int
     checksum: int  # xxh3_64 of the payload; shared memory: of the block bytes that are to be copied, in order
+    turn: int = 0  # APART: its place in the order of the link's channel
 
     def pack(self) -> bytes:
         part = self.part
@@ -69,18 +82,21 @@ class FrameHeader:
             MAGIC,
             VERSION,
             self.kind,
+            _CODECS.index(self.wire.codec),
             bytes.fromhex(self.grant_id),
             self.attempt,
             self.epoch,
             part.layer_start,
             part.layer_end,
-            0,
-            self.head_end,
+            part.head_start,
+            part.head_end,
             part.token_start,
             part.token_end,
             self.sequence,
             self.payload_bytes,
             self.checksum,
+            self.turn,
+            _DTYPES.index(self.wire.dtype),
         )
 
     @classmethod
@@ -88,27 +104,36 @@ class FrameHeader:
         """Raises: ProtocolMismatch: not a frame that this build understands. KvCorrupted: its length is wrong."""
         if len(frame) < HEADER_BYTES:
             raise KvCorrupted(f"a frame of {len(frame)} bytes is shorter than its header of {HEADER_BYTES}")
-        (magic, version, kind, grant_id, attempt, epoch, layer_start, layer_end, head_start, head_end, *rest) = (
-            _HEADER.unpack_from(frame)
-        )
-        token_start, token_end, sequence, payload_bytes, checksum = rest
-        if magic != MAGIC or version != VERSION or kind not in FrameKind._value2member_map_ or head_start != 0:
+        magic, version, kind, codec, grant_id, attempt, epoch, *rest = _HEADER.unpack_from(frame)
+        layer_start, layer_end, head_start, head_end, token_start, token_end, sequence, payload_bytes, *rest = rest
+        checksum, turn, dtype = rest
+        known = kind in FrameKind._value2member_map_ and codec < len(_CODECS) and dtype < len(_DTYPES)
+        if magic != MAGIC or version != VERSION or not known:
             raise ProtocolMismatch(
-                f"frame with magic {magic!r}, version {version}, kind {kind} and first head {head_start}; this build "
-                f"reads {MAGIC!r}, version {VERSION}, kinds 1 to 3 and all heads: upgrade the older worker"
+                f"frame with magic {magic!r}, version {version}, kind {kind}, codec {codec} and dtype {dtype}; this "
+                f"build reads {MAGIC!r}, version {VERSION}, kinds 1 to 4, codecs and dtypes 0 to 2: upgrade the older "
+                "worker"
             )
-        if len(frame) != HEADER_BYTES + payload_bytes:
+        if len(frame) != HEADER_BYTES + (0 if kind == FrameKind.APART else payload_bytes):
             raise KvCorrupted(f"frame {sequence} has {len(frame) - HEADER_BYTES} payload bytes, not {payload_bytes}")
         return cls(
             kind=FrameKind(kind),
             grant_id=grant_id.hex(),
             attempt=attempt,
             epoch=epoch,
-            part=KvPart(layer_start=layer_start, layer_end=layer_end, token_start=token_start, token_end=token_end),
-            head_end=head_end,
+            part=KvPart(
+                layer_start=layer_start,
+                layer_end=layer_end,
+                head_start=head_start,
+                head_end=head_end,
+                token_start=token_start,
+                token_end=token_end,
+            ),
+            wire=WireFormat(codec=_CODECS[codec], dtype=_DTYPES[dtype]),
             sequence=sequence,
             payload_bytes=payload_bytes,
             checksum=checksum,
+            turn=turn,
         )
 
 
@@ -128,7 +153,7 @@ def checksum(data: bytes | bytearray | memoryview) -> int:
 
 
 class RunningDigest:
-    """xxh3_128 over the geometry, all token ids of the request and the header of every data frame, in order.
+    """xxh3_128 over the geometry, all token ids of the request and the header of every KV frame, in order.
 
     The headers hold grant, ranges and checksums: equal digests mean that the same KV of the same tokens arrived.
     """
@@ -139,6 +164,10 @@ class RunningDigest:
 
     def add(self, header: bytes | memoryview) -> None:
         self._hash.update(header)
+
+    def add_checksums(self, values: Sequence[int]) -> None:
+        """Those that came after the headers."""
+        self._hash.update(array("Q", values).tobytes())
 
     def digest(self) -> bytes:
         return self._hash.digest()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..core.kv_geometry import KvDtype
 from ..proto import kv_transfer_pb2
+from .codecs import CodecName, WireFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,16 @@ class Grant:
     num_cached_tokens: int
     num_tokens: int
     lease_s: float
+    codec: CodecName
+    wire_dtype: KvDtype  # of unquantised KV: the narrower one of the two pools
+    prefill_ranks: int = 1  # tensor-parallel ranks of the prefill worker, and the one that this grant is for
+    prefill_rank: int = 0
+    decode_ranks: int = 1
+    decode_rank: int = 0
+
+    @property
+    def wire(self) -> WireFormat:
+        return WireFormat(codec=self.codec, dtype=self.wire_dtype)
 
     def to_proto(self) -> kv_transfer_pb2.Grant:
         return kv_transfer_pb2.Grant(**{name: getattr(self, name) for name in self.__slots__})

@@ -1,40 +1,53 @@
 """Between paged rows and the wire's canonical order: [layer][K|V][head][token][dim] over a token range.
 
 The canonical order knows no blocks, so sender and receiver may have different block sizes. Everything here works on
-numpy byte views: one thread, no interpreter lock while it copies, and any dtype.
+byte views: any dtype, and in host memory, where numpy copies, one thread and no interpreter lock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .frames import KvPart
 from .pool import KvPool
 
 Bytes = NDArray[np.uint8]
+Ids = NDArray[np.integer[Any]]
 _Index = slice | NDArray[np.intp]
 
 
 class PoolBytes:
-    """Byte views of a host pool, made once."""
+    """Byte views of a pool, made once. These are of host memory; device_layout.py has those of a GPU's.
 
-    def __init__(self, pool: KvPool) -> None:
+    Args: first_heads: per layer, the number that the model gives to the first head of the pool; 0 without tensor
+        parallelism.
+    """
+
+    def __init__(self, pool: KvPool, first_heads: Sequence[int] | None = None) -> None:
         self.block_size = pool.block_size
         self.num_blocks = pool.num_blocks
         self.row_bytes = pool.row_bytes
         layers = range(pool.geometry.num_layers)
+        self._first_heads = tuple(first_heads or (0 for _ in layers))
         views = [(pool.keys(layer), pool.values(layer)) for layer in layers]
-        self._planes = [tuple(view.view(torch.uint8).numpy() for view in pair) for pair in views]
+        self._planes = [tuple(self._array(view.view(torch.uint8)) for view in pair) for pair in views]
         first, itemsize = views[0][0], views[0][0].element_size()
         self._offsets = [(key.storage_offset() - first.storage_offset()) * itemsize for key, _ in views]
         self._offsets.append(pool.row_bytes)
         flat = first.as_strided((pool.num_blocks, pool.row_bytes // itemsize), (first.stride(0), 1))
-        self.rows: Bytes = flat.view(torch.uint8).numpy()  # [num_blocks, row_bytes]
+        self.rows = self._array(flat.view(torch.uint8))  # [num_blocks, row_bytes]
+
+    def _array(self, view: Tensor) -> Any:
+        """What a view is indexed as."""
+        return view.numpy()
 
     def row_range(self, part: KvPart) -> slice:
         """The bytes of a row that hold the part's layers."""
@@ -43,32 +56,43 @@ class PoolBytes:
     def part_bytes(self, part: KvPart) -> int:
         """Canonical bytes of a part, whatever the block size."""
         planes = self._planes[part.layer_start : part.layer_end]
-        per_token: int = sum(plane.shape[1] * plane.shape[3] for pair in planes for plane in pair)
-        return part.num_tokens * per_token
+        per_head: int = sum(plane.shape[3] for pair in planes for plane in pair)
+        return part.num_tokens * part.num_heads * per_head
 
-    def pack(self, part: KvPart, block_table: Sequence[int], out: Bytes) -> None:
-        """Gather a part from its blocks into `out` [part_bytes]."""
-        for plane, blocks, inside, canonical in self._pieces(part, block_table, out):
-            canonical[...] = plane[blocks, :, inside].swapaxes(0, 1)
+    def checksum(self, part: KvPart, block_ids: Ids) -> int:
+        """64 bits over the part's layers of these blocks, in order: what a copy of them must have as well."""
+        digest, span = xxhash.xxh3_64(), self.row_range(part)
+        for block in block_ids:
+            digest.update(self.rows[block, span].data)
+        return digest.intdigest()
 
-    def unpack(self, part: KvPart, block_table: Sequence[int], payload: Bytes) -> None:
-        """Scatter a canonical payload [part_bytes] into its blocks."""
-        for plane, blocks, inside, canonical in self._pieces(part, block_table, payload):
-            plane[blocks, :, inside] = canonical.swapaxes(0, 1)
+    def pack(self, part: KvPart, block_table: Sequence[int], out: Any) -> None:
+        """Gather a part from its blocks into `out` [part_bytes] uint8."""
+        for plane, blocks, heads, inside, canonical in self._pieces(part, block_table, out):
+            canonical[...] = plane[blocks, heads, inside].swapaxes(0, 1)
+
+    def unpack(self, part: KvPart, block_table: Sequence[int], payload: Any) -> None:
+        """Scatter a canonical payload [part_bytes] uint8 into its blocks."""
+        for plane, blocks, heads, inside, canonical in self._pieces(part, block_table, payload):
+            plane[blocks, heads, inside] = canonical.swapaxes(0, 1)
 
     def _pieces(
-        self, part: KvPart, block_table: Sequence[int], flat: Bytes
-    ) -> Iterator[tuple[Bytes, _Index, slice, Bytes]]:
-        """What goes together: (plane [num_blocks, heads, block_size, dim bytes], blocks, tokens inside each of them,
-        their place in `flat` [heads, blocks, tokens, dim bytes])."""
-        runs, position = list(self._runs(part, block_table)), 0
-        for plane in (plane for pair in self._planes[part.layer_start : part.layer_end] for plane in pair):
-            _, heads, _, dim = plane.shape
-            size = heads * part.num_tokens * dim
-            canonical = flat[position : position + size].reshape(heads, part.num_tokens, dim)
-            position += size
-            for blocks, inside, tokens in runs:  # splitting one axis of a strided view never copies
-                yield plane, blocks, inside, canonical[:, tokens].reshape(heads, -1, inside.stop - inside.start, dim)
+        self, part: KvPart, block_table: Sequence[int], flat: Any
+    ) -> Iterator[tuple[Any, _Index, slice, slice, Any]]:
+        """What goes together: (plane [num_blocks, heads, block_size, dim bytes], blocks, heads of the pool, tokens
+        inside each block, their place in `flat` [heads, blocks, tokens, dim bytes])."""
+        runs, position, num_heads = list(self._runs(part, block_table)), 0, part.num_heads
+        for layer in range(part.layer_start, part.layer_end):
+            first = part.head_start - self._first_heads[layer]
+            heads = slice(first, first + num_heads)
+            for plane in self._planes[layer]:
+                dim = plane.shape[3]
+                size = num_heads * part.num_tokens * dim
+                canonical = flat[position : position + size].reshape(num_heads, part.num_tokens, dim)
+                position += size
+                for blocks, inside, tokens in runs:  # splitting one axis of a strided view never copies
+                    width = inside.stop - inside.start
+                    yield plane, blocks, heads, inside, canonical[:, tokens].reshape(num_heads, -1, width, dim)
 
     def _runs(self, part: KvPart, block_table: Sequence[int]) -> Iterator[tuple[_Index, slice, slice]]:
         """Cut a token range into a partial first block, whole blocks and a partial last block.
@@ -91,3 +115,12 @@ def _consecutive(ids: Sequence[int]) -> _Index:
     if all(after - before == 1 for before, after in pairwise(ids)):
         return slice(ids[0], ids[-1] + 1)
     return np.asarray(ids, dtype=np.intp)
+
+
+def pool_bytes(pool: KvPool, first_heads: Sequence[int] | None = None) -> PoolBytes:
+    """The byte views that fit the pool's memory."""
+    if pool.keys(0).device.type == "cpu":
+        return PoolBytes(pool, first_heads)
+    from .device_layout import DevicePoolBytes
+
+    return DevicePoolBytes(pool, first_heads)

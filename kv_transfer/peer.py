@@ -7,7 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
@@ -16,22 +16,37 @@ from ..core.errors import ConfigError, StaleMessage, TransferFailed
 from ..proto import kv_transfer_pb2 as pb
 from ..proto.convert import PROTOCOL_VERSION
 from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
-from .frames import SERVICE
+from .frames import SERVICE, KvPart
 from .identity import WorkerIdentity
-from .layout import PoolBytes
+from .layout import Ids, PoolBytes
 from .pool import KvPool
+from .ranges import KvLayout
 from .shared_memory import PeerPool
 
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
-TRANSPORTS = {"grpc": pb.TRANSPORT_GRPC, "shared_memory": pb.TRANSPORT_SHARED_MEMORY}
+TRANSPORTS = {
+    "grpc": pb.TRANSPORT_GRPC,
+    "shared_memory": pb.TRANSPORT_SHARED_MEMORY,
+    "cuda_ipc": pb.TRANSPORT_CUDA_IPC,
+}
+# The receiver maps the sender's pool and copies whole blocks itself; frames hold their numbers.
+MAPPED = (pb.TRANSPORT_SHARED_MEMORY, pb.TRANSPORT_CUDA_IPC)
+
+
+class MappedPool(Protocol):
+    """A peer's pool in our address space."""
+
+    def copy(self, part: KvPart, source_ids: Ids, own: PoolBytes, block_ids: Ids) -> int: ...
+
+    def close(self) -> None: ...
 
 
 class Peer:
     """A link to one boot of one prefill worker."""
 
-    def __init__(self, channel: grpc.aio.Channel, response: pb.ConnectResponse, pool: PeerPool | None) -> None:
+    def __init__(self, channel: grpc.aio.Channel, response: pb.ConnectResponse, pool: MappedPool | None) -> None:
         self.boot_id = response.boot_id
         self.transport = response.transport
         self.pool = pool
@@ -53,7 +68,13 @@ class Peers:
     """All links, by address."""
 
     def __init__(
-        self, pool: KvPool, pool_bytes: PoolBytes, identity: WorkerIdentity, transports: Sequence[str]
+        self,
+        pool: KvPool,
+        pool_bytes: PoolBytes,
+        layout: KvLayout,
+        rank: int,
+        identity: WorkerIdentity,
+        transports: Sequence[str],
     ) -> None:
         unknown = [name for name in transports if name not in TRANSPORTS]
         if unknown or not transports:
@@ -62,7 +83,8 @@ class Peers:
         self._pool_bytes = pool_bytes
         self._identity = identity
         self._transports = tuple(TRANSPORTS[name] for name in transports)
-        self._geometry_digest = pool.geometry.digest()
+        self._layout = layout
+        self._rank = rank
         self._peers: dict[str, Peer] = {}
         self._connecting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._watches: set[asyncio.Task[None]] = set()
@@ -116,18 +138,20 @@ class Peers:
                 protocol_version=PROTOCOL_VERSION,
                 worker_id=self._identity.worker_id,
                 boot_id=self._identity.boot_id,
-                geometry_digest=self._geometry_digest,
+                geometry_digest=self._layout.geometry.digest(),
+                shape=self._layout.to_proto(),
+                rank=self._rank,
                 block_size=self._pool.block_size,
                 host_id=self._identity.host_id,
                 transports=transports,
             )
             response: pb.ConnectResponse = await connect(request, timeout=CONNECT_TIMEOUT_S)
             pool = None
-            if response.transport == pb.TRANSPORT_SHARED_MEMORY:
+            if response.transport != pb.TRANSPORT_GRPC:
                 try:
-                    pool = PeerPool(response.shared_pool, self._pool_bytes)
+                    pool = self._map(response)
                 except (OSError, ValueError) as error:
-                    logger.warning("cannot map the KV pool of %s, using gRPC: %s", address, error)
+                    logger.warning("cannot map the KV pool of %s, using another transport: %s", address, error)
                     others = [transport for transport in transports if transport != response.transport]
                     await channel.close()
                     return await self._connect(address, others)
@@ -141,6 +165,14 @@ class Peers:
         except BaseException:
             await channel.close()
             raise
+
+    def _map(self, response: pb.ConnectResponse) -> MappedPool:
+        """Raises: OSError, ValueError: it cannot be mapped."""
+        if response.transport == pb.TRANSPORT_SHARED_MEMORY:
+            return PeerPool(response.shared_pool, self._pool_bytes)
+        from .cuda_ipc import PeerDevicePool
+
+        return PeerDevicePool(response.device_pool, self._pool_bytes)
 
     async def _watch(self, address: str, peer: Peer) -> None:
         """Until the link breaks; then unmap at once, and close the channel when its last user has heard."""

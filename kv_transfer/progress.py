@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 from ..core.kv_geometry import KvGeometry
 from .frames import KvPart
@@ -16,24 +17,29 @@ class KvProgress:
     """The device thread reports what it wrote; the event loop takes what is ready, each byte once per stream.
 
     Every layer's tokens are written in order, so one count per layer says it all.
+
+    Args: heads: what is to be sent of each layer (all, if not given); of some layers it may be nothing.
     """
 
-    def __init__(self, geometry: KvGeometry, num_cached_tokens: int, num_tokens: int) -> None:
+    def __init__(
+        self, geometry: KvGeometry, num_cached_tokens: int, num_tokens: int, heads: Sequence[range] | None = None
+    ) -> None:
         self._geometry = geometry
-        self._num_cached_tokens = num_cached_tokens
+        self._heads = tuple(heads or (range(layer.num_kv_heads) for layer in geometry.layers))
+        self._start = [num_cached_tokens if sent else num_tokens for sent in self._heads]
         self._num_tokens = num_tokens
         self._lock = threading.Lock()
         self._written = [0] * geometry.num_layers
         self._bytes_since_wake = 0
         self._granularity = 1
-        self._taken = [num_cached_tokens] * geometry.num_layers
+        self._taken = list(self._start)
         self.torn = False  # written again after some of it was taken: what was sent may not be what it seemed
 
     def restart(self, granularity: int) -> None:
         """A new stream begins: all is to be taken again, in multiples of `granularity` tokens (but for the last)."""
         with self._lock:
             self._granularity = granularity
-            self._taken = [self._num_cached_tokens] * self._geometry.num_layers
+            self._taken = list(self._start)
 
     def wrote(self, layer_start: int, layer_end: int, token_start: int, token_end: int) -> bool:
         """Any thread. Returns whether it is time to send: WAKE_BYTES have come together, or this was the last part.
@@ -42,7 +48,7 @@ class KvProgress:
         """
         with self._lock:
             if any(self._written[layer] != token_start for layer in range(layer_start, layer_end)):
-                self.torn = self.torn or any(taken > self._num_cached_tokens for taken in self._taken)
+                self.torn = self.torn or self._taken != self._start
                 self._written = [min(written, token_start) for written in self._written]
             self._written[layer_start:layer_end] = [token_end] * (layer_end - layer_start)
             self._bytes_since_wake += sum(
@@ -57,13 +63,13 @@ class KvProgress:
 
     def take(self, max_bytes: int) -> KvPart | None:
         """The next ready part, or None. Neighbouring layers go together, up to `max_bytes`."""
-        layers = self._geometry.layers
+        num_layers = self._geometry.num_layers
         with self._lock:
-            for start in range(len(layers)):
+            for start in range(num_layers):
                 token_start, token_end = self._taken[start], self._ready(start)
                 if token_start == token_end:
                     continue
-                token_bytes = self._geometry.layer_bytes_per_token(start)
+                token_bytes = self._token_bytes(start)
                 # One layer that is too much is cut evenly; up to one and a half times too much, cutting costs more.
                 pieces = (token_bytes * (token_end - token_start) + max_bytes // 2) // max_bytes
                 if pieces > 1:
@@ -71,22 +77,32 @@ class KvProgress:
                     token_end = min(token_end, token_start + -(-piece // self._granularity) * self._granularity)
                 end, size = start + 1, token_bytes * (token_end - token_start)
                 while (
-                    end < len(layers)
-                    and layers[end].num_kv_heads == layers[start].num_kv_heads
+                    end < num_layers
+                    and self._heads[end] == self._heads[start]
                     and self._taken[end] == token_start
                     and self._ready(end) >= token_end
-                    and (size := size + self._geometry.layer_bytes_per_token(end) * (token_end - token_start))
-                    <= max_bytes
+                    and (size := size + self._token_bytes(end) * (token_end - token_start)) <= max_bytes
                 ):
                     end += 1
                 self._taken[start:end] = [token_end] * (end - start)
-                return KvPart(layer_start=start, layer_end=end, token_start=token_start, token_end=token_end)
+                return KvPart(
+                    layer_start=start,
+                    layer_end=end,
+                    head_start=self._heads[start].start,
+                    head_end=self._heads[start].stop,
+                    token_start=token_start,
+                    token_end=token_end,
+                )
         return None
 
     @property
     def all_taken(self) -> bool:
         with self._lock:
             return all(taken == self._num_tokens for taken in self._taken)
+
+    def _token_bytes(self, layer: int) -> int:
+        each = self._geometry.layer_bytes_per_token(layer) // self._geometry.layers[layer].num_kv_heads
+        return each * len(self._heads[layer])
 
     def _ready(self, layer: int) -> int:
         written = self._written[layer]

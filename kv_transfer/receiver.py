@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,21 +17,26 @@ import grpc.aio
 import numpy as np
 
 from ..core.errors import KvCorrupted, LeaseExpired, SplitserveError, StaleMessage, TransferFailed
+from ..core.kv_geometry import KvDtype
 from ..core.metrics import WorkerMetrics
 from ..core.request import Request
 from ..proto import kv_transfer_pb2 as pb
 from ..proto.rpc import from_rpc_error
+from .codecs import CodecName, WireFormat, narrower
 from .frames import HEADER_BYTES, FrameHeader, FrameKind, checksum
 from .grants import Grant
 from .identity import WorkerIdentity
 from .incoming import Incoming
-from .layout import PoolBytes
-from .peer import Peer, Peers
+from .layout import pool_bytes
+from .peer import MAPPED, TRANSPORTS, Peer, Peers
 from .pool import KvPool
+from .ranges import KvLayout, route
+from .wire import WireBytes
 
 logger = logging.getLogger(__name__)
 
 COMMIT_TIMEOUT_S = 5.0
+_NAMES = {value: name for name, value in TRANSPORTS.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +45,8 @@ class Received:
 
     first_token_id: int
     finished: bool  # the answer is complete with its first token; nothing to decode
-    transport: str  # "grpc" or "shared_memory"
-    num_bytes: int  # by the layout's formula
+    transport: str  # a name of peer.py's TRANSPORTS
+    num_bytes: int  # of KV on the wire; without a codec, by the layout's formula
     transfer_s: float  # first KV frame to verified
     transfer_exposed_s: float  # end of prefill to verified
     digest: bytes
@@ -53,6 +58,7 @@ class KvReceiver:
 
     Args:
         transports: what may be used, best first.
+        layout, rank: how the worker's ranks hold the model's KV, and which of them this pool is; one rank holds all.
         lease_s: how long the sender shall keep KV without a sign of life.
         silence_s: a stream that says nothing for this long is given up.
         stall_s: the same, once the first KV has come.
@@ -63,26 +69,44 @@ class KvReceiver:
         pool: KvPool,
         identity: WorkerIdentity,
         *,
-        transports: Sequence[str] = ("shared_memory", "grpc"),
+        transports: Sequence[str] = ("cuda_ipc", "shared_memory", "grpc"),
         metrics: WorkerMetrics | None = None,
+        layout: KvLayout | None = None,
+        rank: int = 0,
         lease_s: float = 30.0,
         silence_s: float = 10.0,
         stall_s: float = 5.0,
     ) -> None:
         self._pool = pool
-        self._bytes = PoolBytes(pool)
+        self._layout = layout or KvLayout(geometry=pool.geometry)
+        self._rank = rank
+        self._bytes = pool_bytes(pool, self._layout.first_heads(rank))
         self._identity = identity
         self._metrics = metrics
         self._lease_s = lease_s
         self._silence_s = silence_s
         self._stall_s = stall_s
-        self._geometry_digest = pool.geometry.digest()
-        self._peers = Peers(pool, self._bytes, identity, transports)
+        self._geometry_digest = self._layout.geometry.digest()
+        self._peers = Peers(pool, self._bytes, self._layout, rank, identity, transports)
         self._epochs: defaultdict[str, int] = defaultdict(lambda: 1)  # per address, raised after every failure
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-unpack")
 
-    def make_grant(self, request: Request, kv_address: str, prefill_boot_id: str, num_cached_tokens: int) -> Grant:
-        """Promise blocks, which the caller has reserved, for one attempt."""
+    def make_grant(
+        self,
+        request: Request,
+        kv_address: str,
+        prefill_boot_id: str,
+        num_cached_tokens: int,
+        *,
+        codec: CodecName = "none",
+        prefill_dtype: KvDtype | None = None,
+        prefill_ranks: int = 1,
+        prefill_rank: int = 0,
+    ) -> Grant:
+        """Promise blocks, which the caller has reserved, for one attempt.
+
+        Args: prefill_dtype: of the prefill worker's pool; None if it is the same as ours.
+        """
         return Grant(
             grant_id=secrets.token_hex(16),
             request_id=request.request_id,
@@ -94,12 +118,25 @@ class KvReceiver:
             num_cached_tokens=num_cached_tokens,
             num_tokens=request.num_tokens,
             lease_s=self._lease_s,
+            codec=codec,
+            wire_dtype=narrower(prefill_dtype or self._pool.geometry.dtype, self._pool.geometry.dtype),
+            prefill_ranks=prefill_ranks,
+            prefill_rank=prefill_rank,
+            decode_ranks=self._layout.num_ranks,
+            decode_rank=self._rank,
         )
 
     async def receive(
-        self, grant: Grant, kv_address: str, token_ids: Sequence[int], block_ids: Sequence[int]
+        self,
+        grant: Grant,
+        kv_address: str,
+        token_ids: Sequence[int],
+        block_ids: Sequence[int],
+        on_covered: Callable[[], None] = lambda: None,
     ) -> Received:
         """Pull the KV of `token_ids` into `block_ids`; all of it is verified when this returns, not yet committed.
+
+        `on_covered` is called when all KV was announced: what is left takes a millisecond or two.
 
         When it returns, raises or is cancelled, nothing writes to the blocks any more.
         Raises: TransferFailed, KvCorrupted, LeaseExpired, StaleMessage, GeometryMismatch, or the error that the
@@ -107,7 +144,7 @@ class KvReceiver:
         """
         try:
             async with self._peers.use(kv_address, grant.prefill_boot_id) as peer:
-                return await self._fetch(peer, grant, token_ids, block_ids)
+                return await self._fetch(peer, grant, token_ids, block_ids, on_covered)
         except grpc.aio.AioRpcError as error:
             self._failed(kv_address)
             raise _typed(error, kv_address) from error
@@ -132,13 +169,26 @@ class KvReceiver:
         await self._peers.close()
         self._threads.shutdown(wait=True)
 
-    async def _fetch(self, peer: Peer, grant: Grant, token_ids: Sequence[int], block_ids: Sequence[int]) -> Received:
-        incoming = Incoming(grant, self._pool.geometry, token_ids)
+    async def _fetch(
+        self,
+        peer: Peer,
+        grant: Grant,
+        token_ids: Sequence[int],
+        block_ids: Sequence[int],
+        on_covered: Callable[[], None],
+    ) -> Received:
         started_s: float | None = None
-        copying: asyncio.Future[None] | None = None  # one copy runs while the next frame arrives
-        # Shared memory copies whole blocks; a prefix hit that ends inside a block cannot be added to.
+        copying: asyncio.Future[int] | None = None  # one copy runs while the next frame arrives
+        late: list[int] = []  # checksums to compare with those that come with END
+        # A peer's mapped pool is copied by whole blocks; a prefix hit that ends inside a block cannot be added to.
         whole = grant.num_cached_tokens % self._pool.block_size == 0
         transport = peer.transport if whole else pb.TRANSPORT_GRPC
+        mapped = transport in MAPPED
+        wire = WireFormat(codec="none", dtype=self._pool.geometry.dtype) if mapped else grant.wire
+        source = KvLayout(geometry=self._layout.geometry, num_ranks=grant.prefill_ranks)
+        due = route(source, grant.prefill_rank, self._layout, self._rank)
+        incoming = Incoming(grant, self._layout.geometry, due, wire, token_ids)
+        wire_bytes = WireBytes(self._bytes, self._pool.geometry, wire)
         call = peer.fetch(pb.FetchRequest(grant=grant.to_proto(), transport=transport))
         try:
             while True:
@@ -151,13 +201,16 @@ class KvReceiver:
                 elif header.kind is FrameKind.DATA:
                     started_s = time.monotonic() if started_s is None else started_s
                     incoming.accept_data(header, frame)
+                    if incoming.is_covered:
+                        on_covered()
                     if copying is not None:
-                        await _done(copying)
-                    copying = self._copy(peer, transport, header, frame, block_ids)
+                        late.append(await _done(copying))
+                    copying = self._copy(peer, wire_bytes, header, frame, block_ids, mapped=mapped)
             ended_s = time.monotonic()
             if copying is not None:
-                await _done(copying)
-            end = incoming.accept_end(header, memoryview(frame)[HEADER_BYTES:])
+                late.append(await _done(copying))
+            checksums = late if transport == pb.TRANSPORT_CUDA_IPC else ()
+            end = incoming.accept_end(header, memoryview(frame)[HEADER_BYTES:], checksums)
         finally:
             call.cancel()
             if copying is not None:
@@ -169,7 +222,7 @@ class KvReceiver:
         return Received(
             first_token_id=end.first_token_id,
             finished=end.finished,
-            transport="shared_memory" if transport == pb.TRANSPORT_SHARED_MEMORY else "grpc",
+            transport=_NAMES[transport],
             num_bytes=incoming.num_bytes,
             transfer_s=verified_s - started_s,
             transfer_exposed_s=end.since_prefill_end_s + verified_s - ended_s,
@@ -191,28 +244,38 @@ class KvReceiver:
         return frame
 
     def _copy(
-        self, peer: Peer, transport: pb.Transport.ValueType, header: FrameHeader, frame: bytes, block_ids: Sequence[int]
-    ) -> asyncio.Future[None]:
-        """Start copying one frame's KV into our blocks, in a thread."""
+        self,
+        peer: Peer,
+        wire_bytes: WireBytes,
+        header: FrameHeader,
+        frame: bytes,
+        block_ids: Sequence[int],
+        *,
+        mapped: bool,
+    ) -> asyncio.Future[int]:
+        """Start copying one frame's KV into our blocks, in a thread; its result is the checksum of what arrived."""
         part, size = header.part, self._pool.block_size
 
-        def from_frame() -> None:
+        def from_frame() -> int:
             payload = memoryview(frame)[HEADER_BYTES:]
-            if len(payload) != self._bytes.part_bytes(part):
+            if len(payload) != wire_bytes.part_bytes(part):
                 raise KvCorrupted(f"frame {header.sequence} has {len(payload)} bytes for {part}")
             if checksum(payload) != header.checksum:
                 raise KvCorrupted(f"the checksum of frame {header.sequence} is wrong")
-            self._bytes.unpack(part, block_ids, np.frombuffer(payload, dtype=np.uint8))
+            wire_bytes.unpack(part, block_ids, np.frombuffer(payload, dtype=np.uint8))
+            return header.checksum
 
-        def from_peer() -> None:
+        def from_peer() -> int:
             if part.token_start % size or peer.pool is None or header.payload_bytes % 4:
                 raise KvCorrupted(f"frame {header.sequence} does not hold the numbers of whole blocks")
             source = np.frombuffer(frame, dtype="<u4", offset=HEADER_BYTES)
             target = np.asarray(block_ids[part.token_start // size : -(-part.token_end // size)], dtype=np.intp)
-            if peer.pool.copy(part, source, self._bytes, target) != header.checksum:
+            found = peer.pool.copy(part, source, self._bytes, target)
+            if peer.transport != pb.TRANSPORT_CUDA_IPC and found != header.checksum:
                 raise KvCorrupted(f"the checksum of frame {header.sequence} is wrong")
+            return found
 
-        job = from_peer if transport == pb.TRANSPORT_SHARED_MEMORY else from_frame
+        job = from_peer if mapped else from_frame
         return asyncio.get_running_loop().run_in_executor(self._threads, job)
 
     def _failed(self, kv_address: str) -> None:
@@ -225,13 +288,13 @@ class KvReceiver:
             self._metrics.stale_messages.inc()
 
 
-async def _done(copying: asyncio.Future[None]) -> None:
-    """Wait for a copy and raise its error. Cancelling the waiter does not disown the copy."""
+async def _done(copying: asyncio.Future[int]) -> int:
+    """Wait for a copy's checksum, or raise its error. Cancelling the waiter does not disown the copy."""
     await asyncio.wait({copying})
-    copying.result()
+    return copying.result()
 
 
-async def _quiet(copying: asyncio.Future[None]) -> None:
+async def _quiet(copying: asyncio.Future[int]) -> None:
     """Wait until a copy is over, through any number of cancellations; its error has been or will not be asked for."""
     cancelled: asyncio.CancelledError | None = None
     while not copying.done():

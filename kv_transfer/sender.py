@@ -30,21 +30,42 @@ from ..core.metrics import WorkerMetrics
 from ..proto import kv_transfer_pb2 as pb
 from ..proto.convert import check_protocol
 from ..proto.rpc import abort
+from .codecs import CODEC_NAMES, GROUP_TOKENS, WireFormat, narrower
 from .frames import HEADER_BYTES, SERVICE, FrameHeader, FrameKind, KvPart, RunningDigest, checksum, new_frame
 from .grants import Grant
 from .identity import WorkerIdentity
-from .layout import PoolBytes
+from .layout import Ids, pool_bytes
 from .pool import KvPool
 from .progress import KvProgress
-from .shared_memory import block_checksum
+from .ranges import KvLayout, check_pair, route
+from .wire import WireBytes
 
 logger = logging.getLogger(__name__)
 
 FRAME_BYTES = 2 << 20  # gRPC: 64 KiB costs three times the CPU, tens of MiB stall the stream
 SHARED_FRAME_BYTES = 8 << 20  # shared memory: only block numbers travel; this bounds what is copied in one go
+DEVICE_FRAME_BYTES = 128 << 20  # the same between GPUs: a third of a millisecond
 WAIT_INTERVAL_S = 1.0
 MAX_PARKED = 1024
 MAX_ENDED = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Framing:
+    """What the frames of a transport are like."""
+
+    max_bytes: int  # KV bytes of one
+    mapped: bool = False  # it holds the numbers of whole blocks, which the receiver copies itself
+    late_checksums: bool = False  # they come with END: the receiver copies while we still compute them
+
+
+def _framing(transport: int) -> _Framing:
+    if transport == pb.TRANSPORT_SHARED_MEMORY:
+        return _Framing(max_bytes=SHARED_FRAME_BYTES, mapped=True)
+    if transport == pb.TRANSPORT_CUDA_IPC:
+        return _Framing(max_bytes=DEVICE_FRAME_BYTES, mapped=True, late_checksums=True)
+    return _Framing(max_bytes=FRAME_BYTES)
+
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -57,6 +78,7 @@ class _Outgoing:
     token_ids: Sequence[int]
     block_table: Callable[[str], Sequence[int]]
     progress: KvProgress
+    wire_bytes: WireBytes
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     wake_pending: bool = False
     stream: object | None = None  # the Fetch that serves it; a newer one replaces an older
@@ -76,6 +98,7 @@ class KvSender:
         release: called exactly once per offered request, when its KV is needed no longer (committed, failed,
             cancelled, lease over).
         report: called before `release` when the transfer ended in an error that the worker did not cause itself.
+        layout, rank: how the worker's ranks hold the model's KV, and which of them this pool is; one rank holds all.
         lease_s: how long KV is kept without a Fetch, or without a Commit after the stream's end.
         park_s: how long a Fetch may wait for its request.
     """
@@ -88,18 +111,23 @@ class KvSender:
         release: Callable[[str], None],
         report: Callable[[str, SplitserveError], None] | None = None,
         metrics: WorkerMetrics | None = None,
+        layout: KvLayout | None = None,
+        rank: int = 0,
         lease_s: float = 30.0,
         park_s: float = 10.0,
     ) -> None:
         self._pool = pool
-        self._bytes = PoolBytes(pool)
+        self._layout = layout or KvLayout(geometry=pool.geometry)
+        self._rank = rank
+        self._bytes = pool_bytes(pool, self._layout.first_heads(rank))
         self._identity = identity
-        self._geometry_digest = pool.geometry.digest()
+        self._geometry_digest = self._layout.geometry.digest()
         self._release = release
         self._report = report
         self._metrics = metrics
         self._lease_s = lease_s
         self._park_s = park_s
+        self._raw = WireFormat(codec="none", dtype=pool.geometry.dtype)  # what a mapped pool holds
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-pack")
         self._by_request: dict[str, _Outgoing] = {}
@@ -141,7 +169,18 @@ class KvSender:
         if grant.geometry_digest != self._geometry_digest:
             raise GeometryMismatch(
                 f"{grant} has KV geometry {grant.geometry_digest}, this worker has {self._geometry_digest}; "
-                "pair workers of one model and KV dtype"
+                "pair workers of one model"
+            )
+        dtype = self._pool.geometry.dtype
+        if grant.codec not in CODEC_NAMES or narrower(dtype, grant.wire_dtype) != grant.wire_dtype:
+            raise GeometryMismatch(
+                f"{grant} asks for codec {grant.codec} and KV in {grant.wire_dtype}; this worker has {dtype} and the "
+                f"codecs {', '.join(CODEC_NAMES)}"
+            )
+        if (grant.prefill_ranks, grant.prefill_rank) != (self._layout.num_ranks, self._rank):
+            raise GeometryMismatch(
+                f"{grant} is for rank {grant.prefill_rank} of {grant.prefill_ranks}, this is rank {self._rank} of "
+                f"{self._layout.num_ranks}"
             )
         if len(token_ids) != grant.num_tokens:
             raise self._stale(f"{grant} covers {grant.num_tokens} tokens, the request has {len(token_ids)}")
@@ -150,11 +189,14 @@ class KvSender:
             if older.grant.attempt >= grant.attempt:
                 raise self._stale(f"{grant} is not newer than attempt {older.grant.attempt}, which is still here")
             self._end(older, StaleMessage(f"attempt {grant.attempt} replaced attempt {older.grant.attempt}"))
+        target = KvLayout(geometry=self._layout.geometry, num_ranks=grant.decode_ranks)
+        sent = route(self._layout, self._rank, target, grant.decode_rank)
         out = _Outgoing(
             grant=grant,
             token_ids=token_ids,
             block_table=block_table,
-            progress=KvProgress(self._pool.geometry, grant.num_cached_tokens, grant.num_tokens),
+            progress=KvProgress(self._layout.geometry, grant.num_cached_tokens, grant.num_tokens, sent.heads),
+            wire_bytes=WireBytes(self._bytes, self._pool.geometry, grant.wire),
         )
         self._by_request[grant.request_id] = self._by_grant[grant.grant_id] = out
         if (parked := self._parked.get(grant.grant_id)) is not None:
@@ -199,18 +241,18 @@ class KvSender:
     async def _connect(self, request: pb.ConnectRequest, context: Context) -> pb.ConnectResponse:
         try:
             check_protocol(request.protocol_version, f"decode worker {request.worker_id}")
-            if request.geometry_digest != self._geometry_digest:
-                raise GeometryMismatch(
-                    f"decode worker {request.worker_id} has KV geometry {request.geometry_digest}, prefill worker "
-                    f"{self._identity.worker_id} has {self._geometry_digest}; pair workers of one model and KV dtype"
-                )
-            return self._choose(request)
+            peer = KvLayout.from_proto(request.shape)
+            check_pair(self._layout, peer)
+            return self._choose(request, peer)
         except SplitserveError as error:
             await abort(context, error)
 
-    def _choose(self, request: pb.ConnectRequest) -> pb.ConnectResponse:
+    def _choose(self, request: pb.ConnectRequest, peer: KvLayout) -> pb.ConnectResponse:
         """The receiver's best transport that works between the two."""
-        response = pb.ConnectResponse(worker_id=self._identity.worker_id, boot_id=self._identity.boot_id)
+        response = pb.ConnectResponse(
+            worker_id=self._identity.worker_id, boot_id=self._identity.boot_id, rank=self._rank
+        )
+        same_rows = peer == self._layout and request.rank == self._rank and request.block_size == self._pool.block_size
         for transport in request.transports:
             if transport == pb.TRANSPORT_GRPC:
                 response.transport = transport
@@ -219,7 +261,7 @@ class KvSender:
                 transport == pb.TRANSPORT_SHARED_MEMORY
                 and self._pool.fd is not None
                 and request.host_id == self._identity.host_id
-                and request.block_size == self._pool.block_size
+                and same_rows
             ):
                 response.transport = transport
                 response.shared_pool.pid = os.getpid()
@@ -228,11 +270,29 @@ class KvSender:
                 response.shared_pool.row_bytes = self._pool.row_bytes
                 response.shared_pool.block_size = self._pool.block_size
                 return response
+            if (
+                transport == pb.TRANSPORT_CUDA_IPC
+                and request.host_id == self._identity.host_id
+                and same_rows
+                and (device_pool := self._exported()) is not None
+            ):
+                response.transport = transport
+                response.device_pool.CopyFrom(device_pool)
+                return response
         names = ", ".join(pb.Transport.Name(transport) for transport in request.transports)
         raise GeometryMismatch(
-            f"no transport fits: the receiver offers [{names}]; shared memory needs one host, one block size and a "
-            "shared pool on the prefill worker, and gRPC always works: allow it"
+            f"no transport fits: the receiver offers [{names}]; shared memory needs one host, one block size, KV dtype "
+            "and tensor-parallel size, and a shared pool on the prefill worker, CUDA IPC the same and GPUs on both "
+            "sides; gRPC always works: allow it"
         )
+
+    def _exported(self) -> pb.DevicePool | None:
+        """How our pool can be mapped, if it is a GPU's."""
+        if self._pool.keys(0).device.type != "cuda":
+            return None
+        from .cuda_ipc import export_pool
+
+        return export_pool(self._bytes)
 
     async def _fetch(self, request: pb.FetchRequest, context: Context) -> None:
         grant = Grant.from_proto(request.grant)
@@ -244,8 +304,7 @@ class KvSender:
             out.changed.set()
             if out.lease is not None:
                 out.lease.cancel()
-            shared = request.transport == pb.TRANSPORT_SHARED_MEMORY
-            await self._send(out, stream, context.write, shared=shared)
+            await self._send(out, stream, context.write, _framing(request.transport))
             self._sent(out)
         except SplitserveError as error:
             if out is not None and out.stream is stream:
@@ -329,17 +388,18 @@ class KvSender:
         return out
 
     async def _send(
-        self, out: _Outgoing, stream: object, write: Callable[[bytes], Awaitable[None]], *, shared: bool
+        self, out: _Outgoing, stream: object, write: Callable[[bytes], Awaitable[None]], framing: _Framing
     ) -> None:
         """Send parts as they become ready, one packed ahead of the wire, then END.
 
         Raises: StaleMessage: a newer Fetch took over. The error that the request ended with.
         """
-        max_bytes = SHARED_FRAME_BYTES if shared else FRAME_BYTES
-        out.progress.restart(self._pool.block_size if shared else 1)
+        lossy = not framing.mapped and out.grant.wire.is_lossy
+        out.progress.restart(self._pool.block_size if framing.mapped else GROUP_TOKENS if lossy else 1)
         digest = RunningDigest(out.grant, out.token_ids)
         sequence = num_bytes = 0
         packed: asyncio.Future[bytes] | None = None
+        checks: list[asyncio.Future[int]] = []
         try:
             while True:
                 if out.error is not None:
@@ -348,10 +408,12 @@ class KvSender:
                     raise self._stale(f"{out.grant}: a newer Fetch replaced this one")
                 frame = await packed if packed is not None else None
                 packed = None
-                if not out.finished and (part := out.progress.take(max_bytes)) is not None:
+                if not out.finished and (part := out.progress.take(framing.max_bytes)) is not None:
                     number = sequence + (frame is not None)
-                    packed = self._loop.run_in_executor(self._threads, self._pack, out, part, number, shared)
-                    num_bytes += self._bytes.part_bytes(part)
+                    packed = self._loop.run_in_executor(self._threads, self._pack, out, part, number, framing)
+                    if framing.late_checksums:
+                        checks.append(self._loop.run_in_executor(self._threads, self._check, out, part))
+                    num_bytes += (self._bytes if framing.mapped else out.wire_bytes).part_bytes(part)
                 if frame is not None:
                     sequence += 1
                     digest.add(frame[:HEADER_BYTES])
@@ -362,9 +424,12 @@ class KvSender:
                     if not await _is_set(out.changed, WAIT_INTERVAL_S):
                         await write(self._control(out.grant, FrameKind.WAIT, sequence))
                     out.changed.clear()
+            checksums = [await check for check in checks]
         finally:
-            if packed is not None:
-                packed.cancel()
+            for future in (packed, *checks):
+                if future is not None:
+                    future.cancel()
+        digest.add_checksums(checksums)
         out.digest = digest.digest()
         end = pb.TransferEnd(
             first_token_id=out.first_token_id,
@@ -372,26 +437,41 @@ class KvSender:
             num_frames=sequence,
             num_bytes=num_bytes,
             digest=out.digest,
+            checksums=checksums,
             since_prefill_end_s=time.monotonic() - out.prefill_ended_s,
         )
         await write(self._control(out.grant, FrameKind.END, sequence, end.SerializeToString()))
         if self._metrics is not None:
             self._metrics.transfer_bytes.inc(num_bytes)
 
-    def _pack(self, out: _Outgoing, part: KvPart, sequence: int, shared: bool) -> bytes:
-        """One DATA frame; runs in a thread."""
-        table = out.block_table(out.grant.request_id)
-        size = self._pool.block_size
+    def _check(self, out: _Outgoing, part: KvPart) -> int:
+        """Checksum of a part's blocks; runs in a thread."""
+        return self._bytes.checksum(part, self._block_ids(part, self._table(out, part)))
+
+    def _table(self, out: _Outgoing, part: KvPart) -> Sequence[int]:
+        table, size = out.block_table(out.grant.request_id), self._pool.block_size
         if len(table) * size < part.token_end:
             raise TransferFailed(f"{out.grant}: its blocks hold {len(table) * size} tokens, not {part.token_end}")
-        if shared:
-            ids = np.asarray(table[part.token_start // size : -(-part.token_end // size)], dtype="<u4")
-            payload, value = ids.tobytes(), block_checksum(self._bytes, part, ids)
-            return self._header(out.grant, FrameKind.DATA, part, sequence, len(payload), value) + payload
-        frame, view = new_frame(HEADER_BYTES + self._bytes.part_bytes(part))
+        return table
+
+    def _block_ids(self, part: KvPart, table: Sequence[int]) -> Ids:
+        size = self._pool.block_size
+        return np.asarray(table[part.token_start // size : -(-part.token_end // size)], dtype="<u4")
+
+    def _pack(self, out: _Outgoing, part: KvPart, sequence: int, framing: _Framing) -> bytes:
+        """One DATA frame; runs in a thread."""
+        table = self._table(out, part)
+        if framing.mapped:
+            ids = self._block_ids(part, table)
+            payload = ids.tobytes()
+            value = 0 if framing.late_checksums else self._bytes.checksum(part, ids)
+            return self._header(out.grant, FrameKind.DATA, part, self._raw, sequence, len(payload), value) + payload
+        frame, view = new_frame(HEADER_BYTES + out.wire_bytes.part_bytes(part))
         body = view[HEADER_BYTES:]
-        self._bytes.pack(part, table, body)
-        header = self._header(out.grant, FrameKind.DATA, part, sequence, body.nbytes, checksum(body.data))
+        out.wire_bytes.pack(part, table, body)
+        header = self._header(
+            out.grant, FrameKind.DATA, part, out.grant.wire, sequence, body.nbytes, checksum(body.data)
+        )
         view[:HEADER_BYTES] = np.frombuffer(header, dtype=np.uint8)
         return frame
 
@@ -399,19 +479,23 @@ class KvSender:
         whole = KvPart(
             layer_start=0,
             layer_end=self._pool.geometry.num_layers,
+            head_start=0,
+            head_end=0,
             token_start=grant.num_cached_tokens,
             token_end=grant.num_tokens,
         )
-        return self._header(grant, kind, whole, sequence, len(payload), checksum(payload)) + payload
+        return self._header(grant, kind, whole, grant.wire, sequence, len(payload), checksum(payload)) + payload
 
-    def _header(self, grant: Grant, kind: FrameKind, part: KvPart, sequence: int, size: int, value: int) -> bytes:
+    def _header(
+        self, grant: Grant, kind: FrameKind, part: KvPart, wire: WireFormat, sequence: int, size: int, value: int
+    ) -> bytes:
         return FrameHeader(
             kind=kind,
             grant_id=grant.grant_id,
             attempt=grant.attempt,
             epoch=grant.epoch,
             part=part,
-            head_end=self._pool.geometry.layers[part.layer_start].num_kv_heads,
+            wire=wire,
             sequence=sequence,
             payload_bytes=size,
             checksum=value,

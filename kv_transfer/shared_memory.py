@@ -8,22 +8,13 @@ import os
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from ..core.errors import KvCorrupted, TransferFailed
 from ..proto import kv_transfer_pb2
 from .frames import KvPart
-from .layout import Bytes, PoolBytes
+from .layout import Bytes, Ids, PoolBytes
 
 _REQUIRED_SEALS = fcntl.F_SEAL_SHRINK  # a sender that shrank its pool would kill us with SIGBUS
-
-
-def block_checksum(pool: PoolBytes, part: KvPart, block_ids: NDArray[np.uint32]) -> int:
-    """xxh3_64 over the part's layers of these blocks, in order: what the receiver will have copied."""
-    digest, span = xxhash.xxh3_64(), pool.row_range(part)
-    for block in block_ids:
-        digest.update(pool.rows[block, span].data)
-    return digest.intdigest()
 
 
 class PeerPool:
@@ -52,8 +43,8 @@ class PeerPool:
         """Unmap, as soon as a copy that is under way ends."""
         self._rows = None  # the mapping lives as long as its last view
 
-    def copy(self, part: KvPart, source_ids: NDArray[np.uint32], own: PoolBytes, block_ids: NDArray[np.intp]) -> int:
-        """Copy the part's layers of whole blocks; returns the xxh3_64 of what now is in our blocks.
+    def copy(self, part: KvPart, source_ids: Ids, own: PoolBytes, block_ids: Ids) -> int:
+        """Copy the part's layers of whole blocks; returns the checksum of what now is in our blocks.
 
         Raises: TransferFailed: the peer is gone. KvCorrupted: it named a block that it does not have.
         """

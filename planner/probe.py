@@ -125,6 +125,10 @@ async def _prefill_once(end: _End, request: Request, info: worker_pb2.WorkerInfo
         geometry_digest=info.geometry_digest,
         num_tokens=request.num_tokens,
         lease_s=_MESSAGE_TIMEOUT_S,
+        codec="none",
+        wire_dtype="bfloat16",  # of what nobody will ever fetch
+        prefill_ranks=1,
+        decode_ranks=1,
     )
     await end.send(run=worker_pb2.RunPrefill(request=request_to_proto(request, _MESSAGE_TIMEOUT_S), grant=grant))
     kind, first = await end.next()

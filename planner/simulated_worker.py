@@ -68,6 +68,7 @@ class SimulatedWorker:
             max_running=spec.max_running,
             max_waiting=max_waiting,
             max_step_tokens=spec.max_step_tokens,
+            max_packed_tokens=spec.max_packed_tokens,
             contents=contents,
         )
         self.max_tokens = num_blocks * block_size  # of one request

@@ -32,6 +32,7 @@ class WorkerSpec:
     block_size: int  # tokens of one
     max_step_tokens: int  # prefill tokens of a step: the chunk size
     max_running: int  # sequences in the running batch
+    max_packed_tokens: int | None = None  # no further prompt joins a step with so many; None: up to max_step_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from ..engine.engine import StepOutput, TokenOutput
 from ..kv_transfer.grants import Grant
 from ..kv_transfer.sender import KvSender
 from ..proto import worker_pb2
-from ..proto.convert import failure_to_proto, reason_to_proto
+from ..proto.convert import failure_to_proto, logprob_to_proto, reason_to_proto
 from ..worker.edge import sequence_id
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
@@ -69,7 +69,7 @@ class PrefillWorker:
             return
         self.cancel(request_id, request.attempt - 1)
         try:
-            self.host.refuse_if_draining()
+            self.host.refuse_if_out_of_service()
             if request.timeout_s <= 0:
                 raise DeadlineExceeded("the deadline passed before the prompt reached a prefill worker")
             # The sender learns of the grant first: the engine may report KV as soon as it has the request.
@@ -142,6 +142,8 @@ class PrefillWorker:
                     prefill_queue_s=started_s - run.received_s,
                     prefill_s=now - started_s,
                     num_cached_tokens=token.num_cached_tokens,
+                    logprob=None if token.logprob is None else logprob_to_proto(token.logprob),
+                    prompt_logprobs=map(logprob_to_proto, token.prompt_logprobs),
                 )
             )
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..core.errors import InvalidRequest, ProtocolMismatch, SplitserveError, from_code
-from ..core.request import FinishReason, Request, SamplingParams
+from ..core.logprobs import TokenLogprob, TopLogprob
+from ..core.request import FinishReason, FormatKind, OutputFormat, Request, SamplingParams
 from . import inference_pb2, worker_pb2
 
 PROTOCOL_VERSION = 1
@@ -46,11 +47,48 @@ def reason_from_proto(reason: inference_pb2.FinishReason.ValueType) -> FinishRea
 def sampling_from_proto(message: inference_pb2.SamplingParams) -> SamplingParams:
     """Unset fields take the dataclass's defaults. Raises: InvalidRequest: a value is out of range."""
     present = {name: getattr(message, name) for name in _SAMPLING_FIELDS if message.HasField(name)}
-    return SamplingParams(**present)
+    return SamplingParams(**present, logit_bias=tuple(sorted(message.logit_bias.items())))
 
 
 def sampling_to_proto(params: SamplingParams) -> inference_pb2.SamplingParams:
-    return inference_pb2.SamplingParams(**{name: getattr(params, name) for name in _SAMPLING_FIELDS})
+    plain = {name: getattr(params, name) for name in _SAMPLING_FIELDS}
+    return inference_pb2.SamplingParams(**plain, logit_bias=dict(params.logit_bias))
+
+
+def format_from_proto(message: inference_pb2.OutputFormat) -> OutputFormat:
+    """Raises: InvalidRequest: it says nothing, or nothing that makes sense."""
+    kind = message.WhichOneof("format")
+    if kind is None or (kind == "json_object" and not message.json_object):
+        raise InvalidRequest("the output format is empty; leave it out or set one of its fields", field="output_format")
+    return OutputFormat(kind=FormatKind(kind), source="" if kind == "json_object" else getattr(message, kind))
+
+
+def format_to_proto(output_format: OutputFormat | None) -> inference_pb2.OutputFormat | None:
+    if output_format is None:
+        return None
+    if output_format.kind is FormatKind.JSON_OBJECT:
+        return inference_pb2.OutputFormat(json_object=True)
+    return inference_pb2.OutputFormat(**{output_format.kind.value: output_format.source})
+
+
+def logprob_to_proto(row: TokenLogprob) -> inference_pb2.TokenLogprob:
+    return inference_pb2.TokenLogprob(
+        token_id=row.token_id,
+        logprob=row.logprob,
+        rank=row.rank,
+        text=row.text,
+        top=[inference_pb2.TopLogprob(token_id=t.token_id, logprob=t.logprob, text=t.text) for t in row.top],
+    )
+
+
+def logprob_from_proto(message: inference_pb2.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(
+        token_id=message.token_id,
+        logprob=message.logprob,
+        rank=message.rank,
+        text=message.text,
+        top=tuple(TopLogprob(token_id=t.token_id, logprob=t.logprob, text=t.text) for t in message.top),
+    )
 
 
 def request_to_proto(request: Request, timeout_s: float) -> worker_pb2.WorkRequest:
@@ -66,6 +104,10 @@ def request_to_proto(request: Request, timeout_s: float) -> worker_pb2.WorkReque
         priority=request.priority,
         timeout_s=timeout_s,
         tenant=request.tenant,
+        min_tokens=request.min_tokens,
+        logprobs=request.logprobs,
+        prompt_logprobs=request.prompt_logprobs,
+        output_format=format_to_proto(request.output_format),
     )
 
 
@@ -84,6 +126,10 @@ def request_from_proto(message: worker_pb2.WorkRequest) -> Request:
         priority=message.priority,
         timeout_s=message.timeout_s,
         tenant=message.tenant,
+        min_tokens=message.min_tokens,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        output_format=format_from_proto(message.output_format) if message.HasField("output_format") else None,
     )
 
 

@@ -56,6 +56,11 @@ class InferenceStub:
                 request_serializer=splitserve_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=splitserve_dot_proto_dot_inference__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/splitserve.v1.Inference/Detokenize',
+                request_serializer=splitserve_dot_proto_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=splitserve_dot_proto_dot_inference__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -92,6 +97,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Detokenize(self, request, context):
+        """Detokenize turns token ids into text, exactly as Generate would.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -114,6 +126,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=splitserve_dot_proto_dot_inference__pb2.TokenizeRequest.FromString,
                     response_serializer=splitserve_dot_proto_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=splitserve_dot_proto_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=splitserve_dot_proto_dot_inference__pb2.DetokenizeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -226,6 +243,33 @@ class Inference:
             '/splitserve.v1.Inference/Tokenize',
             splitserve_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
             splitserve_dot_proto_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/splitserve.v1.Inference/Detokenize',
+            splitserve_dot_proto_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            splitserve_dot_proto_dot_inference__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,8 @@ class InferenceStub:
     """ListModels tells what can be asked for right now."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Tokenize turns text or chat messages into token ids, exactly as Generate would."""
+    Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
+    """Detokenize turns token ids into text, exactly as Generate would."""
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
@@ -66,6 +68,8 @@ class InferenceAsyncStub(InferenceStub):
     """ListModels tells what can be asked for right now."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Tokenize turns text or chat messages into token ids, exactly as Generate would."""
+    Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
+    """Detokenize turns token ids into text, exactly as Generate would."""
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     """Inference generates text. Every method is safe to retry; Generate with an idempotency key is never run twice by one
@@ -105,6 +109,14 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
         """Tokenize turns text or chat messages into token ids, exactly as Generate would."""
+
+    @_abc_1.abstractmethod
+    def Detokenize(
+        self,
+        request: _inference_pb2.DetokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.DetokenizeResponse, _abc.Awaitable[_inference_pb2.DetokenizeResponse]]:
+        """Detokenize turns token ids into text, exactly as Generate would."""
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

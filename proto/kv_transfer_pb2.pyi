@@ -31,6 +31,10 @@ class _TransportEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Transport.V
     """Bytes travel in the frames of Fetch."""
     TRANSPORT_SHARED_MEMORY: _Transport.ValueType  # 2
     """Same host: the receiver maps the sender's sealed memfd read-only and copies; the frames of Fetch carry no payload."""
+    TRANSPORT_CUDA_IPC: _Transport.ValueType  # 3
+    """Same host: the receiver maps the sender's GPU memory and its copy engines move the blocks; the frames of Fetch carry
+    no payload.
+    """
 
 class Transport(_Transport, metaclass=_TransportEnumTypeWrapper):
     """Transport is a way to move KV bytes."""
@@ -41,6 +45,10 @@ TRANSPORT_GRPC: Transport.ValueType  # 1
 """Bytes travel in the frames of Fetch."""
 TRANSPORT_SHARED_MEMORY: Transport.ValueType  # 2
 """Same host: the receiver maps the sender's sealed memfd read-only and copies; the frames of Fetch carry no payload."""
+TRANSPORT_CUDA_IPC: Transport.ValueType  # 3
+"""Same host: the receiver maps the sender's GPU memory and its copy engines move the blocks; the frames of Fetch carry
+no payload.
+"""
 Global___Transport: _TypeAlias = Transport  # noqa: Y015
 
 @_typing.final
@@ -59,6 +67,12 @@ class Grant(_message.Message):
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     LEASE_S_FIELD_NUMBER: _builtins.int
+    CODEC_FIELD_NUMBER: _builtins.int
+    WIRE_DTYPE_FIELD_NUMBER: _builtins.int
+    PREFILL_RANKS_FIELD_NUMBER: _builtins.int
+    PREFILL_RANK_FIELD_NUMBER: _builtins.int
+    DECODE_RANKS_FIELD_NUMBER: _builtins.int
+    DECODE_RANK_FIELD_NUMBER: _builtins.int
     grant_id: _builtins.str
     """16 random bytes in hex."""
     request_id: _builtins.str
@@ -72,13 +86,25 @@ class Grant(_message.Message):
     prefill_boot_id: _builtins.str
     """Boot id of the prefill worker; another one must refuse."""
     geometry_digest: _builtins.str
-    """Digest of the KV geometry that the blocks have."""
+    """Digest of the model's KV geometry, without its dtype."""
     num_cached_tokens: _builtins.int
     """Leading tokens that the decode worker already holds; they are not sent."""
     num_tokens: _builtins.int
     """Tokens whose KV the grant covers (prompt, and output so far of a resumed request)."""
     lease_s: _builtins.float
     """Without a sign of life from the other side for this long, either side frees what it holds."""
+    codec: _builtins.str
+    """Codec of the KV: none, fp8 or int8. Shared memory moves KV as it is."""
+    wire_dtype: _builtins.str
+    """Dtype of KV without a codec: float32, bfloat16 or float16."""
+    prefill_ranks: _builtins.int
+    """Tensor-parallel ranks of the prefill worker."""
+    prefill_rank: _builtins.int
+    """The rank that sends."""
+    decode_ranks: _builtins.int
+    """Tensor-parallel ranks of the decode worker."""
+    decode_rank: _builtins.int
+    """The rank that receives."""
     def __init__(
         self,
         *,
@@ -92,10 +118,16 @@ class Grant(_message.Message):
         num_cached_tokens: _builtins.int = ...,
         num_tokens: _builtins.int = ...,
         lease_s: _builtins.float = ...,
+        codec: _builtins.str = ...,
+        wire_dtype: _builtins.str = ...,
+        prefill_ranks: _builtins.int = ...,
+        prefill_rank: _builtins.int = ...,
+        decode_ranks: _builtins.int = ...,
+        decode_rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "decode_boot_id", b"decode_boot_id", "epoch", b"epoch", "geometry_digest", b"geometry_digest", "grant_id", b"grant_id", "lease_s", b"lease_s", "num_cached_tokens", b"num_cached_tokens", "num_tokens", b"num_tokens", "prefill_boot_id", b"prefill_boot_id", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "codec", b"codec", "decode_boot_id", b"decode_boot_id", "decode_rank", b"decode_rank", "decode_ranks", b"decode_ranks", "epoch", b"epoch", "geometry_digest", b"geometry_digest", "grant_id", b"grant_id", "lease_s", b"lease_s", "num_cached_tokens", b"num_cached_tokens", "num_tokens", b"num_tokens", "prefill_boot_id", b"prefill_boot_id", "prefill_rank", b"prefill_rank", "prefill_ranks", b"prefill_ranks", "request_id", b"request_id", "wire_dtype", b"wire_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -114,6 +146,8 @@ class ConnectRequest(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     HOST_ID_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this protocol that the receiver speaks."""
     worker_id: _builtins.str
@@ -126,9 +160,15 @@ class ConnectRequest(_message.Message):
     """The receiver's block size in tokens."""
     host_id: _builtins.str
     """Names the receiver's host and mount namespace: shared memory works only if both sides give the same."""
+    rank: _builtins.int
+    """The receiver's tensor-parallel rank."""
     @_builtins.property
     def transports(self) -> _containers.RepeatedScalarFieldContainer[Global___Transport.ValueType]:
         """Transports that the receiver would take, best first."""
+
+    @_builtins.property
+    def shape(self) -> Global___KvShape:
+        """The receiver's KV, so that a refusal can name the difference."""
 
     def __init__(
         self,
@@ -140,14 +180,86 @@ class ConnectRequest(_message.Message):
         block_size: _builtins.int = ...,
         host_id: _builtins.str = ...,
         transports: _abc.Iterable[Global___Transport.ValueType] | None = ...,
+        shape: Global___KvShape | None = ...,
+        rank: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "boot_id", b"boot_id", "geometry_digest", b"geometry_digest", "host_id", b"host_id", "protocol_version", b"protocol_version", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "boot_id", b"boot_id", "geometry_digest", b"geometry_digest", "host_id", b"host_id", "protocol_version", b"protocol_version", "rank", b"rank", "shape", b"shape", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ConnectRequest: _TypeAlias = ConnectRequest  # noqa: Y015
+
+@_typing.final
+class KvShape(_message.Message):
+    """KvShape is the KV cache of one worker, over all its ranks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    NUM_RANKS_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """Name and revision of the model."""
+    dtype: _builtins.str
+    """Dtype of the pool."""
+    num_ranks: _builtins.int
+    """Tensor-parallel ranks that it is divided over."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvLayer]:
+        """Every layer."""
+
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        dtype: _builtins.str = ...,
+        layers: _abc.Iterable[Global___KvLayer] | None = ...,
+        num_ranks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "layers", b"layers", "model_id", b"model_id", "num_ranks", b"num_ranks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvShape: _TypeAlias = KvShape  # noqa: Y015
+
+@_typing.final
+class KvLayer(_message.Message):
+    """KvLayer is the KV of one attention layer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_KV_HEADS_FIELD_NUMBER: _builtins.int
+    KEY_DIM_FIELD_NUMBER: _builtins.int
+    VALUE_DIM_FIELD_NUMBER: _builtins.int
+    SLIDING_WINDOW_FIELD_NUMBER: _builtins.int
+    num_kv_heads: _builtins.int
+    """KV heads of the model."""
+    key_dim: _builtins.int
+    """Elements of a key."""
+    value_dim: _builtins.int
+    """Elements of a value."""
+    sliding_window: _builtins.int
+    """Tokens that attention sees; 0 for all."""
+    def __init__(
+        self,
+        *,
+        num_kv_heads: _builtins.int = ...,
+        key_dim: _builtins.int = ...,
+        value_dim: _builtins.int = ...,
+        sliding_window: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_dim", b"key_dim", "num_kv_heads", b"num_kv_heads", "sliding_window", b"sliding_window", "value_dim", b"value_dim"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvLayer: _TypeAlias = KvLayer  # noqa: Y015
 
 @_typing.final
 class ConnectResponse(_message.Message):
@@ -159,15 +271,23 @@ class ConnectResponse(_message.Message):
     BOOT_ID_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     SHARED_POOL_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    DEVICE_POOL_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """The sender's worker id."""
     boot_id: _builtins.str
     """The sender's boot id."""
     transport: Global___Transport.ValueType
     """Chosen transport."""
+    rank: _builtins.int
+    """The sender's tensor-parallel rank."""
     @_builtins.property
     def shared_pool(self) -> Global___SharedPool:
         """Set for shared memory."""
+
+    @_builtins.property
+    def device_pool(self) -> Global___DevicePool:
+        """Set for CUDA IPC."""
 
     def __init__(
         self,
@@ -176,14 +296,54 @@ class ConnectResponse(_message.Message):
         boot_id: _builtins.str = ...,
         transport: Global___Transport.ValueType = ...,
         shared_pool: Global___SharedPool | None = ...,
+        rank: _builtins.int = ...,
+        device_pool: Global___DevicePool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["shared_pool", b"shared_pool"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device_pool", b"device_pool", "shared_pool", b"shared_pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "shared_pool", b"shared_pool", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "device_pool", b"device_pool", "rank", b"rank", "shared_pool", b"shared_pool", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ConnectResponse: _TypeAlias = ConnectResponse  # noqa: Y015
+
+@_typing.final
+class DevicePool(_message.Message):
+    """DevicePool tells how a pool in a GPU's memory can be mapped by another process of its host."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    ROW_BYTES_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    handle: _builtins.bytes
+    """CUDA's inter-process handle of the allocation that holds the pool."""
+    offset: _builtins.int
+    """Bytes from the allocation's start to the pool."""
+    num_blocks: _builtins.int
+    """Blocks of the pool."""
+    row_bytes: _builtins.int
+    """Bytes of one block over all layers."""
+    block_size: _builtins.int
+    """Tokens in a block."""
+    def __init__(
+        self,
+        *,
+        handle: _builtins.bytes = ...,
+        offset: _builtins.int = ...,
+        num_blocks: _builtins.int = ...,
+        row_bytes: _builtins.int = ...,
+        block_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "handle", b"handle", "num_blocks", b"num_blocks", "offset", b"offset", "row_bytes", b"row_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DevicePool: _TypeAlias = DevicePool  # noqa: Y015
 
 @_typing.final
 class SharedPool(_message.Message):
@@ -280,6 +440,7 @@ class TransferEnd(_message.Message):
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     SINCE_PREFILL_END_S_FIELD_NUMBER: _builtins.int
+    CHECKSUMS_FIELD_NUMBER: _builtins.int
     first_token_id: _builtins.int
     """First sampled token."""
     finished: _builtins.bool
@@ -289,9 +450,15 @@ class TransferEnd(_message.Message):
     num_bytes: _builtins.int
     """KV bytes sent."""
     digest: _builtins.bytes
-    """xxh3_128 over the geometry digest, all token ids and the headers (checksums included) of all data frames."""
+    """xxh3_128 over the geometry digest, all token ids the headers (checksums included) of all data frames and the
+    checksums below.
+    """
     since_prefill_end_s: _builtins.float
     """Seconds from the end of prefill to this frame."""
+    @_builtins.property
+    def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """CUDA IPC: checksum of each data frame's blocks, in order; the headers hold none, so that the copy need not wait."""
+
     def __init__(
         self,
         *,
@@ -301,10 +468,11 @@ class TransferEnd(_message.Message):
         num_bytes: _builtins.int = ...,
         digest: _builtins.bytes = ...,
         since_prefill_end_s: _builtins.float = ...,
+        checksums: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "finished", b"finished", "first_token_id", b"first_token_id", "num_bytes", b"num_bytes", "num_frames", b"num_frames", "since_prefill_end_s", b"since_prefill_end_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "digest", b"digest", "finished", b"finished", "first_token_id", b"first_token_id", "num_bytes", b"num_bytes", "num_frames", b"num_frames", "since_prefill_end_s", b"since_prefill_end_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -172,6 +172,8 @@ class WorkerStatus(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     STALLED_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    FAULT_FIELD_NUMBER: _builtins.int
     num_blocks: _builtins.int
     """KV blocks in all."""
     num_free_blocks: _builtins.int
@@ -198,6 +200,12 @@ class WorkerStatus(_message.Message):
     """No new work is taken."""
     stalled: _builtins.bool
     """Work is queued and no step finished within the bound."""
+    fault: _builtins.str
+    """Why it takes no more work until somebody repairs it; empty when it is sound."""
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceStatus]:
+        """The GPUs it computes on; none on CPUs."""
+
     def __init__(
         self,
         *,
@@ -214,14 +222,86 @@ class WorkerStatus(_message.Message):
         num_steps: _builtins.int = ...,
         draining: _builtins.bool = ...,
         stalled: _builtins.bool = ...,
+        devices: _abc.Iterable[Global___DeviceStatus] | None = ...,
+        fault: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_s", b"decode_step_s", "draining", b"draining", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_free_blocks", b"num_free_blocks", "num_granted_blocks", b"num_granted_blocks", "num_held", b"num_held", "num_outstanding_prefill_tokens", b"num_outstanding_prefill_tokens", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "stalled", b"stalled"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_s", b"decode_step_s", "devices", b"devices", "draining", b"draining", "fault", b"fault", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_free_blocks", b"num_free_blocks", "num_granted_blocks", b"num_granted_blocks", "num_held", b"num_held", "num_outstanding_prefill_tokens", b"num_outstanding_prefill_tokens", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "stalled", b"stalled"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
+
+@_typing.final
+class DeviceStatus(_message.Message):
+    """DeviceStatus is one GPU, as NVML sees it. A value that the device does not tell is 0."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    UUID_FIELD_NUMBER: _builtins.int
+    MEMORY_USED_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_C_FIELD_NUMBER: _builtins.int
+    POWER_W_FIELD_NUMBER: _builtins.int
+    SM_CLOCK_MHZ_FIELD_NUMBER: _builtins.int
+    THROTTLE_REASONS_FIELD_NUMBER: _builtins.int
+    CORRECTED_ERRORS_FIELD_NUMBER: _builtins.int
+    UNCORRECTED_ERRORS_FIELD_NUMBER: _builtins.int
+    NVLINKS_FIELD_NUMBER: _builtins.int
+    NVLINKS_UP_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Product name."""
+    uuid: _builtins.str
+    """NVML's id of the device."""
+    memory_used_bytes: _builtins.int
+    """Memory in use, by anybody."""
+    memory_total_bytes: _builtins.int
+    """Memory in all."""
+    temperature_c: _builtins.float
+    """Temperature."""
+    power_w: _builtins.float
+    """Power drawn."""
+    sm_clock_mhz: _builtins.float
+    """Clock of the multiprocessors."""
+    corrected_errors: _builtins.int
+    """Memory errors that ECC corrected since the last reset."""
+    uncorrected_errors: _builtins.int
+    """Memory errors that it could not correct."""
+    nvlinks: _builtins.int
+    """NVLinks that the device has."""
+    nvlinks_up: _builtins.int
+    """NVLinks that are up."""
+    @_builtins.property
+    def throttle_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why the clock is lower than it could be: power_cap, hardware_slowdown, thermal_software, thermal_hardware,
+        power_brake.
+        """
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        uuid: _builtins.str = ...,
+        memory_used_bytes: _builtins.int = ...,
+        memory_total_bytes: _builtins.int = ...,
+        temperature_c: _builtins.float = ...,
+        power_w: _builtins.float = ...,
+        sm_clock_mhz: _builtins.float = ...,
+        throttle_reasons: _abc.Iterable[_builtins.str] | None = ...,
+        corrected_errors: _builtins.int = ...,
+        uncorrected_errors: _builtins.int = ...,
+        nvlinks: _builtins.int = ...,
+        nvlinks_up: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corrected_errors", b"corrected_errors", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "nvlinks", b"nvlinks", "nvlinks_up", b"nvlinks_up", "power_w", b"power_w", "sm_clock_mhz", b"sm_clock_mhz", "temperature_c", b"temperature_c", "throttle_reasons", b"throttle_reasons", "uncorrected_errors", b"uncorrected_errors", "uuid", b"uuid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceStatus: _TypeAlias = DeviceStatus  # noqa: Y015
 
 @_typing.final
 class WorkRequest(_message.Message):
@@ -239,6 +319,10 @@ class WorkRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    MIN_TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    OUTPUT_FORMAT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request."""
     attempt: _builtins.int
@@ -251,6 +335,12 @@ class WorkRequest(_message.Message):
     """Seconds left until the deadline."""
     tenant: _builtins.str
     """Prefix-cache name space."""
+    min_tokens: _builtins.int
+    """Output tokens that must be there before stop_token_ids may come."""
+    logprobs: _builtins.int
+    """How many of the likeliest tokens to tell for each output token; unset: no logprobs."""
+    prompt_logprobs: _builtins.int
+    """The same for the prompt's tokens, with the first output token of this attempt."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt."""
@@ -267,6 +357,10 @@ class WorkRequest(_message.Message):
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens that end the answer, the model's own included."""
 
+    @_builtins.property
+    def output_format(self) -> _inference_pb2.OutputFormat:
+        """What the text of the answer must look like."""
+
     def __init__(
         self,
         *,
@@ -280,12 +374,23 @@ class WorkRequest(_message.Message):
         priority: _builtins.int = ...,
         timeout_s: _builtins.float = ...,
         tenant: _builtins.str = ...,
+        min_tokens: _builtins.int = ...,
+        logprobs: _builtins.int | None = ...,
+        prompt_logprobs: _builtins.int | None = ...,
+        output_format: _inference_pb2.OutputFormat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "logprobs", b"logprobs", "output_format", b"output_format", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "max_tokens", b"max_tokens", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "attempt", b"attempt", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "output_format", b"output_format", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
+    _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
 
 Global___WorkRequest: _TypeAlias = WorkRequest  # noqa: Y015
 
@@ -503,6 +608,8 @@ class FirstToken(_message.Message):
     PREFILL_QUEUE_S_FIELD_NUMBER: _builtins.int
     PREFILL_S_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request."""
     attempt: _builtins.int
@@ -519,6 +626,14 @@ class FirstToken(_message.Message):
     """First step to this token."""
     num_cached_tokens: _builtins.int
     """Prompt tokens that the prefix cache held."""
+    @_builtins.property
+    def logprob(self) -> _inference_pb2.TokenLogprob:
+        """If logprobs was asked for. Texts are left out on this hop: they are the router's."""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprob]:
+        """If prompt_logprobs was asked for: one per prompt token but the first."""
+
     def __init__(
         self,
         *,
@@ -530,10 +645,12 @@ class FirstToken(_message.Message):
         prefill_queue_s: _builtins.float = ...,
         prefill_s: _builtins.float = ...,
         num_cached_tokens: _builtins.int = ...,
+        logprob: _inference_pb2.TokenLogprob | None = ...,
+        prompt_logprobs: _abc.Iterable[_inference_pb2.TokenLogprob] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "finish_reason", b"finish_reason", "index", b"index", "num_cached_tokens", b"num_cached_tokens", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "request_id", b"request_id", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "finish_reason", b"finish_reason", "index", b"index", "logprob", b"logprob", "num_cached_tokens", b"num_cached_tokens", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -733,6 +850,8 @@ class SequenceTokens(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request."""
     attempt: _builtins.int
@@ -749,6 +868,14 @@ class SequenceTokens(_message.Message):
     def report(self) -> Global___RunReport:
         """Set together with finish_reason."""
 
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprob]:
+        """One per token, if logprobs was asked for."""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprob]:
+        """With the first tokens of a local run, if prompt_logprobs was asked for: one per prompt token but the first."""
+
     def __init__(
         self,
         *,
@@ -758,10 +885,12 @@ class SequenceTokens(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         finish_reason: _inference_pb2.FinishReason.ValueType = ...,
         report: Global___RunReport | None = ...,
+        logprobs: _abc.Iterable[_inference_pb2.TokenLogprob] | None = ...,
+        prompt_logprobs: _abc.Iterable[_inference_pb2.TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "finish_reason", b"finish_reason", "index", b"index", "report", b"report", "request_id", b"request_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "report", b"report", "request_id", b"request_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

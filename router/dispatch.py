@@ -87,6 +87,10 @@ class Job:
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.request.logprobs is not None or self.request.prompt_logprobs is not None
+
     def wake_reader(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
@@ -210,7 +214,10 @@ class Dispatcher:
         if job is None or job.prefill is None:
             return
         job.timeline.prefill = report
-        job.prefill.prefilled(tokens.request_id)
+        if job.phase is Phase.DECODING:  # the KV was faster
+            job.prefill.detach(tokens.request_id)
+        else:
+            job.prefill.prefilled(tokens.request_id)
         self._extend(job, worker, tokens)
         self._pump()
 
@@ -223,6 +230,8 @@ class Dispatcher:
         job.timeline.transfer = report
         job.timeline.mark(Event.TRANSFER_FINISHED, now, tokens.attempt, num_bytes=report.num_bytes)
         job.timeline.mark(Event.DECODE_QUEUED, now, tokens.attempt, worker=worker.worker_id)
+        if job.timeline.prefill is None and job.wants_logprobs:
+            return  # only the prefill worker knows them for the first token and the prompt: its word is still needed
         job.prefill.detach(tokens.request_id)  # from here on its death does not matter
         self._extend(job, worker, tokens)
 
@@ -375,7 +384,12 @@ class Dispatcher:
         """Revoke the attempt and queue the next, which goes on after the tokens that are there."""
         self._revoke(job)
         attempt = job.answer.next_attempt()
-        job.request = replace(job.request, attempt=attempt, output_token_ids=tuple(job.answer.token_ids))
+        job.request = replace(
+            job.request,
+            attempt=attempt,
+            output_token_ids=tuple(job.answer.token_ids),
+            prompt_logprobs=None if job.answer.prompt_logprobs else job.request.prompt_logprobs,
+        )
         job.timeline.mark(Event.RESUMED, time.monotonic(), attempt)
         self._enqueue(job)
 

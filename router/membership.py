@@ -101,6 +101,8 @@ class WorkerPool:
         """Why the worker cannot be used; "" if it can."""
         info = link.info
         assert info is not None
+        if link.status.fault:
+            return f"it is out of service: {link.status.fault}"
         if (info.role == worker_pb2.ROLE_PREFILL) != (link.role == "prefill"):
             return (
                 f"it is listed as a {link.role} worker, but is a {worker_pb2.Role.Name(info.role)[5:].lower()} worker"
@@ -111,6 +113,6 @@ class WorkerPool:
         if info.geometry_digest != self._geometry:
             return (
                 f"its KV geometry is {info.geometry_digest}, that of the workers before it {self._geometry}; "
-                "all need the same model revision and KV dtype"
+                "all need the same model and revision"
             )
         return ""

@@ -16,7 +16,14 @@ import grpc.aio
 from ..core.errors import ProtocolMismatch, SplitserveError, WorkerLost
 from ..core.request import Request
 from ..proto import kv_transfer_pb2, worker_pb2, worker_pb2_grpc
-from ..proto.convert import PROTOCOL_VERSION, check_protocol, failure_from_proto, reason_from_proto, request_to_proto
+from ..proto.convert import (
+    PROTOCOL_VERSION,
+    check_protocol,
+    failure_from_proto,
+    logprob_from_proto,
+    reason_from_proto,
+    request_to_proto,
+)
 from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
 from ..scheduling.attempts import NewTokens
 from ..scheduling.routing import DecodeLoad, PrefillLoad
@@ -320,6 +327,8 @@ class PrefillLink(WorkerLink):
                     index=message.index,
                     token_ids=(message.token_id,),
                     finish_reason=reason_from_proto(message.finish_reason),
+                    logprobs=(logprob_from_proto(message.logprob),) if message.HasField("logprob") else (),
+                    prompt_logprobs=tuple(map(logprob_from_proto, message.prompt_logprobs)),
                 ),
                 PrefillReport(
                     queue_s=message.prefill_queue_s,
@@ -332,6 +341,7 @@ class PrefillLink(WorkerLink):
 _TRANSPORTS = {
     kv_transfer_pb2.TRANSPORT_GRPC: "grpc",
     kv_transfer_pb2.TRANSPORT_SHARED_MEMORY: "shared_memory",
+    kv_transfer_pb2.TRANSPORT_CUDA_IPC: "cuda_ipc",
 }
 
 
@@ -413,6 +423,8 @@ class DecodeLink(WorkerLink):
             index=entry.index,
             token_ids=tuple(entry.token_ids),
             finish_reason=reason_from_proto(entry.finish_reason),
+            logprobs=tuple(map(logprob_from_proto, entry.logprobs)),
+            prompt_logprobs=tuple(map(logprob_from_proto, entry.prompt_logprobs)),
         )
         report = None
         if entry.HasField("report"):

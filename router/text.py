@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +17,8 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from ..core.errors import InvalidRequest, ModelLoadFailed
+from .conversation import explain_tools
+from .token_text import TokenText
 
 LONG_TEXT_CHARS = 4_096  # from here on tokenising leaves the event loop
 MAX_STOP_STRINGS = 16
@@ -25,11 +27,13 @@ MAX_STOP_STRINGS = 16
 class ModelText:
     """A model's tokenizer and chat template. Imports neither torch nor transformers: the router starts in a moment.
 
-    Args: directory: holds tokenizer.json, and for chat tokenizer_config.json or chat_template.jinja.
+    Args:
+        directory: holds tokenizer.json, and for chat tokenizer_config.json or chat_template.jinja.
+        count: called once for each text that is tokenised.
     Raises: ModelLoadFailed: a file is missing or damaged.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, count: Callable[[], object] = lambda: None) -> None:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise ModelLoadFailed(
@@ -42,32 +46,45 @@ class ModelText:
             raise ModelLoadFailed(f"{path} is damaged: {error}; fetch the model again") from error
         self.tokenizer.no_truncation()  # a prompt that is too long is an error, not a shorter prompt
         self.tokenizer.no_padding()
+        self.token_text = TokenText(self.tokenizer)
+        self._count = count
         config = _read_json(directory / "tokenizer_config.json")
         self._special = {
             name: _token_text(config[name]) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
             if config.get(name) is not None
         }  # fmt: skip
-        self._template = _load_template(directory, config)
+        source = _template_source(directory, config)
+        self._template = _compile(source, directory) if source is not None else None
+        self._knows_tools = source is not None and "tools" in source
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with the special tokens (BOS) that the model's tokenizer adds to it."""
         return await self._encode(text, special_tokens=True)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn. The template writes BOS itself.
 
         Raises: InvalidRequest: there is no chat template, or it refuses the conversation.
         """
-        return await self._encode(self.render(messages), special_tokens=False)
+        return await self._encode(self.render(messages, tools), special_tokens=False)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The conversation as text. Raises: InvalidRequest."""
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The conversation as text. Raises: InvalidRequest.
+
+        Args: messages, tools: as chat templates expect them, which is OpenAI's shape.
+        """
         if self._template is None:
             raise InvalidRequest("the model has no chat template; send text or token ids", field="messages")
         if not messages:
             raise InvalidRequest("the conversation is empty; send at least one message", field="messages")
+        if not self._knows_tools:
+            messages, tools = explain_tools(messages, tools), ()
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special)
+            return self._template.render(
+                messages=messages, tools=tools or None, add_generation_prompt=True, **self._special
+            )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InvalidRequest(f"the chat template refuses the conversation: {error}", field="messages") from error
 
@@ -75,8 +92,13 @@ class ModelText:
         """Each token's own text."""
         return [self.tokenizer.decode([token_id], skip_special_tokens=False) for token_id in token_ids]
 
+    def decode(self, token_ids: Sequence[int], *, keep_special_tokens: bool = False) -> str:
+        """The text of token ids; bytes that are no whole character show as U+FFFD."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=not keep_special_tokens)
+
     async def _encode(self, text: str, *, special_tokens: bool) -> list[int]:
         check_utf8(text)
+        self._count()
         if len(text) < LONG_TEXT_CHARS:
             return list(self.tokenizer.encode(text, add_special_tokens=special_tokens).ids)
         return list((await self.tokenizer.async_encode(text, add_special_tokens=special_tokens)).ids)
@@ -96,9 +118,11 @@ class AnswerText:
     """The text of one answer as its tokens come.
 
     Text leaves only when it is certain: no partial character, and nothing that may turn out to be a stop string.
+
+    Args: min_tokens: in the text of so many first tokens stop strings do not count.
     """
 
-    def __init__(self, model_text: ModelText, stop: Sequence[str] = ()) -> None:
+    def __init__(self, model_text: ModelText, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         if len(stop) > MAX_STOP_STRINGS or not all(stop):
             raise InvalidRequest(
                 f"stop has {len(stop)} strings{'' if all(stop) else ', one of them empty'}; "
@@ -108,6 +132,7 @@ class AnswerText:
         self._tokenizer = model_text.tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)
+        self._num_free = min_tokens  # tokens to come in which stop strings do not count
         self._pending: list[int] = []  # tokens whose text is not out of the decoder yet
         self._held = ""  # text that may be the beginning of a stop string
         self.stopped = False  # a stop string was found; text ends before it
@@ -116,12 +141,13 @@ class AnswerText:
         """Text that became certain, and how many of the tokens were used: not all if a stop string came before."""
         parts = []
         for used, token_id in enumerate(token_ids, 1):
+            free, self._num_free = self._num_free > 0, self._num_free - 1
             self._pending.append(token_id)
-            text = self._stream.step(self._tokenizer, token_id)
+            text = self._step(token_id)
             if text is None:
                 continue
             self._pending.clear()
-            parts.append(self._until_stop(text) if self._stop else text)
+            parts.append(text if free or not self._stop else self._until_stop(text))
             if self.stopped:
                 return "".join(parts), used
         return "".join(parts), len(token_ids)
@@ -132,6 +158,14 @@ class AnswerText:
         if self._pending and not self.stopped:
             text += self._tokenizer.decode(self._pending, skip_special_tokens=True)
         return text
+
+    def _step(self, token_id: int) -> str | None:
+        try:
+            return self._stream.step(self._tokenizer, token_id)
+        except Exception:  # noqa: BLE001  the library raises nothing narrower
+            # Bytes that are no text changed how those before them read, and these are out: go on from here.
+            self._stream = DecodeStream(ids=self._pending, skip_special_tokens=True)
+            return self._tokenizer.decode(self._pending, skip_special_tokens=True)
 
     def _until_stop(self, text: str) -> str:
         """Of the stop strings in the text the one that ends first counts, however the text was cut into tokens."""
@@ -164,14 +198,16 @@ def _token_text(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def _load_template(directory: Path, config: Mapping[str, Any]) -> jinja2.Template | None:
-    """The model's chat template, compiled as transformers does; it is the model's code, so it runs in a sandbox."""
+def _template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
     source: Any = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
     if isinstance(source, list):  # several named ones
         source = {row["name"]: row["template"] for row in source}.get("default")
-    if source is None:
-        return None
+    return None if source is None else str(source)
+
+
+def _compile(source: str, directory: Path) -> jinja2.Template:
+    """The model's chat template, compiled as transformers does; it is the model's code, so it runs in a sandbox."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.errors import InvalidRequest, ModelNotFound, Overloaded
-from ..core.request import Request, SamplingParams
+from ..core.request import OutputFormat, Request, SamplingParams
 
 MIN_RETRY_AFTER_S = 0.1
 MAX_RETRY_AFTER_S = 30.0
@@ -40,6 +40,10 @@ def make_request(
     output_token_ids: Sequence[int] = (),
     priority: int = 0,
     tenant: str = "",
+    min_tokens: int = 0,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+    output_format: OutputFormat | None = None,
 ) -> Request:
     """The request as workers will see it. `max_tokens` None means as many as the model has room for.
 
@@ -58,6 +62,10 @@ def make_request(
         priority=priority,
         timeout_s=timeout_s,
         tenant=tenant,
+        min_tokens=min_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        output_format=output_format,
     )
     request.validate(max_model_len=limits.max_model_len, vocab_size=limits.vocab_size)
     for name, ids in (("received_token_ids", output_token_ids), ("stop_token_ids", stop_token_ids)):

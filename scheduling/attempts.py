@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.errors import KvCorrupted
+from ..core.logprobs import TokenLogprob
 from ..core.request import FinishReason
 
 
@@ -18,6 +19,8 @@ class NewTokens:
     index: int  # position of the first token
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None  # the answer is complete with the last of them
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per token, if the request asked for them
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of all prompt tokens but the first, the same
 
 
 class Answer:
@@ -31,18 +34,22 @@ class Answer:
 
     def __init__(self, token_ids: Sequence[int] = ()) -> None:
         self.token_ids = list(token_ids)
+        self.logprobs: list[TokenLogprob | None] = [None] * len(self.token_ids)  # None: not asked for, or not known
+        self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self.attempt = 1
         self.finish_reason: FinishReason | None = None
         self.ended = False
         self.num_stale = 0  # messages of another attempt, or after the end
         self.num_duplicates = 0  # tokens that were already there
         self._early: dict[int, int] = {}  # index to token, beyond the first gap
+        self._early_logprobs: dict[int, TokenLogprob] = {}
         self._final: tuple[int, FinishReason] | None = None  # length of the complete answer, and why it ends there
 
     def next_attempt(self) -> int:
         """Revoke the live attempt; the next one goes on after the tokens that are there."""
         self.attempt += 1
         self._early.clear()
+        self._early_logprobs.clear()
         self._final = None
         return self.attempt
 
@@ -61,10 +68,13 @@ class Answer:
             self.num_stale += 1
             return 0
         before = len(self.token_ids)
+        self.prompt_logprobs = self.prompt_logprobs or message.prompt_logprobs
         for index, token_id in enumerate(message.token_ids, message.index):
             known = self.token_ids[index] if index < before else self._early.get(index)
             if known is None:
                 self._early[index] = token_id
+                if message.logprobs:
+                    self._early_logprobs[index] = message.logprobs[index - message.index]
             elif known == token_id:
                 self.num_duplicates += 1
             else:
@@ -76,6 +86,7 @@ class Answer:
             self._final = (message.index + len(message.token_ids), message.finish_reason)
         limit = self._final[0] if self._final is not None else None
         while len(self.token_ids) != limit and (token := self._early.pop(len(self.token_ids), None)) is not None:
+            self.logprobs.append(self._early_logprobs.pop(len(self.token_ids), None))
             self.token_ids.append(token)
         if self._final is not None and len(self.token_ids) == limit:
             self.finish_reason = self._final[1]

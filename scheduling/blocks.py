@@ -38,6 +38,7 @@ class BlockAllocator:
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: low ids first, recently used rows stay warm
         self._live = [0] * num_blocks  # owners of each block that are sequences
         self._granted = [0] * num_blocks  # owners that are reservations
+        self._num_live = self._num_granted = 0  # kept: counting tens of thousands of blocks takes milliseconds
         self._by_hash: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached blocks without owner, next to evict first
@@ -48,10 +49,12 @@ class BlockAllocator:
         return len(self._free) + len(self._idle)
 
     def counts(self) -> BlockCounts:
-        live = sum(1 for owners in self._live if owners)
-        granted = sum(1 for lives, grants in zip(self._live, self._granted, strict=True) if grants and not lives)
         return BlockCounts(
-            total=self.num_blocks, free=len(self._free), cached=len(self._idle), granted=granted, live=live
+            total=self.num_blocks,
+            free=len(self._free),
+            cached=len(self._idle),
+            granted=self._num_granted,
+            live=self._num_live,
         )
 
     def can_allocate(self, num_blocks: int, sharing: Sequence[int] = ()) -> bool:
@@ -61,12 +64,16 @@ class BlockAllocator:
     def allocate(self, num_blocks: int, *, granted: bool = False) -> list[int]:
         """Take blocks that hold nothing, evicting the least recently used cached ones; guard with `can_allocate`."""
         assert num_blocks <= self.num_available, "allocate without can_allocate"
-        owners = self._owners(granted)
+        owners = self._granted if granted else self._live
         taken = []
         for _ in range(num_blocks):
             block = self._free.pop() if self._free else self._evict()
-            owners[block] += 1
+            owners[block] = 1  # the first, so there is no need for _own
             taken.append(block)
+        if granted:
+            self._num_granted += num_blocks
+        else:
+            self._num_live += num_blocks
         return taken
 
     def match(self, hashes: Sequence[bytes], max_tokens: int) -> list[int]:
@@ -83,17 +90,16 @@ class BlockAllocator:
 
     def share(self, blocks: Iterable[int], *, granted: bool = False) -> None:
         """Become one more owner of cached or owned blocks."""
-        owners = self._owners(granted)
         for block in blocks:
             self._idle.pop(block, None)
-            owners[block] += 1
+            self._own(block, 1, granted=granted)
 
     def grant_to_live(self, blocks: Iterable[int]) -> None:
         """The transfer is committed: what the reservation owned, a sequence owns now."""
         for block in blocks:
             assert self._granted[block] > 0, f"block {block} is not granted"
-            self._granted[block] -= 1
-            self._live[block] += 1
+            self._own(block, 1, granted=False)
+            self._own(block, -1, granted=True)
 
     def publish(self, block: int, prefix_hash: bytes) -> None:
         """Enter a full, owned block into the prefix index; the first block with a hash keeps it."""
@@ -103,10 +109,10 @@ class BlockAllocator:
 
     def release(self, blocks: Sequence[int], *, granted: bool = False) -> None:
         """Give up ownership; a published block stays cached. The last blocks of a prefix are evicted first."""
-        owners = self._owners(granted)
+        owners = self._granted if granted else self._live
         for block in reversed(blocks):
             assert owners[block] > 0, f"block {block} is released twice"
-            owners[block] -= 1
+            self._own(block, -1, granted=granted)
             if self._live[block] or self._granted[block]:
                 continue
             if block in self._hash_of:
@@ -123,8 +129,13 @@ class BlockAllocator:
         """Blocks with at least one owner."""
         return {b for b in range(self.num_blocks) if self._live[b] or self._granted[b]}
 
-    def _owners(self, granted: bool) -> list[int]:
-        return self._granted if granted else self._live
+    def _own(self, block: int, change: int, *, granted: bool) -> None:
+        """One owner more or less, and what that makes of the counts."""
+        self._num_live -= self._live[block] > 0
+        self._num_granted -= self._granted[block] > 0 and not self._live[block]
+        (self._granted if granted else self._live)[block] += change
+        self._num_live += self._live[block] > 0
+        self._num_granted += self._granted[block] > 0 and not self._live[block]
 
     def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)

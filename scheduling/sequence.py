@@ -6,6 +6,7 @@ from collections.abc import MutableSequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from ..core.logprobs import TokenLogprob
 from ..core.request import FinishReason, Request
 
 PENDING = -1  # stands for an output token that a running step is still choosing
@@ -19,7 +20,7 @@ class SequenceState(Enum):
     FINISHED = "finished"
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Sequence:
     """Mutable state of one request inside an engine."""
 
@@ -39,6 +40,7 @@ class Sequence:
     num_in_flight: int = 0  # planned steps that are not committed yet and use its blocks
     complete: bool = False  # a planned step yields its last token here
     released: bool = False  # over, but a planned step still uses its blocks
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # those known, from the second prompt token on
 
     @property
     def request_id(self) -> str:
@@ -56,6 +58,12 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """Whether computing its prompt must also tell how likely that was, so that the prefix cache is of no use."""
+        request = self.request
+        return request.prompt_logprobs is not None and len(self.prompt_logprobs) < request.num_prompt_tokens - 1
 
     @property
     def is_decoding(self) -> bool:

@@ -23,6 +23,7 @@ from .sequence import PENDING, Sequence, SequenceState
 
 _RETRY_AFTER_S = 0.5
 _MAX_PLANS = 2  # one running, one ready to follow it
+_MAX_PROMPT_LOGITS = 256  # rows of logits of prompt tokens in one step: each is as long as the vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,14 @@ class ScheduledTokens:
     @property
     def num_tokens(self) -> int:
         return self.end - self.start
+
+    @property
+    def prompt_targets(self) -> range:
+        """Positions of prompt tokens whose likelihood this step is to tell: its logits at the one before each."""
+        if not self.sequence.needs_prompt_logits:
+            return range(0)
+        first = max(self.start, len(self.sequence.prompt_logprobs)) + 1
+        return range(first, max(first, min(self.end + 1, self.sequence.request.num_prompt_tokens)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +84,13 @@ class SampledToken:
 
 
 class StepScheduler:
-    """Queues, block tables and the step plan of one engine. Not thread-safe: the engine's lock guards it."""
+    """Queues, block tables and the step plan of one engine. Not thread-safe: the engine's lock guards it.
+
+    Args:
+        max_packed_tokens: no further prompt joins a step that has this many prefill tokens. Past the size from which
+            a device is busy, it would be no sooner done, and would delay those before it. None: up to max_step_tokens.
+        contents: what stands for tokens and their prefixes. None: real tokens, of this model and dtype.
+    """
 
     def __init__(
         self,
@@ -86,13 +101,15 @@ class StepScheduler:
         max_running: int,
         max_waiting: int,
         max_step_tokens: int,
-        contents: Contents | None = None,  # None: real tokens
+        max_packed_tokens: int | None = None,
+        contents: Contents | None = None,
     ) -> None:
         self.blocks = blocks
         self._contents = contents or TokenContents(model_id=model_id, kv_dtype=kv_dtype)
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._max_step_tokens = max_step_tokens
+        self._max_packed_tokens = min(max_step_tokens, max_packed_tokens or max_step_tokens)
         self._sequences: dict[str, Sequence] = {}  # every one that is not finished
         self._waiting: list[Sequence] = []  # in queue order
         self._running: list[Sequence] = []  # in queue order
@@ -182,9 +199,9 @@ class StepScheduler:
 
         Raises: InvalidRequest: no such reservation, or its first token is also its last.
         """
-        sequence = self._sequences.get(request_id)
-        if sequence is None or sequence.state is not SequenceState.RESERVED:
+        if not self.is_reserved(request_id):
             raise InvalidRequest(f"request {request_id} has no reservation here; reserve before start_reserved")
+        sequence = self._sequences[request_id]
         sequence.token_ids.append(first_token_id)
         if sequence.finish_reason(sequence.num_tokens - 1) is not None:
             sequence.token_ids.pop()
@@ -194,6 +211,10 @@ class StepScheduler:
         sequence.state = SequenceState.RUNNING
         self._publish(sequence, sequence.num_computed)
         insort(self._running, sequence, key=_queue_key)
+
+    def is_reserved(self, request_id: str) -> bool:
+        sequence = self._sequences.get(request_id)
+        return sequence is not None and sequence.state is SequenceState.RESERVED
 
     def release(self, request_id: str) -> bool:
         """Forget a sequence in whatever state; blocks that a running step uses are freed when it ends."""
@@ -220,15 +241,20 @@ class StepScheduler:
         num_decode = len(parts)
 
         budget = self._max_step_tokens
+        logits_left = _MAX_PROMPT_LOGITS
         for sequence in self._running:
-            if budget and sequence.can_run and not sequence.is_decoding:
-                parts.append(_part(sequence, budget))
+            most = min(budget, logits_left) if sequence.needs_prompt_logits else budget
+            if most and sequence.can_run and not sequence.is_decoding:
+                parts.append(_part(sequence, most))
                 budget -= parts[-1].num_tokens
+                logits_left -= len(parts[-1].prompt_targets)
         started: list[Sequence] = []
         resumed: list[Sequence] = []
-        while budget and not self._preempted and (admitted := self._admit()):
-            parts.append(_part(admitted, budget))
+        full = self._max_step_tokens - self._max_packed_tokens
+        while budget > full and not self._preempted and (admitted := self._admit(logits_left)):
+            parts.append(_part(admitted, min(budget, logits_left) if admitted.needs_prompt_logits else budget))
             budget -= parts[-1].num_tokens
+            logits_left -= len(parts[-1].prompt_targets)
             if not admitted.started:
                 started.append(admitted)
             elif admitted.preempted:
@@ -255,7 +281,10 @@ class StepScheduler:
         return plan
 
     def commit(self, sampled: Mapping[str, int]) -> list[SampledToken]:
-        """The oldest planned step ran: its sequences have the sampled token of each request id that has one."""
+        """The oldest planned step ran: its sequences have the sampled token of each request id that has one.
+
+        A sequence that should have one and has none could not go on; it is forgotten.
+        """
         assert self._plans, "commit without schedule"
         tokens: list[SampledToken] = []
         for part in self._plans.popleft().parts:
@@ -267,7 +296,10 @@ class StepScheduler:
             self._publish(sequence, part.end)
             if not part.samples:
                 continue
-            token_id = sampled[sequence.request_id]
+            token_id = sampled.get(sequence.request_id)
+            if token_id is None:
+                self._finish(sequence)
+                continue
             sequence.token_ids[part.end] = token_id
             reason = sequence.finish_reason(part.end)
             tokens.append(SampledToken(sequence=sequence, index=part.index, token_id=token_id, finish_reason=reason))
@@ -373,24 +405,27 @@ class StepScheduler:
         self._sequences[request.request_id] = sequence
         return sequence
 
-    def _admissible(self) -> list[int] | None:
+    def _admissible(self, logits_left: int = _MAX_PROMPT_LOGITS) -> list[int] | None:
         """The blocks that the cache holds of the first waiting sequence; None if nobody can be admitted now."""
         self._starved = False
         if not self._waiting or len(self._running) + self.num_in(SequenceState.RESERVED) >= self._max_running:
             return None
         sequence = self._waiting[0]
+        if sequence.needs_prompt_logits and not logits_left:
+            return None
         if self.blocks.has_prefix_cache:
             self._contents.extend_hashes(sequence.prefix_hashes, sequence.token_ids, sequence.request)
-        hits = self.blocks.match(sequence.prefix_hashes, sequence.num_tokens - 1)
+        most = 0 if sequence.needs_prompt_logits else sequence.num_tokens - 1
+        hits = self.blocks.match(sequence.prefix_hashes, most)
         needed = blocks_for(sequence.num_tokens, self.blocks.block_size) - len(hits)
         if not self.blocks.can_allocate(needed, hits):
             self._starved = True  # and nobody behind it may overtake, or it would wait for ever
             return None
         return hits
 
-    def _admit(self) -> Sequence | None:
+    def _admit(self, logits_left: int) -> Sequence | None:
         """Move the first waiting sequence into the running batch with blocks for all its known tokens."""
-        hits = self._admissible()
+        hits = self._admissible(logits_left)
         if hits is None:
             return None
         sequence = self._waiting.pop(0)

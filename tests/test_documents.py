@@ -13,7 +13,8 @@ import pytest
 import typer
 from splitserve.cli.main import app
 from splitserve.core.events import Event
-from splitserve.kv_transfer.frames import FrameHeader, FrameKind, KvPart
+from splitserve.kv_transfer.codecs import WireFormat
+from splitserve.kv_transfer.frames import HEADER_BYTES, FrameHeader, FrameKind, KvPart
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -93,15 +94,16 @@ def test_frame_layout_in_the_architecture_is_the_real_one() -> None:
         grant_id="ab" * 16,
         attempt=3,
         epoch=4,
-        part=KvPart(layer_start=5, layer_end=6, token_start=7, token_end=8),
-        head_end=9,
-        sequence=10,
-        payload_bytes=11,
-        checksum=12,
+        part=KvPart(layer_start=5, layer_end=6, head_start=7, head_end=8, token_start=9, token_end=10),
+        wire=WireFormat(codec="int8", dtype="bfloat16"),
+        sequence=11,
+        payload_bytes=12,
+        checksum=13,
+        turn=14,
     ).pack()
     formats = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
     text = (ROOT / "docs" / "architecture.md").read_text()
     rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", text, re.M)
     values = [struct.unpack_from("<" + formats.get(kind, kind), header, int(offset))[0] for offset, kind in rows]
-    assert values == [b"SSKV", 1, 2, 0, b"\xab" * 16, 3, 4, 5, 6, 0, 9, 7, 8, 10, 11, 12]
-    assert sum(struct.calcsize("<" + formats.get(kind, kind)) for _, kind in rows) == len(header) == 64
+    assert values == [b"SSKV", 2, 2, 2, b"\xab" * 16, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 1, b"\0\0\0"]
+    assert sum(struct.calcsize("<" + formats.get(kind, kind)) for _, kind in rows) == len(header) == HEADER_BYTES

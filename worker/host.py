@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import secrets
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,12 @@ from ..engine.attention import KvWritten
 from ..engine.engine import Engine, StepOutput
 from ..engine.loading import load_model
 from ..engine.loop import DeviceLoop
+from ..engine.parallel.ranks import start_ranks
 from ..kv_transfer.identity import WorkerIdentity, current_host_id
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.convert import PROTOCOL_VERSION
 from ..proto.server import Ready, RpcServer
+from .device import THROTTLE_REASONS, DeviceReader, DeviceState, open_devices
 from .options import WorkerOptions
 from .session import Session
 
@@ -82,8 +85,18 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self.recorder = Recorder(self.identity.worker_id, options.trace_dir)
         self.registry = new_registry()
         self.metrics = WorkerMetrics(self.registry, options.role)
-        self.model = load_model(options.engine)
-        self.engine = Engine(self.model, options.engine, recorder=self.recorder, kv_written=kv_written)
+        self._ranks = start_ranks(options.engine)
+        try:
+            self.model = load_model(options.engine, None if self._ranks is None else self._ranks.group)
+            self.engine = Engine(
+                self.model, options.engine, recorder=self.recorder, kv_written=kv_written, others=self._ranks
+            )
+        except BaseException:
+            if self._ranks is not None:
+                self._ranks.close()
+            raise
+        self.devices: DeviceReader = open_devices(self.model.model.device, options.engine.tensor_parallel)
+        self.fault = ""  # why this worker is out of service; what is broken stays broken until somebody restarts it
         self.draining = False
         self.num_runs = 0
         self.sessions: set[Session[Any, Any]] = set()
@@ -95,6 +108,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self._loop = asyncio.get_running_loop()
         self._device = DeviceLoop(self.engine, self._step_done)
         self._tasks: list[asyncio.Task[None]] = []
+        self._device_states: Sequence[DeviceState] = ()
         self._told = _Counts()
         self._publish_gauges()
         worker_pb2_grpc.add_WorkerAdminServicer_to_server(self, self.rpc.server)
@@ -135,6 +149,8 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             task.cancel()
         await self.rpc.stop()
         await asyncio.to_thread(self._device.stop)
+        if self._ranks is not None:
+            await asyncio.to_thread(self._ranks.close)
         self.recorder.close()
 
     def wake(self) -> None:
@@ -152,8 +168,10 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         for session in self.sessions:
             session.status_changed()
 
-    def refuse_if_draining(self) -> None:
+    def refuse_if_out_of_service(self) -> None:
         """Raises: Unavailable."""
+        if self.fault:
+            raise Unavailable(f"worker {self.identity.worker_id} is out of service: {self.fault}")
         if self.draining:
             raise Unavailable(f"worker {self.identity.worker_id} is draining; send the request to another")
 
@@ -207,6 +225,8 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             num_steps=self.engine.num_steps,
             draining=self.draining,
             stalled=self._device.stalled(self.options.stall_bound_s),
+            devices=[_device_status(state) for state in self._device_states],
+            fault=self.fault,
         )
 
     async def GetWorkerStatus(
@@ -243,14 +263,26 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self._on_step(output)
 
     async def _watch_health(self) -> None:
-        """Health means progress: NOT_SERVING while the engine is stalled or the worker drains."""
+        """Health means progress on sound devices: NOT_SERVING while it stalls, drains or is broken."""
         serving = True
         while True:
+            await self._read_devices()
             await asyncio.sleep(_HEALTH_PERIOD_S)
-            healthy = not self.draining and not self._device.stalled(self.options.stall_bound_s)
+            stalled = self._device.stalled(self.options.stall_bound_s)
+            healthy = not self.draining and not stalled and not self.fault
             if healthy != serving:
                 serving = healthy
                 await self.rpc.set_serving(serving)
+
+    async def _read_devices(self) -> None:
+        self._device_states = await asyncio.to_thread(self.devices.read)
+        for state in self._device_states:
+            _publish_device(self.metrics, state)
+            if state.fault and not self.fault:
+                self.fault = state.fault
+                logger.error("out of service: %s", state.fault)
+                for session in self.sessions:
+                    session.status_changed()
 
     def _publish_gauges(self) -> None:
         """Gauges are read when they are scraped, so they are never stale."""
@@ -260,7 +292,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         metrics.blocks_cached.set_function(lambda: engine.usage().blocks_cached)
         metrics.blocks_live.set_function(lambda: engine.usage().blocks_live)
         metrics.blocks_granted.set_function(lambda: engine.usage().blocks_granted)
-        metrics.blocks_orphaned.set_function(lambda: engine.usage().blocks_orphaned)
+        metrics.blocks_orphaned.set_function(engine.num_orphaned_blocks)
         metrics.running.set_function(lambda: engine.usage().num_running)
         metrics.waiting.set_function(lambda: engine.usage().num_waiting)
         metrics.held.set_function(lambda: engine.usage().num_held)
@@ -268,3 +300,20 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
 
 def _average(old: float, new: float) -> float:
     return new if old == 0.0 else old + _RATE_WEIGHT * (new - old)
+
+
+def _device_status(state: DeviceState) -> worker_pb2.DeviceStatus:
+    return worker_pb2.DeviceStatus(**dataclasses.asdict(state))
+
+
+def _publish_device(metrics: WorkerMetrics, state: DeviceState) -> None:
+    metrics.gpu_memory_used.labels(state.uuid).set(state.memory_used_bytes)
+    metrics.gpu_memory_total.labels(state.uuid).set(state.memory_total_bytes)
+    metrics.gpu_temperature.labels(state.uuid).set(state.temperature_c)
+    metrics.gpu_power.labels(state.uuid).set(state.power_w)
+    metrics.gpu_sm_clock.labels(state.uuid).set(state.sm_clock_mhz * 1e6)
+    metrics.gpu_ecc_errors.labels(state.uuid, "corrected").set(state.corrected_errors)
+    metrics.gpu_ecc_errors.labels(state.uuid, "uncorrected").set(state.uncorrected_errors)
+    metrics.gpu_nvlinks_up.labels(state.uuid).set(state.nvlinks_up)
+    for reason in THROTTLE_REASONS.values():
+        metrics.gpu_throttled.labels(state.uuid, reason).set(reason in state.throttle_reasons)

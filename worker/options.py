@@ -22,7 +22,7 @@ class WorkerOptions:
     port: int = 0
     metrics_port: int = 0
     worker_id: str = ""  # unique in the cluster; empty makes one
-    transports: tuple[str, ...] = ("shared_memory", "grpc")  # how KV may move, best first
+    transports: tuple[str, ...] = ("cuda_ipc", "shared_memory", "grpc")  # how KV may move, best first
     trace_dir: Path | None = None
     drain_timeout_s: float = 30.0  # how long SIGTERM waits for running requests
     lease_s: float = 30.0  # finished KV is held this long without a sign of life from its receiver

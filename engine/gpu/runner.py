@@ -8,20 +8,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...core.errors import SplitserveError
 from ...scheduling.sequence import PENDING, SequenceState
 from ...scheduling.sequence import Sequence as RunningSequence
 from ...scheduling.steps import ScheduledTokens, StepPlan
 from ..attention import KvWritten
+from ..logprobs import StepLogprobs, prompt_rows
+from ..output_format import OutputFormats
+from ..parallel.group import RankGroup
 from ..pool import KvPool
-from ..runner import SequenceTokens, sample_input, sampled_rows
-from ..sampler import penalise, uniform
+from ..runner import SequenceTokens, StepMode, StepResult, is_plain, sample_inputs, sampled_rows, step_result
+from ..sampler import adjust, uniform
 from .attention_kernels import prefill_tiles
 from .batch import CUDNN_FROM_TOKENS, DecodeRows, GpuBatch, PrefillRows, SplitMemory, cudnn_length, layer_views
 from .captured_prefill import MAX_SEQUENCES, CapturedPrefill
@@ -48,8 +52,10 @@ class _Slot:
 class _Running:
     """A step whose kernels are queued."""
 
-    request_ids: list[str]  # those that get a token, in order
-    chosen: Tensor  # [>= len(request_ids)] int64, pinned; written when `done` is
+    sampling: list[ScheduledTokens]  # those that get a token, in order
+    chosen: Tensor  # [>= len(sampling)] int64, pinned; written when `done` is
+    likelihoods: StepLogprobs | None  # the same
+    failed: dict[str, SplitserveError]
     done: torch.cuda.Event
 
 
@@ -71,10 +77,15 @@ class GpuRunner:
         max_model_len: int,
         max_step_tokens: int,
         num_query_heads: int,
+        formats: OutputFormats,
         kv_written: KvWritten | None = None,
+        group: RankGroup | None = None,
     ) -> None:
         self._model = model
+        self._group = group
+        self._leads = group is None or group.leads
         self._pool = pool
+        self._formats = formats
         self._device = model.device
         self._layers = layer_views(pool)
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -96,7 +107,7 @@ class GpuRunner:
         self._slots: dict[RunningSequence, _Slot] = {}
         self._free_slots = list(range(num_slots))
         self._tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=self._device)
-        self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
+        self._last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=self._device)  # the last: nobody's
         # Static inputs of the captured steps; each graph uses the first rows.
         num_rows = max(max_running, MAX_SEQUENCES)
         self._rows = torch.zeros(num_rows, FIELDS, dtype=torch.int32, device=self._device)
@@ -137,6 +148,14 @@ class GpuRunner:
         self._prefill.capture(self._stream, memory, self._max_step_tokens)
         return time.monotonic() - began_s
 
+    @property
+    def captured(self) -> bool:
+        return bool(self._graphs)
+
+    def close(self) -> None:
+        self._stream.synchronize()
+        self.drop_graphs()
+
     def drop_graphs(self) -> None:
         self._graphs.clear()
         self._prefill.drop()
@@ -171,33 +190,50 @@ class GpuRunner:
         self._sample(logits, self._rows[:batch])
 
     def _sample(self, logits: Tensor, rows: Tensor) -> None:
-        sample_rows(
-            logits, rows[:, 4:], rows[:, 1], last_tokens=self._last_tokens, chosen=self._chosen[: logits.shape[0]]
-        )
+        chosen = self._chosen[: logits.shape[0]]
+        if self._leads:
+            sample_rows(logits, rows[:, 4:], rows[:, 1], last_tokens=self._last_tokens, chosen=chosen)
+        if self._group is not None:
+            self._group.copy_from_leader(chosen)
+            if not self._leads:
+                slots = rows[:, 1].long()
+                slots = torch.where(slots < 0, self._last_tokens.shape[0] - 1, slots)
+                self._last_tokens.scatter_(0, slots, chosen)
 
     # --- steps ---
 
+    def mode(self, plan: StepPlan) -> StepMode:
+        if self._graphs and all(_can_be_captured(part) for part in plan.parts):
+            return StepMode.DECODE
+        return StepMode.CAPTURED if all(is_plain(part) for part in plan.parts) else StepMode.PACKED
+
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> None:
+    def launch(self, plan: StepPlan, mode: StepMode | None = None) -> None:
+        mode = self.mode(plan) if mode is None else mode
         with torch.cuda.stream(self._stream):
             parts = sorted(plan.parts, key=lambda part: part.num_tokens > 1)
             sampling, rows = sampled_rows(parts)
-            if self._graphs and all(_can_be_captured(part) for part in parts):
+            likelihoods: StepLogprobs | None = None
+            failed: dict[str, SplitserveError] = {}
+            if mode is StepMode.DECODE:
                 self._launch_captured(parts)
             else:
-                self._launch_packed(parts, sampling, rows)
+                likelihoods, failed = self._launch_packed(parts, sampling, rows, mode)
             received = self._received[0]
             self._received.rotate(-1)
             received[: len(sampling)].copy_(self._chosen[: len(sampling)], non_blocking=True)
+            if likelihoods is not None:
+                likelihoods = replace(likelihoods, rows=likelihoods.rows.to_host())
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        request_ids = [part.sequence.request_id for part in sampling]
-        self._running.append(_Running(request_ids=request_ids, chosen=received, done=done))
+        self._running.append(
+            _Running(sampling=sampling, chosen=received, likelihoods=likelihoods, failed=failed, done=done)
+        )
 
-    def collect(self) -> dict[str, int]:
+    def collect(self) -> StepResult:
         step = self._running.popleft()
         step.done.synchronize()
-        return dict(zip(step.request_ids, step.chosen[: len(step.request_ids)].tolist(), strict=True))
+        return step_result(step.sampling, step.chosen[: len(step.sampling)].tolist(), step.failed, step.likelihoods)
 
     def abandon(self) -> None:
         self._running.clear()
@@ -206,6 +242,7 @@ class GpuRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Let cuDNN prepare for the prompt lengths it will see; what it prepares belongs to the calling thread."""
+        self._formats.warm_up()
         lengths = sorted({cudnn_length(n) for n in range(CUDNN_FROM_TOKENS, self._max_step_tokens + 1, 128)})
         with torch.cuda.stream(self._stream):
             for length in lengths:
@@ -277,7 +314,7 @@ class GpuRunner:
         """Bring the device's block table up to date, but for the newest block, which the step itself enters."""
         slot, table = self._slots[sequence], sequence.block_table
         if slot.table is not table or len(table) > slot.num_blocks + 1:
-            self._tables[slot.index, : len(table)].copy_(torch.tensor(table, dtype=torch.int32))
+            self._tables[slot.index, : len(table)] = to_device(np.array(table, np.int32), self._device)
             slot.table = table
         slot.num_blocks = len(table)
 
@@ -286,9 +323,12 @@ class GpuRunner:
             self._free_slots.append(self._slots.pop(sequence).index)
 
     def _launch_packed(
-        self, parts: Sequence[ScheduledTokens], sampling: Sequence[ScheduledTokens], rows: list[int]
-    ) -> None:
-        """Any mix of chunks and single tokens, each kernel launched by itself."""
+        self, parts: Sequence[ScheduledTokens], sampling: Sequence[ScheduledTokens], rows: list[int], mode: StepMode
+    ) -> tuple[StepLogprobs | None, dict[str, SplitserveError]]:
+        """Any mix of chunks and single tokens, each kernel launched by itself.
+
+        Returns the logprobs that were asked for, still on the device, and the requests that cannot go on.
+        """
         sequences = [
             SequenceTokens(
                 request_id=part.sequence.request_id,
@@ -298,7 +338,6 @@ class GpuRunner:
             )
             for part in parts
         ]
-        penalised = [part for part in sampling if part.sequence.request.sampling.has_penalties]
         # Tokens that the step before this one is still choosing.
         waiting = [i for i, s in enumerate(sequences) if s.token_ids[-1] == PENDING]
         pending = None
@@ -307,11 +346,11 @@ class GpuRunner:
             at = to_device(np.array([waiting, slots]), self._device)
             pending = torch.stack((at[0], self._last_tokens[at[1]]))
         written = None if self._announcer is None else self._announcer.of_step(parts, self._stream)
-        captured = None if penalised else self._prefill.find(sequences)
+        captured = self._prefill.find(sequences) if mode is StepMode.CAPTURED else None
         if captured is not None:
             self._send(sampling, MAX_SEQUENCES, captured=False)
             self._prefill.launch(captured, sequences, self._pool.block_size, rows, pending, written)
-            return
+            return None, {}
         sent = self._send(sampling, len(sampling), captured=False)
         step, input_ids, position_ids = pack(
             sequences,
@@ -323,24 +362,21 @@ class GpuRunner:
         )
         if pending is not None:
             input_ids[pending[0]] = pending[1]
-        wanted = to_device(np.array(rows, np.int64), self._device)
+        wanted = to_device(np.array(rows + prompt_rows(parts), np.int64), self._device)
         logits = run(self._model, step, input_ids, position_ids, wanted)
-        if not sampling:
-            return
-        if penalised:
-            logits = logits.float()
-            for values, part in zip(logits, sampling, strict=True):
-                if part.sequence.request.sampling.has_penalties:
-                    penalise(values, sample_input(part))
-        self._sample(logits, sent)
+        if mode is StepMode.CAPTURED or not self._leads:
+            if sampling:
+                self._sample(logits[: len(sampling)], sent)
+            return None, {}
+        inputs, failed = sample_inputs(sampling, self._formats)
+        if sampling:
+            self._sample(adjust(logits[: len(sampling)], inputs), sent)
+        return StepLogprobs.of(logits, parts, sampling, self._chosen[: len(sampling)]), failed
 
 
 def _can_be_captured(part: ScheduledTokens) -> bool:
-    """A single token of a sequence that has a place on the device and samples without looking back."""
-    sequence = part.sequence
-    return (
-        part.num_tokens == 1 and part.samples and not (sequence.prefill_only or sequence.request.sampling.has_penalties)
-    )
+    """A single token of a sequence that has a place on the device, chosen by logits that nobody else looks at."""
+    return part.num_tokens == 1 and part.samples and not part.sequence.prefill_only and is_plain(part)
 
 
 class _Announcer:

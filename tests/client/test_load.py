@@ -44,6 +44,8 @@ def record(
         message="",
         kv_bytes=0,
         transport="none",
+        prefill_s=0.0,
+        transfer_exposed_s=0.0,
         prefill_worker="",
         decode_worker="",
     )

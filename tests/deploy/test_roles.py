@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 from splitserve.cli.main import app
-from splitserve.core.config import ClusterConfig, Role, load_config
+from splitserve.core.config import WORKER_ROLES, ClusterConfig, Role, WorkerRole, load_config
 from splitserve.deploy.config_docs import BEGIN, tables
 from splitserve.deploy.options import router_options, worker_options
 from splitserve.deploy.roles import default_threads, flag, role_command, role_keys
@@ -61,12 +61,13 @@ def test_defaults_are_those_of_the_roles_own_options() -> None:
     )
     assert worker == defaults
     router = router_options(config, prefill=(), decode=(), metrics_port=0, router_id="")
-    assert router == RouterOptions(model=config.model, drain_timeout_s=config.drain_timeout_s)
+    assert router == RouterOptions(model=config.model, http_port=8000, drain_timeout_s=config.drain_timeout_s)
 
 
 def test_every_option_of_the_engine_and_the_router_can_be_set() -> None:
     keys = {key.rpartition(".")[2] for role in ROLES for key in role_keys(role)}
-    own = {"kv_memory_bytes", "num_threads", "shared_pool", "kv_dtype", "model_name"}  # derived, or a flag of its own
+    # Derived, or a flag of its own.
+    own = {"kv_memory_bytes", "num_threads", "shared_pool", "kv_dtype", "model_name", "max_packed_tokens"}
     for options in (EngineOptions, RouterOptions):
         names = {field.name for field in dataclasses.fields(options)} - own
         assert names - keys <= {"prefill", "decode", "metrics_port", "router_id"}
@@ -106,7 +107,15 @@ def test_a_flag_is_the_last_part_of_its_key() -> None:
     assert flag("engine.max_running") == "--max-running"
 
 
-def test_prefill_and_decode_workers_on_a_gpu_are_refused_until_kv_moves_between_gpus() -> None:
-    result = CliRunner().invoke(app, ["prefill-worker", "--device", "cuda"])
+@pytest.mark.parametrize("role", WORKER_ROLES)
+def test_a_pool_with_gpus_computes_there(role: WorkerRole) -> None:
+    config = load_config(None, {f"{role}.replicas": 1, f"{role}.gpus": 1})
+    options = worker_options(config, role, host="127.0.0.1", port=0, metrics_port=0, worker_id="w", num_threads=None)
+    assert options.engine.device == "cuda"
+    assert options.transports[0] == "cuda_ipc"
+
+
+def test_a_worker_whose_gpu_is_not_here_says_so() -> None:
+    result = CliRunner().invoke(app, ["prefill-worker", "--device", "cuda:63"])
     assert result.exit_code == 2
-    assert "KV does not move between GPUs yet" in result.stderr
+    assert "device 'cuda:63' is not here" in result.stderr

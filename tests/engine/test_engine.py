@@ -28,7 +28,7 @@ def run(engine: Engine) -> dict[str, list[TokenOutput]]:
         step = engine.step()
         assert step is not None, "work is left and nothing can go on"
         usage = engine.usage()
-        assert usage.blocks_orphaned == 0
+        assert engine.num_orphaned_blocks() == 0
         blocks = usage.blocks_free + usage.blocks_cached + usage.blocks_live + usage.blocks_granted
         assert blocks == usage.blocks_total
         for token in step.tokens:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from splitserve.core.errors import ConfigError, ModelLoadFailed, ModelUnsupported
 from splitserve.engine import model_files
 from splitserve.engine.loading import LoadedModel, load_model
@@ -138,3 +139,15 @@ def test_no_progress_bar_reaches_a_log_file(tiny: LoadedModel) -> None:
 def test_a_device_that_is_not_here_is_named(device: str, message: str, tiny: LoadedModel) -> None:
     with pytest.raises(ConfigError, match=message):
         load_model(EngineOptions(model=str(tiny.path), device=device))
+
+
+def test_random_weights_need_no_weight_files_and_are_the_same_each_time(tmp_path: Path) -> None:
+    make_tiny_model("llama", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    options = EngineOptions(model=str(tmp_path), random_weights=True)
+    first, second = load_model(options), load_model(options)
+    assert first.model_id == second.model_id != ""
+    for one, other in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one.to_dense() if one.is_mkldnn else one, other.to_dense() if other.is_mkldnn else other)
+    with pytest.raises(ModelLoadFailed, match="has no weights"):
+        load_model(EngineOptions(model=str(tmp_path)))

@@ -1,6 +1,7 @@
 """Sampling: the right distribution, and the same token for the same (logits, seed, index) in any company."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,99 @@ def test_frequencies_follow_the_softmax(temperature: float) -> None:
     assert chi_square < 20.5  # 5 degrees of freedom, p = 0.001; the draws are deterministic
 
 
+NOT_PARAMS = ("banned", "allowed")
+HISTORY = (5, 1, 0, 0, 3)  # one token of prompt, four of output
+
+
+def expected_distribution(
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: tuple[tuple[int, float], ...] = (),
+    banned: tuple[int, ...] = (),
+    allowed: tuple[int, ...] = (0, 1, 2, 3, 4, 5),
+) -> list[float]:
+    """The same thing once more, entry by entry and from the definitions."""
+    logits = LOGITS.tolist()
+    for token_id in set(HISTORY):
+        factor = 1 / repetition_penalty if logits[token_id] > 0 else repetition_penalty
+        logits[token_id] *= factor
+    for token_id in HISTORY[1:]:
+        logits[token_id] -= frequency_penalty
+    for token_id in set(HISTORY[1:]):
+        logits[token_id] -= presence_penalty
+    for token_id, bias in logit_bias:
+        logits[token_id] += bias
+    left = [i for i in range(len(logits)) if i in allowed and i not in banned]
+    weights = {i: math.exp(logits[i] / temperature) for i in left}
+    order = sorted(weights, key=lambda i: -weights[i])[: top_k or None]
+    total, mass, kept = sum(weights[i] for i in order), 0.0, []
+    for i in order:
+        if mass < top_p * total:
+            kept.append(i)
+        mass += weights[i]
+    kept = [i for i in kept if weights[i] >= min_p * weights[order[0]]]
+    mass = sum(weights[i] for i in kept)
+    return [weights[i] / mass if i in kept else 0.0 for i in range(len(logits))]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.6},
+        {"temperature": 1.9},
+        {"top_k": 3},
+        {"top_p": 0.85},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.4},
+        {"repetition_penalty": 0.7},
+        {"presence_penalty": 1.1},
+        {"frequency_penalty": 0.6},
+        {"frequency_penalty": -0.4},
+        {"logit_bias": ((0, -1.5), (4, 2.0))},
+        {"banned": (0, 2)},
+        {"allowed": (1, 3, 4)},
+        {"temperature": 1.3, "top_k": 4, "top_p": 0.95, "min_p": 0.05, "frequency_penalty": 0.3, "banned": (1,)},
+    ],
+    ids=lambda options: "+".join(options),
+)
+def test_each_parameter_gives_its_distribution(options: dict[str, Any]) -> None:
+    count = 8000
+    params = {"temperature": 1.0, **{name: value for name, value in options.items() if name not in NOT_PARAMS}}
+    mask = torch.zeros(6, dtype=torch.bool)
+    mask[list(options.get("allowed", range(6)))] = True
+    rows = [
+        SampleInput(
+            params=SamplingParams(seed=5, **params),
+            index=index,
+            token_ids=HISTORY,
+            num_prompt_tokens=1,
+            banned=options.get("banned", ()),
+            allowed=mask if "allowed" in options else None,
+        )
+        for index in range(count)
+    ]
+    found = torch.bincount(torch.tensor(sample(LOGITS.expand(count, -1), rows)), minlength=6).double()
+    expected = torch.tensor(expected_distribution(**options), dtype=torch.float64) * count
+    assert found[expected == 0].sum() == 0
+    possible = expected > 0
+    chi_square = float(((found - expected)[possible] ** 2 / expected[possible]).sum())
+    limit = {1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5}[int(possible.sum()) - 1]  # p = 0.001
+    assert chi_square < limit, (chi_square, found, expected)
+
+
+def test_a_ban_gives_way_where_nothing_else_is_left() -> None:
+    only = torch.tensor([False, False, True, False, False, False])
+    greedy = SampleInput(params=SamplingParams(), index=0, allowed=only, banned=(2,))
+    assert sample(LOGITS[None], [greedy]) == [2]
+    assert sample(LOGITS[None], [SampleInput(params=SamplingParams(), index=0, banned=(0, 1))]) == [2]
+
+
 def test_filters_keep_what_they_should() -> None:
     assert allowed() == {0, 1, 2, 3, 4, 5}
     assert allowed(top_k=2) == {0, 1}
@@ -57,7 +151,7 @@ def test_the_nucleus_of_a_flat_distribution_is_found_past_the_short_cut() -> Non
 
 def test_a_token_depends_neither_on_its_batch_nor_on_its_place_in_it() -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(6, 3000, generator=generator) * 3
+    logits = torch.randn(8, 3000, generator=generator) * 3
     rows = [
         row(0),
         row(4, seed=1, temperature=0.8, top_p=0.9),
@@ -65,9 +159,11 @@ def test_a_token_depends_neither_on_its_batch_nor_on_its_place_in_it() -> None:
         row(9, token_ids=(1, 2, 2, 5), num_prompt=1, seed=3, temperature=1.0, repetition_penalty=1.3),
         row(7, seed=4, temperature=0.7, min_p=0.05),
         row(1, seed=2**63 - 1, temperature=1.0),
+        SampleInput(params=SamplingParams(seed=5, temperature=1.0, logit_bias=((7, 9.0),)), index=3, banned=(1, 2)),
+        SampleInput(params=SamplingParams(seed=6, temperature=2.0), index=3, allowed=torch.arange(3000) % 7 == 0),
     ]
     together = sample(logits, rows)
-    assert together == [sample(logits[i : i + 1], rows[i : i + 1])[0] for i in range(6)]
+    assert together == [sample(logits[i : i + 1], rows[i : i + 1])[0] for i in range(8)]
     assert together == sample(logits.flip(0), rows[::-1])[::-1]
 
 

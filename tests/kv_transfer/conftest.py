@@ -17,6 +17,7 @@ import torch
 from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
 from splitserve.core.metrics import WorkerMetrics, new_registry
 from splitserve.core.request import Request
+from splitserve.kv_transfer.codecs import CodecName
 from splitserve.kv_transfer.frames import SERVICE
 from splitserve.kv_transfer.grants import Grant
 from splitserve.kv_transfer.identity import WorkerIdentity, current_host_id
@@ -99,8 +100,15 @@ class Pair:
         tokens = tuple(range(1, num_tokens + 1))
         return Request(request_id=request_id, prompt_token_ids=tokens, max_tokens=4, attempt=attempt)
 
-    def grant(self, request: Request, num_cached_tokens: int = 0) -> Grant:
-        return self.receiver.make_grant(request, self.address, "prefill-boot", num_cached_tokens)
+    def grant(self, request: Request, num_cached_tokens: int = 0, codec: CodecName = "none") -> Grant:
+        return self.receiver.make_grant(
+            request,
+            self.address,
+            "prefill-boot",
+            num_cached_tokens,
+            codec=codec,
+            prefill_dtype=self.source.geometry.dtype,
+        )
 
     def offer(self, grant: Grant, request: Request) -> None:
         self.sender.offer(grant, request.prompt_token_ids, lambda _: self.source_table)
@@ -132,6 +140,11 @@ class Pair:
         assert all(torch.equal(a, b) for a, b in zip(sent, came, strict=True))
 
 
+@pytest.fixture
+def tiny() -> KvGeometry:
+    return GEOMETRY
+
+
 PairFactory = Callable[..., Any]
 
 
@@ -147,9 +160,11 @@ def pair() -> PairFactory:
         sender_options: dict[str, Any] | None = None,
         receiver_options: dict[str, Any] | None = None,
         geometry: KvGeometry = GEOMETRY,
+        target_geometry: KvGeometry | None = None,
+        source_blocks: int = 24,
     ) -> AsyncIterator[Pair]:
-        source = TinyPool(source_block_size, geometry=geometry)
-        target = TinyPool(target_block_size, geometry=geometry)
+        source = TinyPool(source_block_size, source_blocks, geometry=geometry)
+        target = TinyPool(target_block_size, geometry=target_geometry or geometry)
         released: list[str] = []
         reports: list[tuple[str, Exception]] = []
         release_seen = asyncio.Event()

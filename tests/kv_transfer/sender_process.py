@@ -47,6 +47,8 @@ async def main() -> None:
             num_cached_tokens=0,
             num_tokens=NUM_TOKENS,
             lease_s=30.0,
+            codec="none",
+            wire_dtype=pool.geometry.dtype,
         )
         sender.fail("r1", Unavailable("replaced by the next command"))
         packing = threading.Event()

@@ -93,9 +93,9 @@ EDITS: dict[str, tuple[type[Exception], Edit]] = {
     "other layers": (KvCorrupted, lambda f: [part_of(f[0], layer_start=1, layer_end=2), *f[1:]]),
     "tokens beyond the grant": (KvCorrupted, lambda f: [part_of(f[0], token_end=10**6), *f[1:]]),
     "empty range": (KvCorrupted, lambda f: [part_of(f[0], token_end=0), *f[1:]]),
-    "other heads": (KvCorrupted, lambda f: [sealed(f[0], head_end=1), *f[1:]]),
+    "other heads": (KvCorrupted, lambda f: [part_of(f[0], head_end=1), *f[1:]]),
     "other magic": (ProtocolMismatch, lambda f: [b"KVSS" + f[0][4:], *f[1:]]),
-    "version of the future": (ProtocolMismatch, lambda f: [f[0][:4] + b"\x02\0" + f[0][6:], *f[1:]]),
+    "version of the future": (ProtocolMismatch, lambda f: [f[0][:4] + b"\x03\0" + f[0][6:], *f[1:]]),
     "no end": (TransferFailed, lambda f: f[:-1]),
     "nothing": (TransferFailed, lambda f: []),
 }

@@ -15,6 +15,17 @@ def taken(progress: KvProgress, max_bytes: int) -> list[KvPart]:
     return list(iter(lambda: progress.take(max_bytes), None))
 
 
+def box(*, layers: tuple[int, int], heads: tuple[int, int] = (0, 3), tokens: tuple[int, int]) -> KvPart:
+    return KvPart(
+        layer_start=layers[0],
+        layer_end=layers[1],
+        head_start=heads[0],
+        head_end=heads[1],
+        token_start=tokens[0],
+        token_end=tokens[1],
+    )
+
+
 def num_bytes(part: KvPart) -> int:
     return part.num_tokens * sum(SMOLLM2.layer_bytes_per_token(n) for n in range(part.layer_start, part.layer_end))
 
@@ -36,11 +47,11 @@ def test_what_is_ready_leaves_at_once_and_only_once() -> None:
     progress.wrote(0, 30, 0, 16)  # the receiver has these
     assert progress.take(MIB) is None
     progress.wrote(0, 1, 16, 40)
-    assert taken(progress, MIB) == [KvPart(layer_start=0, layer_end=1, token_start=16, token_end=40)]
+    assert taken(progress, MIB) == [box(layers=(0, 1), tokens=(16, 40))]
     progress.wrote(1, 30, 16, 40)
     progress.wrote(0, 30, 40, 100)
     parts = taken(progress, 64 * MIB)
-    assert parts[1] == KvPart(layer_start=1, layer_end=30, token_start=16, token_end=100)
+    assert parts[1] == box(layers=(1, 30), tokens=(16, 100))
     assert len(parts) == 2
 
 
@@ -61,3 +72,15 @@ def test_writing_again_is_torn_only_after_something_was_taken() -> None:
     assert {part.layer_end for part in taken(progress, 64 * MIB)} == {2}
     progress.wrote(0, 30, 0, 50)
     assert progress.torn
+
+
+def test_only_the_heads_of_the_route_are_sent_and_layers_without_any_are_skipped() -> None:
+    heads = [range(1, 3)] * 10 + [range(0)] * 10 + [range(1)] * 10
+    progress = KvProgress(SMOLLM2, 0, 32, heads)
+    progress.wrote(0, 30, 0, 32)
+    assert not progress.torn
+    assert taken(progress, 64 * MIB) == [
+        box(layers=(0, 10), heads=(1, 3), tokens=(0, 32)),
+        box(layers=(20, 30), heads=(0, 1), tokens=(0, 32)),
+    ]
+    assert progress.all_taken

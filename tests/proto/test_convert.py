@@ -2,13 +2,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from splitserve.core.errors import BY_CODE, InvalidRequest, ProtocolMismatch
-from splitserve.core.request import Request, SamplingParams
+from splitserve.core.logprobs import TokenLogprob, TopLogprob
+from splitserve.core.request import FormatKind, OutputFormat, Request, SamplingParams
 from splitserve.proto import inference_pb2, worker_pb2
 from splitserve.proto.convert import (
     PROTOCOL_VERSION,
     check_protocol,
     failure_from_proto,
     failure_to_proto,
+    format_from_proto,
+    logprob_from_proto,
+    logprob_to_proto,
     request_from_proto,
     request_to_proto,
     sampling_from_proto,
@@ -25,7 +29,20 @@ sampling = st.builds(
     presence_penalty=st.floats(-2, 2),
     frequency_penalty=st.floats(-2, 2),
     seed=st.integers(0, 2**63 - 1),
+    logit_bias=st.dictionaries(st.integers(0, 2**32 - 1), st.floats(-100, 100), max_size=5).map(
+        lambda biases: tuple(sorted(biases.items()))
+    ),
 )
+formats = st.one_of(
+    st.none(),
+    st.just(OutputFormat(kind=FormatKind.JSON_OBJECT)),
+    st.builds(
+        OutputFormat,
+        kind=st.sampled_from([kind for kind in FormatKind if kind is not FormatKind.JSON_OBJECT]),
+        source=st.text(min_size=1, max_size=20),
+    ),
+)
+counts = st.none() | st.integers(0, 20)
 requests = st.builds(
     Request,
     request_id=st.text(min_size=1, max_size=20),
@@ -38,6 +55,10 @@ requests = st.builds(
     priority=st.integers(-(2**31), 2**31 - 1),
     timeout_s=st.floats(0, 1e6),
     tenant=st.text(max_size=8),
+    min_tokens=st.integers(0, 2**31),
+    logprobs=counts,
+    prompt_logprobs=counts,
+    output_format=formats,
 )
 
 
@@ -49,6 +70,20 @@ def test_a_request_crosses_the_wire_whole(request: Request) -> None:
 
 def test_unset_sampling_fields_mean_greedy_and_off() -> None:
     assert sampling_from_proto(inference_pb2.SamplingParams()) == SamplingParams()
+
+
+def test_an_empty_output_format_is_refused() -> None:
+    for empty in (inference_pb2.OutputFormat(), inference_pb2.OutputFormat(json_object=False)):
+        with pytest.raises(InvalidRequest, match="output format is empty"):
+            format_from_proto(empty)
+    with pytest.raises(InvalidRequest, match="has no text"):
+        format_from_proto(inference_pb2.OutputFormat(regex=""))
+
+
+def test_a_logprob_crosses_the_wire_whole() -> None:
+    top = TopLogprob(token_id=3, logprob=-0.5, text=b"\xe2\x82")
+    row = TokenLogprob(token_id=7, logprob=-1.25, rank=2, text=b"a", top=(top,))
+    assert logprob_from_proto(logprob_to_proto(row)) == row
 
 
 def test_an_explicit_zero_is_not_unset() -> None:

@@ -11,7 +11,7 @@ import grpc.aio
 import pytest
 from splitserve.client import DeadlineExceeded, FinishReason, GenerationResult, SplitserveError
 from splitserve.core.errors import EngineFailed, InvalidRequest, KvCorrupted, WorkerLost
-from splitserve.proto import inference_pb2, inference_pb2_grpc, worker_pb2
+from splitserve.proto import inference_pb2, worker_pb2
 from splitserve.proto.convert import PROTOCOL_VERSION
 from splitserve.router import session
 
@@ -46,7 +46,7 @@ async def end_of(task: asyncio.Task[GenerationResult]) -> GenerationResult:
 async def test_repeated_reordered_and_foreign_messages_change_nothing(start_scene: StartScene, seed: int) -> None:
     """What is said, cut anywhere, twice and shuffled, mixed with words of other attempts and of requests nobody has."""
     scene, rng = await start_scene(), random.Random(seed)
-    stub = inference_pb2_grpc.InferenceStub(scene.client._channel)
+    stub = scene.client.inference(scene.router.address)
     request = inference_pb2.GenerateRequest(token_ids={"ids": PROMPT}, max_tokens=len(ANSWER))
     call = stub.Generate(request)
     reading = asyncio.create_task(read_all(call))
@@ -343,3 +343,10 @@ async def test_the_wrong_dialect_is_refused(start_scene: StartScene) -> None:
             await asyncio.sleep(0.01)
     assert scene.router.pool.decodes[scene.prefill.address].state == "refused"
     assert scene.router.pool.prefills[scene.prefill.address].state == "ready"
+
+
+async def test_a_worker_on_a_broken_device_is_refused_with_the_reason(start_scene: StartScene) -> None:
+    scene = await start_scene()
+    scene.prefill.status.fault = "2 uncorrectable memory errors"
+    scene.prefill.say_status()
+    assert "out of service: 2 uncorrectable memory errors" in await scene.becomes(scene.prefill.address, "refused")

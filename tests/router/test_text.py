@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from splitserve.core.errors import InvalidRequest
 from splitserve.router.text import AnswerText, ModelText
+from splitserve.router.token_text import TokenText
+from tokenizers import Tokenizer, decoders, models
 
 TEXTS = st.text(alphabet=st.sampled_from("ab<é€😀 \n"), max_size=40)
 STOPS = st.lists(st.text(alphabet=st.sampled_from("ab<é€"), min_size=1, max_size=4), max_size=3)
@@ -75,6 +77,82 @@ def test_a_held_beginning_of_a_stop_string_leaves_when_it_turns_out_to_be_none(m
     assert answer.push(ids(model_text, "x"))[0] == "<enx"
     assert answer.push(ids(model_text, "<end"))[0] == ""
     assert answer.flush() == "<end"
+
+
+def test_stop_strings_do_not_count_before_min_tokens(model_text: ModelText) -> None:
+    answer = AnswerText(model_text, ["ab"], min_tokens=3)
+    assert answer.push(ids(model_text, "abc")) == ("abc", 3)
+    assert answer.push(ids(model_text, "xabz")) == ("x", 3)
+    assert answer.stopped
+
+
+def test_a_stop_string_that_begins_before_min_tokens_does_not_count(model_text: ModelText) -> None:
+    answer = AnswerText(model_text, ["ab"], min_tokens=1)
+    assert answer.push(ids(model_text, "abc")) == ("abc", 3)
+    assert not answer.stopped
+
+
+@given(text=TEXTS)
+def test_the_bytes_of_tokens_are_the_text(model_text: ModelText, text: str) -> None:
+    assert b"".join(map(model_text.token_text.of, ids(model_text, text))).decode() == text
+
+
+def test_bytes_of_special_and_unknown_tokens(model_text: ModelText) -> None:
+    assert model_text.token_text.of(model_text.tokenizer.token_to_id("</s>")) == b"</s>"
+    assert model_text.token_text.of(10**6) == b""
+
+
+def test_bytes_of_tokens_that_mark_spaces_and_spell_bytes() -> None:
+    """As Llama 2's and Gemma's tokenizers do."""
+    vocab = {"▁a": 0, "b": 1, "<0xE2>": 2, "<0x82>": 3, "<0xAC>": 4, "▁": 5}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    text = TokenText(tokenizer)
+    assert [text.of(i) for i in range(6)] == [b" a", b"b", b"\xe2", b"\x82", b"\xac", b" "]
+
+
+PIECES = ["▁", "a", "b", "é", "▁a", "▁▁"]
+LLAMA_2 = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+)
+GEMMA = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+
+
+class BytePieces:
+    """As much of ModelText as AnswerText needs: a tokenizer with a token for each byte, and then PIECES."""
+
+    def __init__(self, decoder: decoders.Decoder) -> None:
+        names = [f"<0x{byte:02X}>" for byte in range(256)] + PIECES
+        self.tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+        self.tokenizer.decoder = decoder
+
+
+@pytest.mark.parametrize("decoder", [LLAMA_2, GEMMA], ids=["llama2", "gemma"])
+@given(data=st.data())
+def test_tokenizers_that_fall_back_to_bytes_stream_whole_characters(
+    data: st.DataObject, decoder: decoders.Decoder
+) -> None:
+    tokens = BytePieces(decoder)
+    character = st.sampled_from("é€😀a ").map(lambda letter: list(letter.encode()))
+    piece = st.integers(256, 255 + len(PIECES)).map(lambda token_id: [token_id])
+    sent = [token_id for part in data.draw(st.lists(character | piece, max_size=12)) for token_id in part]
+    answer = AnswerText(tokens)  # type: ignore[arg-type]
+    got = ""
+    for token_id in sent:
+        got += answer.push([token_id])[0]
+        assert "\ufffd" not in got
+    assert got + answer.flush() == tokens.tokenizer.decode(sent)
+
+
+@pytest.mark.parametrize("decoder", [LLAMA_2, GEMMA], ids=["llama2", "gemma"])
+@given(sent=st.lists(st.integers(0, 255 + len(PIECES)), max_size=20))
+def test_bytes_in_the_middle_that_are_no_text_lose_nothing_else(decoder: decoders.Decoder, sent: list[int]) -> None:
+    """Here decoding all tokens at once reads earlier bytes otherwise; what has gone out cannot be called back."""
+    answer = AnswerText(BytePieces(decoder))  # type: ignore[arg-type]
+    got = "".join(answer.push([token_id])[0] for token_id in sent) + answer.flush()
+    letters = "".join(PIECES[token_id - 256].replace("▁", "") for token_id in sent if token_id >= 256)
+    rest = iter(got)
+    assert all(letter in rest for letter in letters), (got, letters)
 
 
 @pytest.mark.parametrize("stop", [["a", ""], ["x"] * 17])

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from splitserve.core.errors import KvCorrupted
+from splitserve.core.logprobs import TokenLogprob
 from splitserve.core.request import FinishReason
 from splitserve.scheduling.attempts import Answer, NewTokens
 
@@ -23,6 +24,7 @@ def message(attempt: int, start: int, end: int, *, finish: bool = True) -> NewTo
         index=start,
         token_ids=ANSWER[start:end],
         finish_reason=FinishReason.LENGTH if last else None,
+        logprobs=tuple(TokenLogprob(token_id=token_id, logprob=-1.0, rank=1) for token_id in ANSWER[start:end]),
     )
 
 
@@ -63,6 +65,8 @@ def test_each_index_comes_once_over_any_attempts_and_the_answer_ends_once(
         assert answer.next_attempt() == number + 1
     assert answer.finish_reason is FinishReason.LENGTH
     assert tuple(answer.token_ids) == ANSWER
+    told = [entry.token_id if entry is not None else None for entry in answer.logprobs]
+    assert told == [None] * num_received + list(ANSWER[num_received:])
     assert answer.end()
     assert not answer.end()
 

@@ -87,3 +87,17 @@ def test_without_a_prefix_cache_nothing_is_kept() -> None:
 def test_impossible_sizes_are_refused(num_blocks: int, block_size: int) -> None:
     with pytest.raises(ConfigError):
         BlockAllocator(num_blocks, block_size)
+
+
+def test_counts_follow_each_owner_that_comes_and_goes() -> None:
+    blocks = BlockAllocator(4, 16)
+    taken = blocks.allocate(1, granted=True)
+    assert (blocks.counts().granted, blocks.counts().live) == (1, 0)
+    blocks.share(taken)  # a sequence owns it as well: live wins
+    assert (blocks.counts().granted, blocks.counts().live) == (0, 1)
+    blocks.release(taken)
+    assert (blocks.counts().granted, blocks.counts().live) == (1, 0)
+    blocks.grant_to_live(taken)
+    assert (blocks.counts().granted, blocks.counts().live) == (0, 1)
+    blocks.release(taken)
+    assert (blocks.counts().granted, blocks.counts().live, blocks.counts().free) == (0, 0, 4)

@@ -5,6 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 from splitserve.core.errors import InvalidRequest, Overloaded
+from splitserve.core.logprobs import TokenLogprob
 from splitserve.core.request import FinishReason, Request
 from splitserve.scheduling.blocks import BlockAllocator
 from splitserve.scheduling.sequence import PENDING, SequenceState
@@ -62,6 +63,27 @@ def test_a_long_prompt_is_prefilled_in_chunks_of_the_budget() -> None:
         assert plan is not None
         chunks.append((plan.parts[0].start, plan.parts[0].end))
     assert chunks == [(0, 24), (24, 48), (48, 60)]
+
+
+def test_no_prompt_joins_a_step_that_is_busy_enough() -> None:
+    scheduler = make_scheduler(max_step_tokens=64, max_packed_tokens=20)
+    for seed, (name, length) in enumerate([("a", 10), ("b", 15), ("c", 12), ("long", 50), ("d", 4)]):
+        scheduler.add(make_request(name, length, max_tokens=1, seed=seed))
+    steps = []
+    for _ in range(3):
+        plan, _ = run_step(scheduler)
+        assert plan is not None
+        steps.append([part.sequence.request_id for part in plan.parts])
+    assert steps == [["a", "b"], ["c", "long"], ["d"]]
+
+
+def test_a_step_that_is_never_busy_enough_still_ends_at_its_budget() -> None:
+    scheduler = make_scheduler(max_step_tokens=24, max_packed_tokens=512)
+    for seed, length in enumerate((10, 14, 12)):
+        scheduler.add(make_request(str(seed), length, seed=seed))
+    plan, _ = run_step(scheduler)
+    assert plan is not None
+    assert [part.num_tokens for part in plan.parts] == [10, 14]
 
 
 def test_decodes_go_on_beside_a_prefill_and_do_not_use_its_budget() -> None:
@@ -129,6 +151,53 @@ def test_nobody_is_preempted_while_a_step_runs() -> None:
     after = scheduler.schedule()
     assert after is not None
     assert [sequence.request_id for sequence in after.preempted] == ["b"]
+
+
+def test_a_step_tells_each_prompt_token_once_and_few_at_a_time() -> None:
+    """Rows of logits are as long as the vocabulary, so a step has room for 256 of prompt tokens, over all sequences."""
+    scheduler = make_scheduler(num_blocks=256, max_step_tokens=600)
+    for number in range(3):
+        scheduler.add(make_request(str(number), 300, seed=number, prompt_logprobs=0))
+    scheduler.add(make_request("plain", 40, seed=4))
+    targets: dict[str, list[int]] = {}
+    for _ in range(6):
+        plan = scheduler.schedule()
+        assert plan is not None
+        assert sum(len(part.prompt_targets) for part in plan.parts) <= 256
+        sampled = {}
+        for part in plan.parts:
+            told = targets.setdefault(part.sequence.request_id, [])
+            told += part.prompt_targets
+            entries = [TokenLogprob(token_id=1, logprob=-1.0, rank=1) for _ in part.prompt_targets]
+            part.sequence.prompt_logprobs += entries
+            if part.samples:
+                sampled[part.sequence.request_id] = 1
+        scheduler.commit(sampled)
+    assert targets == {**{str(number): list(range(1, 300)) for number in range(3)}, "plain": []}
+
+
+def test_prompt_logprobs_are_computed_although_the_cache_holds_the_prompt() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 40))
+    run_all(scheduler)
+    scheduler.add(make_request("b", 40, prompt_logprobs=1))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert [(part.start, part.end) for part in plan.parts] == [(0, 40)]
+    assert plan.parts[0].prompt_targets == range(1, 40)
+    assert_conserved(scheduler)
+
+
+def test_a_sequence_without_its_token_is_forgotten_and_the_others_go_on() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a"))
+    scheduler.add(make_request("b", seed=1))
+    scheduler.schedule()
+    assert [token.sequence.request_id for token in scheduler.commit({"b": 1})] == ["b"]
+    assert not scheduler.release("a")
+    assert_conserved(scheduler)
+    assert run_all(scheduler) == {"b": list(range(1, 8))}
+    assert scheduler.blocks.counts().live == 0
 
 
 def test_higher_priority_is_prefilled_first_and_equals_in_order_of_arrival() -> None:

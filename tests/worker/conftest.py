@@ -36,7 +36,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class End:
     """The router's end of one session."""
 
-    def __init__(self, call: Any, request_type: type) -> None:
+    def __init__(self, channel: grpc.aio.Channel, call: Any, request_type: type) -> None:
+        self.channel = channel
         self.call = call
         self._request_type = request_type
 
@@ -103,8 +104,9 @@ class Pair:
         async with asyncio.timeout(WAIT_S):
             for host in (self.prefill.worker.host, self.decode.worker.host):
                 await until(lambda usage: usage.blocks_live + usage.blocks_granted + usage.num_waiting == 0, host)
+        for host in (self.prefill.worker.host, self.decode.worker.host):
+            assert host.engine.num_orphaned_blocks() == 0
         for usage in self.usages():
-            assert usage.blocks_orphaned == 0
             assert usage.blocks_free + usage.blocks_cached == usage.blocks_total
             assert usage.num_running + usage.num_held + usage.num_reserved == 0
 
@@ -160,8 +162,9 @@ async def connect(stack: AsyncExitStack, server: PrefillServer | DecodeServer) -
     channel = grpc.aio.insecure_channel(server.worker.host.rpc.address, options=CHANNEL_OPTIONS)
     await stack.enter_async_context(channel)
     if isinstance(server, PrefillServer):
-        return End(worker_pb2_grpc.PrefillWorkerStub(channel).PrefillSession(), worker_pb2.PrefillSessionRequest)
-    return End(worker_pb2_grpc.DecodeWorkerStub(channel).DecodeSession(), worker_pb2.DecodeSessionRequest)
+        prefill = worker_pb2_grpc.PrefillWorkerStub(channel).PrefillSession()
+        return End(channel, prefill, worker_pb2.PrefillSessionRequest)
+    return End(channel, worker_pb2_grpc.DecodeWorkerStub(channel).DecodeSession(), worker_pb2.DecodeSessionRequest)
 
 
 @pytest_asyncio.fixture

@@ -13,11 +13,11 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from splitserve.core.request import Request, SamplingParams
-from splitserve.engine.engine import Engine
+from splitserve.core.request import FormatKind, OutputFormat, Request, SamplingParams
+from splitserve.engine.engine import Engine, TokenOutput
 from splitserve.engine.loading import load_model
 from splitserve.engine.options import EngineOptions
-from splitserve.engine.testing import make_tiny_model
+from splitserve.engine.testing import EOS_TOKEN_ID, make_tiny_model
 
 ARCHITECTURES = (
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "glm4", "granite", "stablelm",
@@ -51,7 +51,7 @@ def run(engine: Engine, prompts: list[list[int]], **sampling: float) -> list[lis
             assert token.index == len(tokens[int(token.request_id)])
             tokens[int(token.request_id)].append(token.token_id)
     usage = engine.usage()
-    assert (usage.blocks_live, usage.blocks_granted, usage.blocks_orphaned) == (0, 0, 0)
+    assert (usage.blocks_live, usage.blocks_granted, engine.num_orphaned_blocks()) == (0, 0, 0)
     return tokens
 
 
@@ -94,6 +94,59 @@ def test_penalties_see_every_token(tmp_path: Path) -> None:
     prompts = prompts_for(engine.vocab_size)
     penalties = {"frequency_penalty": 1.5, "repetition_penalty": 1.3}
     assert run(engine, prompts, **penalties) == run(Engine(load_model(host), host), prompts, **penalties)
+
+
+def mixed_requests(prompts: list[list[int]]) -> list[Request]:
+    """One of everything that leaves the captured graphs, and plain ones beside them."""
+    sampled = SamplingParams(temperature=0.9, seed=3)
+    biased = SamplingParams(temperature=0.9, seed=3, logit_bias=((9, 3.0), (EOS_TOKEN_ID, 8.0)))
+    stops = frozenset({EOS_TOKEN_ID})
+    json_object = OutputFormat(kind=FormatKind.JSON_OBJECT)
+    options: list[dict[str, object]] = [
+        {},
+        {"sampling": sampled, "logprobs": 4, "prompt_logprobs": 2},
+        {"sampling": biased, "min_tokens": 6, "stop_token_ids": stops},
+        {"sampling": sampled, "output_format": json_object, "stop_token_ids": stops, "logprobs": 0},
+        {"sampling": sampled},
+        {"output_format": OutputFormat(kind=FormatKind.REGEX, source="[a-f]{5,9}"), "stop_token_ids": stops},
+    ]
+    return [
+        Request(request_id=str(i), prompt_token_ids=tuple(prompt), max_tokens=NEW_TOKENS, **more)  # type: ignore[arg-type]
+        for i, (prompt, more) in enumerate(zip(prompts, options, strict=True))
+    ]
+
+
+def outputs_of(engine: Engine, requests: list[Request]) -> dict[str, list[TokenOutput]]:
+    for request in requests:
+        engine.add(request)
+    outputs: dict[str, list[TokenOutput]] = {request.request_id: [] for request in requests}
+    while engine.has_work():
+        step = engine.step()
+        assert step is None or not step.failed
+        for token in step.tokens if step is not None else ():
+            outputs[token.request_id].append(token)
+    return outputs
+
+
+def test_formats_bias_and_logprobs_are_those_of_the_host(tmp_path: Path) -> None:
+    """Captured or not, one step ahead or not: as the engine on a CPU answers."""
+    make_tiny_model("llama", tmp_path)
+    chosen = EngineOptions(model=str(tmp_path), num_kv_blocks=400, max_step_tokens=64, max_model_len=256)
+    host = Engine(load_model(chosen), chosen)
+    requests = mixed_requests(prompts_for(host.vocab_size))
+    expected = outputs_of(host, requests)
+    for graphs in (True, False):
+        found = outputs_of(make_engine(tmp_path, cuda_graphs=graphs), requests)
+        for request_id, theirs in expected.items():
+            ours = found[request_id]
+            assert [token.token_id for token in ours] == [token.token_id for token in theirs]
+            for mine, other in zip(ours, theirs, strict=True):
+                pairs = zip(mine.prompt_logprobs, other.prompt_logprobs, strict=True)
+                for a, b in [(mine.logprob, other.logprob), *pairs]:
+                    assert (a is None) == (b is None)
+                    if a is not None and b is not None:
+                        assert (a.token_id, a.rank, len(a.top)) == (b.token_id, b.rank, len(b.top))
+                        assert a.logprob == pytest.approx(b.logprob, abs=1e-3)
 
 
 def test_greedy_is_the_same_after_preemption(tmp_path: Path) -> None:

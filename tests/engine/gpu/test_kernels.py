@@ -235,6 +235,20 @@ def test_a_mixed_batch_chooses_what_the_host_sampler_chooses(vocab: int) -> None
     assert disagree <= total // 100
 
 
+def test_what_is_masked_is_never_chosen() -> None:
+    """Whole blocks of the vocabulary may be forbidden, the first among them."""
+    torch.manual_seed(5)
+    vocab = 20_000
+    allowed = [9_001, 9_002, 19_999]
+    logits = torch.full((64, vocab), float("-inf"), device="cuda")
+    logits[:, allowed] = torch.randn(64, 3, device="cuda")
+    params = [
+        SamplingParams(temperature=1.0 if i % 2 else 0.0, seed=i, top_p=0.9, top_k=i % 4, min_p=0.01) for i in range(64)
+    ]
+    chosen = choose(logits, params, list(range(64)))
+    assert set(chosen) <= set(allowed)
+
+
 @pytest.mark.parametrize("params", PARAMS[1:], ids=str)
 def test_choices_follow_the_distribution(params: SamplingParams) -> None:
     """Chi-square of 20,000 draws against the filtered softmax in float64."""

@@ -1,0 +1,135 @@
+"""A channel: one way, one sender, one receiver, one epoch; what gloo and NCCL have in common, and its event loop side.
+
+Control stays on the Fetch stream: a header there says that a payload is ready, and only then is its receive posted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from torch import Tensor
+
+from ..core.errors import KvCorrupted, TransferFailed
+
+
+class Channel(Protocol):
+    """Bytes between two ranks, in the order in which both sides post them. Set up for one epoch and never reused.
+
+    `send` and `recv` block the thread of the lane, with a deadline of the channel's own.
+    """
+
+    def send(self, data: Tensor) -> None:
+        """Return when `data` may be overwritten. Raises: TransferFailed: the peer is gone, silent, or aborted."""
+
+    def recv(self, data: Tensor) -> None:
+        """Fill all of `data`. Raises: TransferFailed: the peer is gone, silent, or aborted."""
+
+    def abort(self) -> None:
+        """Any thread, any number of times: wake whoever is blocked, here and at the peer, with TransferFailed."""
+
+
+class Meeting(Protocol):
+    """The sender's half of a set-up that waits for its one receiver."""
+
+    @property
+    def invitation(self) -> bytes: ...  # travels in the answer to Connect: a store's address, an NCCL unique id
+
+    def join(self) -> Channel:
+        """Block until the receiver came. Raises: TransferFailed: it did not, within the deadline."""
+
+
+class Rendezvous(Protocol):
+    """A way to set channels up. Each invitation is good for one channel."""
+
+    def invite(self) -> Meeting:
+        """Sender: cheap, and blocks on nobody."""
+
+    def accept(self, host: str, invitation: bytes) -> Channel:
+        """Receiver: block until both are there. Raises: TransferFailed: not within the deadline."""
+
+
+class Lane:
+    """A channel on the event loop, with a thread of its own: payloads move one after the other, by turn.
+
+    Many transfers share a lane. The sender numbers its payloads as it posts them and puts the number into their
+    headers; the receiver posts by that number, whatever order the headers of several streams come in. A transfer that
+    leaves a turn unused must abort the lane: nothing else can follow it.
+    """
+
+    def __init__(self, name: str, open_channel: Callable[[], Channel]) -> None:
+        """Begin to set the channel up at once; what is posted meanwhile waits for it."""
+        self.name = name
+        self.error: TransferFailed | None = None
+        self._loop = asyncio.get_running_loop()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-lane")
+        self._channel: Channel | None = None  # set by the thread
+        self._aborted = False
+        self._num_posted = 0
+        self._due: dict[int, asyncio.Future[None]] = {}  # receives whose turn has not come
+        self._opening = self._loop.run_in_executor(self._thread, self._open, open_channel)
+        self._opening.add_done_callback(self._opened)
+
+    async def ready(self) -> None:
+        """Wait for the set-up. Raises: TransferFailed."""
+        await asyncio.wait({self._opening})
+        if self.error is not None:
+            raise self.error
+
+    def send(self, data: Tensor) -> tuple[int, asyncio.Future[None]]:
+        """Post a payload. Returns its turn, and when it has left."""
+        turn, self._num_posted = self._num_posted, self._num_posted + 1
+        return turn, self._loop.run_in_executor(self._thread, self._move, True, data)
+
+    async def recv(self, turn: int, data: Tensor) -> asyncio.Future[None]:
+        """Post the receive of a payload once those before it are posted. Returns when it is complete.
+
+        Raises: TransferFailed: the lane was aborted. KvCorrupted: that turn is over.
+        """
+        if turn < self._num_posted or turn in self._due:
+            raise KvCorrupted(f"{self.name}: payload {turn} was announced a second time")
+        if self.error is not None:
+            raise self.error
+        if turn > self._num_posted:
+            self._due[turn] = self._loop.create_future()
+            await self._due[turn]
+        self._num_posted += 1
+        moving = self._loop.run_in_executor(self._thread, self._move, False, data)
+        if (following := self._due.pop(self._num_posted, None)) is not None and not following.done():
+            following.set_result(None)
+        return moving
+
+    def abort(self, reason: str) -> None:
+        """Break the channel, on both sides. Idempotent."""
+        if self.error is not None:
+            return
+        self.error = TransferFailed(f"{self.name} was given up: {reason}")
+        for waiter in self._due.values():
+            if not waiter.done():
+                waiter.set_exception(self.error)
+        self._due.clear()
+        self._aborted = True
+        if self._channel is not None:
+            self._channel.abort()
+        self._thread.shutdown(wait=False)
+
+    # -- in the thread --
+
+    def _open(self, open_channel: Callable[[], Channel]) -> None:
+        self._channel = channel = open_channel()
+        if self._aborted:  # after it looked whether there was a channel to abort
+            channel.abort()
+
+    def _opened(self, opening: asyncio.Future[None]) -> None:
+        if not opening.cancelled() and (error := opening.exception()) is not None:
+            self.abort(f"it could not be set up: {error}")
+
+    def _move(self, is_send: bool, data: Tensor) -> None:
+        if self._channel is None or self._aborted:
+            raise TransferFailed(f"{self.name} was given up")
+        if is_send:
+            self._channel.send(data)
+        else:
+            self._channel.recv(data)

@@ -1,0 +1,112 @@
+"""The seam that gloo and NCCL share: set-up with a deadline, payloads by turn, abort that wakes both sides."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import torch
+from splitserve.core.errors import KvCorrupted, TransferFailed
+from splitserve.kv_transfer.channel import Lane
+from splitserve.kv_transfer.gloo import GlooRendezvous
+
+DEAD_PEER = """
+import sys
+from splitserve.kv_transfer.gloo import GlooRendezvous
+GlooRendezvous().accept("127.0.0.1", sys.argv[1].encode())
+print("joined", flush=True)
+sys.stdin.readline()
+"""
+
+
+@asynccontextmanager
+async def joined(rendezvous: GlooRendezvous) -> AsyncIterator[tuple[Lane, Lane]]:
+    meeting = rendezvous.invite()
+    sender = Lane("the sender's lane", meeting.join)
+    receiver = Lane("the receiver's lane", lambda: rendezvous.accept("127.0.0.1", meeting.invitation))
+    try:
+        await asyncio.gather(sender.ready(), receiver.ready())
+        yield sender, receiver
+    finally:
+        sender.abort("the test is over")
+        receiver.abort("the test is over")
+
+
+async def test_payloads_arrive_by_turn_whatever_order_they_are_asked_for() -> None:
+    async with joined(GlooRendezvous()) as (sender, receiver):
+        sent = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in (1, 100_003, 17, 1 << 20)]
+        posted = [sender.send(data) for data in sent]
+        came = [torch.empty_like(data) for data in sent]
+
+        async def take(turn: int) -> None:
+            await (await receiver.recv(turn, came[turn]))
+
+        await asyncio.gather(*(take(turn) for turn in (2, 3, 1, 0)), *(leaving for _, leaving in posted))
+        assert [turn for turn, _ in posted] == [0, 1, 2, 3]
+        assert all(torch.equal(a, b) for a, b in zip(sent, came, strict=True))
+        with pytest.raises(KvCorrupted, match="second time"):
+            await receiver.recv(1, came[1])
+
+
+@pytest.mark.parametrize("who", ["sender", "receiver"])
+async def test_abort_wakes_both_sides_and_the_lane_stays_closed(who: str) -> None:
+    async with joined(GlooRendezvous(stall_s=60.0)) as (sender, receiver):
+        moving = await receiver.recv(0, torch.empty(8, dtype=torch.uint8))
+        waiting = asyncio.ensure_future(receiver.recv(2, torch.empty(8, dtype=torch.uint8)))
+        await asyncio.sleep(0)  # let it begin to wait for its turn
+        (sender if who == "sender" else receiver).abort("the test says so")
+        with pytest.raises(TransferFailed):
+            await moving
+        receiver.abort("its payload failed")
+        with pytest.raises(TransferFailed, match="given up"):
+            await waiting
+        with pytest.raises(TransferFailed, match="given up"):
+            await receiver.recv(1, torch.empty(8, dtype=torch.uint8))
+
+
+async def test_abort_wakes_a_sender_whom_nobody_receives_from() -> None:
+    async with joined(GlooRendezvous(stall_s=60.0)) as (sender, _):
+        _, leaving = sender.send(torch.zeros(64 << 20, dtype=torch.uint8))
+        sender.abort("the transfer was cancelled")
+        with pytest.raises(TransferFailed):
+            await leaving
+
+
+async def test_a_silent_peer_is_given_up_within_the_time_of_one_payload() -> None:
+    async with joined(GlooRendezvous(stall_s=0.2)) as (_, receiver):
+        moving = await receiver.recv(0, torch.empty(8, dtype=torch.uint8))
+        with pytest.raises(TransferFailed, match="receiving"):
+            await moving
+
+
+async def test_a_set_up_that_nobody_joins_ends_at_its_deadline() -> None:
+    rendezvous = GlooRendezvous(set_up_s=0.2)
+    lonely = rendezvous.invite()
+    lanes = [Lane("the sender's lane", lonely.join), Lane("late", lambda: rendezvous.accept("127.0.0.1", b"1"))]
+    for lane in lanes:
+        with pytest.raises(TransferFailed, match="set up"):
+            await lane.ready()
+
+
+def peer_process(invitation: bytes) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", DEAD_PEER, invitation.decode()]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+async def test_a_killed_peer_is_seen_at_once() -> None:
+    meeting = GlooRendezvous(stall_s=60.0).invite()
+    peer = peer_process(meeting.invitation)
+    try:
+        lane = Lane("the sender's lane", meeting.join)
+        await asyncio.gather(lane.ready(), asyncio.to_thread(peer.stdout.readline))
+        _, leaving = lane.send(torch.zeros(64 << 20, dtype=torch.uint8))
+    finally:
+        peer.kill()
+        peer.communicate()
+    with pytest.raises(TransferFailed):
+        await leaving
+    lane.abort("the test is over")
