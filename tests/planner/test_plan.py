@@ -181,6 +181,7 @@ def test_the_cluster_file_is_one_that_up_takes(qwen: Plan, tmp_path: Path) -> No
     assert config.replicas("prefill") == qwen.disaggregated.candidate.prefill.workers
     assert config.pool("decode").gpus == qwen.disaggregated.candidate.decode.choice.tp
     assert yaml.safe_load(path.read_text())["model"] == "Qwen/Qwen3-32B"
+    assert "start the wider workers by hand" in path.read_text()
 
 
 def test_the_bench_command_repeats_the_traffic(qwen: Plan) -> None:
