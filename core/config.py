@@ -170,8 +170,15 @@ class ClusterConfig(_Section):
         min_length=1,
         description="smollm2-135m (built in), a directory, a .gguf file or a hub id",
     )
-    transport: Literal["auto", "grpc", "shared-memory", "cuda-ipc"] = Field(
-        default="auto", description="How KV moves; auto: CUDA IPC or shared memory within a host, else gRPC"
+    transport: Literal["auto", "grpc", "shared-memory", "cuda-ipc", "gloo"] = Field(
+        default="auto",
+        description="How KV moves; auto: CUDA IPC or shared memory within a host, else gRPC; gloo: over connections of "
+        "its own, for trusted networks",
+    )
+    kv_codec: Literal["none", "fp8", "int8", "auto"] = Field(
+        default="none",
+        description="How KV is coded where its bytes travel; fp8 and int8 take a byte a value and lose precision "
+        "(docs/kv_transfer.md); auto: int8 on links that are measured to be slow; never within a host",
     )
     worker_host: str | None = Field(
         default=None,

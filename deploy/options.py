@@ -18,6 +18,7 @@ _TRANSPORTS = {
     "grpc": ("grpc",),
     "shared-memory": ("shared_memory",),
     "cuda-ipc": ("cuda_ipc",),
+    "gloo": ("gloo",),
 }
 
 
@@ -69,6 +70,7 @@ def worker_options(
         metrics_port=metrics_port,
         worker_id=worker_id,
         transports=transports,
+        kv_codec=config.kv_codec,
         trace_dir=config.trace_dir,
         drain_timeout_s=config.drain_timeout_s,
         lease_s=config.lease_s,

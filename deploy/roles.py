@@ -58,7 +58,8 @@ def role_keys(role: Role) -> tuple[str, ...]:
     """Keys of the configuration that a role's own process takes as flags."""
     if role == "router":
         return ("model", *_ROUTER, "drain_timeout_s", "trace_dir")
-    return ("model", *_ENGINE, "transport", "lease_s", "drain_timeout_s", "trace_dir")
+    codec = () if role == "prefill" else ("kv_codec",)  # the decode worker asks for it, grant by grant
+    return ("model", *_ENGINE, "transport", *codec, "lease_s", "drain_timeout_s", "trace_dir")
 
 
 def role_command(

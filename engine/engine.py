@@ -158,14 +158,15 @@ class Engine:
         with self._lock:
             self._scheduler.add(request, prefill_only=prefill_only)
 
-    def reserve(self, request: Request) -> Reservation:
+    def reserve(self, request: Request, kv_history: str = "none") -> Reservation:
         """Take blocks for a request whose KV comes by transfer; what the prefix cache holds of it is pinned.
 
+        Args: kv_history: what the KV loses on the way here; it never serves requests of another history.
         Raises: InvalidRequest, PromptTooLong: never possible here. Overloaded: not now; nothing was taken.
         """
         request.validate(max_model_len=self.max_model_len, vocab_size=self.vocab_size)
         with self._lock:
-            sequence = self._scheduler.reserve(request, self.options.decode_headroom_tokens)
+            sequence = self._scheduler.reserve(request, self.options.decode_headroom_tokens, kv_history)
             return Reservation(
                 request_id=request.request_id,
                 block_ids=tuple(sequence.block_table),

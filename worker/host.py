@@ -207,6 +207,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             kv_address=self.rpc.address,
             pid=os.getpid(),
             max_step_tokens=self.options.engine.max_step_tokens,
+            kv_dtype=geometry.dtype,
         )
 
     def status(self) -> worker_pb2.WorkerStatus:

@@ -309,6 +309,22 @@ def test_a_reservation_pins_what_the_cache_holds() -> None:
     assert scheduler.blocks.counts().granted == 3
 
 
+def test_kv_that_lost_precision_on_the_way_never_serves_a_request_that_asked_for_none() -> None:
+    scheduler = make_scheduler()
+    scheduler.reserve(make_request("a", 48, max_tokens=20), headroom_tokens=8, kv_history="int8")
+    scheduler.start_reserved("a", 1)
+    run_all(scheduler)  # publishes the prompt's blocks and those that decode filled
+    cached = {}
+    for history in ("int8", "none", "fp8", "bfloat16"):
+        sequence = scheduler.reserve(make_request(history, 48), headroom_tokens=0, kv_history=history)
+        cached[history] = sequence.num_cached
+        scheduler.release(history)
+    assert cached == {"int8": 32, "none": 0, "fp8": 0, "bfloat16": 0}
+    scheduler.add(make_request("local", 48))
+    run_step(scheduler)
+    assert scheduler.get("local").num_cached == 0
+
+
 def test_a_reservation_that_does_not_fit_takes_nothing() -> None:
     scheduler = make_scheduler(4)
     scheduler.reserve(make_request("a", 40, seed=1), headroom_tokens=0)
