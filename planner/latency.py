@@ -233,12 +233,13 @@ def latency_for(deployment: Deployment, engine: str) -> tuple[StepLatency, Prove
     """
     terms, errors = step_terms(deployment), shipped_errors()
     if engine == "roofline" or deployment.gpu.name == "cpu":
+        guess = deployment.gpu.name == "cpu"  # no core was ever held against its sheet
         provenance = Provenance(
             layer="roofline",
             source="data sheet times the part of it that large kernels reach"
-            + ("; a CPU's is a guess, calibrate it" if deployment.gpu.name == "cpu" else ""),
-            tpot_error=errors["roofline"]["tpot"],
-            ttft_error=errors["roofline"]["ttft"],
+            + ("; a CPU's is a guess, calibrate it" if guess else ""),
+            tpot_error=1.0 if guess else errors["roofline"]["tpot"],
+            ttft_error=1.0 if guess else errors["roofline"]["ttft"],
         )
         return step_latency(terms, PREFILL_ROOFLINE, DECODE_ROOFLINE), provenance
     fit = _shipped()[engine]
