@@ -135,8 +135,9 @@ def worker_choices(question: Question, role: Role) -> list[WorkerChoice]:
 def _with_chunks(question: Question, role: Role, gpu: GpuSpec, tp: int, blocks: int) -> list[WorkerChoice]:
     on_cpu = gpu.name == "cpu"
     latency, provenance = worker_latency(question, gpu, tp)
-    if question.chunk is not None:
-        chunks: Sequence[int] = (question.chunk,)
+    measured = question.calibration.max_step_tokens if question.calibration else None
+    if (chunk := question.chunk or measured) is not None:
+        chunks: Sequence[int] = (chunk,)
     elif on_cpu:
         chunks = (256,)
     else:
@@ -168,8 +169,9 @@ def worker_latency(question: Question, gpu: GpuSpec, tp: int) -> tuple[StepLaten
 
 def num_blocks(question: Question, gpu: GpuSpec, tp: int) -> int:
     """KV blocks of a worker: what weights and activations leave of its memory."""
-    if question.num_kv_blocks is not None:
-        return question.num_kv_blocks
+    measured = question.calibration.num_kv_blocks if question.calibration else None
+    if (stated := question.num_kv_blocks or measured) is not None:
+        return stated
     reserved = min(_RESERVED_BYTES, gpu.memory_bytes / 20)
     free = (gpu.memory_bytes * _MEMORY_FRACTION - reserved) * tp - question.model.weight_bytes(question.dtype)
     per_token = question.kv_bytes_per_token * question.model.kv_copies(tp)

@@ -76,7 +76,9 @@ class TraceContents:
     def token_ids(self, request: Request) -> MutableSequence[int]:
         return CountedTokens(request.num_tokens)
 
-    def extend_hashes(self, hashes: list[bytes], token_ids: Sequence[int], request: Request) -> None:
+    def extend_hashes(
+        self, hashes: list[bytes], token_ids: Sequence[int], request: Request, kv_history: str = "none"
+    ) -> None:
         units = self._block_size // PREFIX_UNIT
         keys = self._prompts.get(request.request_id, ())
         for block in range(len(hashes) // units, len(token_ids) // self._block_size):

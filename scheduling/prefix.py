@@ -49,8 +49,10 @@ class Contents(Protocol):
         """Prompt and output so far; grows as the request is answered."""
         ...
 
-    def extend_hashes(self, hashes: list[bytes], token_ids: Sequence[int], request: Request) -> None:
-        """Append the hash of every further full unit of the request's `token_ids`."""
+    def extend_hashes(
+        self, hashes: list[bytes], token_ids: Sequence[int], request: Request, kv_history: str = "none"
+    ) -> None:
+        """Append the hash of every further full unit of the request's `token_ids`, whose KV has that history."""
         ...
 
 
@@ -64,6 +66,10 @@ class TokenContents:
     def token_ids(self, request: Request) -> MutableSequence[int]:
         return [*request.prompt_token_ids, *request.output_token_ids]
 
-    def extend_hashes(self, hashes: list[bytes], token_ids: Sequence[int], request: Request) -> None:
-        namespace = prefix_namespace(model_id=self._model_id, kv_dtype=self._kv_dtype, tenant=request.tenant)
+    def extend_hashes(
+        self, hashes: list[bytes], token_ids: Sequence[int], request: Request, kv_history: str = "none"
+    ) -> None:
+        namespace = prefix_namespace(
+            model_id=self._model_id, kv_dtype=self._kv_dtype, tenant=request.tenant, codec=kv_history
+        )
         extend_hashes(hashes, token_ids, namespace)

@@ -28,6 +28,7 @@ class Sequence:
     arrival: int  # order of arrival; a preempted sequence keeps its own
     prefill_only: bool = False
     arrived_by_transfer: bool = False
+    kv_history: str = "none"  # what its KV may have lost on the way here; only sequences that accept that share it
     state: SequenceState = SequenceState.WAITING
     token_ids: MutableSequence[int]  # prompt and output
     block_table: list[int] = field(default_factory=list)

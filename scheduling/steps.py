@@ -109,7 +109,7 @@ class StepScheduler:
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._max_step_tokens = max_step_tokens
-        self._max_packed_tokens = max_step_tokens if max_packed_tokens is None else max_packed_tokens
+        self._max_packed_tokens = min(max_step_tokens, max_packed_tokens or max_step_tokens)
         self._sequences: dict[str, Sequence] = {}  # every one that is not finished
         self._waiting: list[Sequence] = []  # in queue order
         self._running: list[Sequence] = []  # in queue order
@@ -159,9 +159,10 @@ class StepScheduler:
         sequence = self._new_sequence(request, self._contents.token_ids(request), prefill_only=prefill_only)
         insort(self._waiting, sequence, key=_queue_key)
 
-    def reserve(self, request: Request, headroom_tokens: int) -> Sequence:
+    def reserve(self, request: Request, headroom_tokens: int, kv_history: str = "none") -> Sequence:
         """Take blocks for the KV that a transfer will bring, and for the first output tokens.
 
+        Args: kv_history: the codec, or the narrower dtype, that the KV goes through; "none" if it comes as it is.
         Raises: Overloaded: the batch or the pool is full, or a preempted sequence is waiting; nothing was taken.
         """
         busy = len(self._running) + len(self._waiting) + self.num_in(SequenceState.RESERVED)
@@ -173,7 +174,7 @@ class StepScheduler:
         hashes: list[bytes] = []
         tokens = self._contents.token_ids(request)
         if self.blocks.has_prefix_cache:
-            self._contents.extend_hashes(hashes, tokens, request)
+            self._contents.extend_hashes(hashes, tokens, request, kv_history)
         hits = self.blocks.match(hashes, len(tokens) - 1)
         remaining = request.max_tokens - len(request.output_token_ids)
         needed = blocks_for(len(tokens) + min(headroom_tokens, remaining), self.blocks.block_size) - len(hits)
@@ -186,6 +187,7 @@ class StepScheduler:
                 retry_after_s=_RETRY_AFTER_S,
             )
         sequence = self._new_sequence(request, tokens, arrived_by_transfer=True)
+        sequence.kv_history = kv_history
         sequence.state = SequenceState.RESERVED
         sequence.prefix_hashes = hashes
         self.blocks.share(hits, granted=True)
@@ -414,7 +416,7 @@ class StepScheduler:
         if sequence.needs_prompt_logits and not logits_left:
             return None
         if self.blocks.has_prefix_cache:
-            self._contents.extend_hashes(sequence.prefix_hashes, sequence.token_ids, sequence.request)
+            self._extend_hashes(sequence, sequence.token_ids)
         most = 0 if sequence.needs_prompt_logits else sequence.num_tokens - 1
         hits = self.blocks.match(sequence.prefix_hashes, most)
         needed = blocks_for(sequence.num_tokens, self.blocks.block_size) - len(hits)
@@ -481,7 +483,7 @@ class StepScheduler:
         if full <= sequence.num_published or not blocks.has_prefix_cache:
             return
         known = sequence.token_ids[:num_computed]  # those behind may be pending
-        self._contents.extend_hashes(sequence.prefix_hashes, known, sequence.request)
+        self._extend_hashes(sequence, known)
         units = blocks.block_size // PREFIX_UNIT
         for index in range(sequence.num_published, full):
             blocks.publish(sequence.block_table[index], sequence.prefix_hashes[(index + 1) * units - 1])
@@ -500,6 +502,9 @@ class StepScheduler:
         sequence.block_table = []
         sequence.state = SequenceState.FINISHED
         del self._sequences[sequence.request_id]
+
+    def _extend_hashes(self, sequence: Sequence, token_ids: MutableSequence[int]) -> None:
+        self._contents.extend_hashes(sequence.prefix_hashes, token_ids, sequence.request, sequence.kv_history)
 
 
 def _queue_key(sequence: Sequence) -> tuple[int, int]:

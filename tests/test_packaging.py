@@ -58,7 +58,7 @@ def test_wheel_holds_every_module_and_stub_and_nothing_else(tmp_path: Path) -> N
 
     wanted = {"splitserve/__init__.py", "splitserve/py.typed"}
     for folder in package_folders(source):
-        files = [path for path in (source / folder).iterdir() if path.suffix in {".py", ".pyi", ".proto"}]
+        files = [path for path in (source / folder).iterdir() if path.suffix in {".py", ".pyi", ".proto", ".c"}]
         wanted |= {f"splitserve/{path.relative_to(source)}" for path in files}
     wanted |= {f"splitserve/planner/data/{path.name}" for path in (source / "planner" / "data").iterdir()}
     names = set(zipfile.ZipFile(wheel).namelist())
