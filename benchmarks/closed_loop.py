@@ -2,15 +2,19 @@
 
 python -m splitserve.benchmarks.closed_loop
 
-Predictions are on disk before the first measured request is sent. They are of the same arrivals that are then sent.
+Grids of steps tell roughly what the workers can do; then traffic of other lengths, at half load, tells what their steps
+cost while they share the machine. Predictions are on disk before the first measured request is sent. They are of the
+same arrivals that are then sent.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import random
 import statistics
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -22,20 +26,21 @@ from rich.table import Table
 
 from ..client import AsyncClient, RequestOptions
 from ..client.load import NO_RETRY, RequestRecord, percentile, run_load
-from ..client.workload import poisson_arrivals, random_workload
+from ..client.workload import LoadRequest, poisson_arrivals, random_workload
 from ..core.config import load_config
-from ..planner.calibration import Calibration, calibrate, merge_calibrations
+from ..core.events import StepRecord
+from ..planner.calibration import Calibration, calibrate, merge_calibrations, read_records
 from ..planner.closed_form import estimate
 from ..planner.gpus import link_bandwidth
 from ..planner.load import Load
 from ..planner.probe import Probed, probe_worker
 from ..planner.simulator import simulate
 from ..planner.types import ClusterSpec, PoolSpec, SimRequest, WorkerSpec
-from .processes import ProcessCluster, process_cluster
+from .processes import process_cluster
 from .report import write_json
 
 _BOUNDS = {50: 0.15, 90: 0.25}  # relative error that a percentile may have
-_WARM_UP = 8  # requests, one after the other: they also tell what the router adds
+_CALIBRATED_AT = 0.5  # utilisation
 
 
 def main(
@@ -46,7 +51,7 @@ def main(
     utilisations: Annotated[
         list[float] | None, typer.Option("--utilisation", help="Of the busier pool.", show_default="0.3, 0.5, 0.7")
     ] = None,
-    calibrate_s: Annotated[float, typer.Option(min=1, help="Seconds to drive each worker.")] = 45.0,
+    calibrate_s: Annotated[float, typer.Option(min=1, help="Seconds to drive the workers through grids.")] = 25.0,
     seed: Annotated[int, typer.Option(help="Of arrivals and prompts.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
 ) -> None:
@@ -67,9 +72,13 @@ async def _main(
     seed: int,
     json_file: Path | None,
 ) -> int:
-    config = load_config(None, {"model": model, "engine.prefix_cache": False, "engine.self_check": False})
     predictions_file = Path(tempfile.mkdtemp()) / "predictions.json"
     with tempfile.TemporaryDirectory() as logs:
+        traces = Path(logs) / "traces"
+        config = load_config(
+            None,
+            {"model": model, "engine.prefix_cache": False, "engine.self_check": False, "trace_dir": str(traces)},
+        )
         async with process_cluster(config, Path(logs)) as cluster:
             # Both at once, as they will serve: they share this machine's memory and power.
             prefill, decode = await asyncio.gather(
@@ -78,10 +87,14 @@ async def _main(
                     for name in ("prefill-0", "decode-0")
                 )
             )
-            calibration = _calibration(prefill, decode)
+            spec = _cluster_spec(prefill, decode, _calibration(prefill.records, decode.records), router_s=0.0)
             async with AsyncClient(cluster.router.address, retry=NO_RETRY) as client:
-                router_s = await _router_seconds(client, input_len, calibration)
-                spec = _cluster_spec(cluster, prefill, decode, calibration, router_s)
+                # How much they disturb each other depends on how busy they are: traffic of other lengths tells.
+                rate = _rates(spec, input_len, output_len, [_CALIBRATED_AT])[0]
+                sent, records = await _send_mixed(client, rate, input_len, output_len, num_requests, seed + 1)
+                calibration = _calibration(*(_steps(traces, name) for name in ("prefill-0", "decode-0")))
+                router_s = _router_seconds(_cluster_spec(prefill, decode, calibration, router_s=0.0), sent, records)
+                spec = _cluster_spec(prefill, decode, calibration, router_s)
                 rates = _rates(spec, input_len, output_len, utilisations)
                 predicted = {rate: _predict(spec, rate, input_len, output_len, num_requests, seed) for rate in rates}
                 predictions_file.write_text(json.dumps(predicted, indent=1))
@@ -105,34 +118,44 @@ async def _main(
     return int(any(abs(row["error"]) > _BOUNDS[row["percentile"]] for row in rows))
 
 
-def _calibration(prefill: Probed, decode: Probed) -> Calibration:
+def _calibration(prefill: Iterable[StepRecord], decode: Iterable[StepRecord]) -> Calibration:
     """Prefill as the prefill worker does it, decode as the decode worker does."""
     kinds = (("prefill", prefill), ("decode", decode))
     return merge_calibrations(
         [
-            calibrate([record for record in probed.records if record.kind == kind], source=probed.info.worker_id)
-            for kind, probed in kinds
+            calibrate([record for record in records if record.kind == kind], source=f"{kind}-0's steps")
+            for kind, records in kinds
         ]
     )
 
 
-async def _router_seconds(client: AsyncClient, input_len: int, calibration: Calibration) -> float:
-    """What router, RPCs and client add to the first token of a request that is alone."""
-    model = (await client.models())[0]
-    added = []
-    arrivals = iter([0.0] * _WARM_UP)
-    workload = random_workload(arrivals, num_requests=_WARM_UP, input_len=input_len, output_len=4, seed=987)
-    records = await run_load(client, workload.make(model), _options(), concurrency=1)
-    alone_s = calibration.latency.prompt_s(input_len, input_len)
-    for record in records[2:]:
-        assert record.ttft_s is not None, record.message
-        added.append(record.ttft_s - alone_s)
-    return max(0.0, statistics.median(added))
+def _steps(traces: Path, name: str) -> list[StepRecord]:
+    """What a worker recorded so far: the grids and the traffic."""
+    return read_records(sorted(traces.glob(f"{name}-*.jsonl")))
 
 
-def _cluster_spec(
-    cluster: ProcessCluster, prefill: Probed, decode: Probed, calibration: Calibration, router_s: float
-) -> ClusterSpec:
+async def _send_mixed(
+    client: AsyncClient, rate: float, input_len: int, output_len: int, num_requests: int, seed: int
+) -> tuple[list[SimRequest], list[RequestRecord]]:
+    """Traffic of lengths from a third to the double of those that will be predicted; what was sent, and met."""
+    model, rng = (await client.models())[0], random.Random(seed)
+    sent, requests = [], []
+    for at_s in islice(poisson_arrivals(rate, seed), num_requests):
+        isl = rng.randint(input_len // 3 + 1, input_len * 2 - input_len // 3)
+        osl = rng.randint(output_len // 3 + 2, output_len * 2 - output_len // 3)
+        sent.append(SimRequest(arrival_s=at_s, isl=isl, osl=osl))
+        prompt = rng.choices(range(model.vocab_size), k=isl)
+        requests.append(LoadRequest(prompt=prompt, max_tokens=osl, at_s=at_s))
+    return sent, await run_load(client, requests, _options())
+
+
+def _router_seconds(spec: ClusterSpec, sent: list[SimRequest], records: list[RequestRecord]) -> float:
+    """What router, RPCs and client add to a first token: what the simulated steps leave unexplained."""
+    measured = [record.ttft_s for record in records if record.ttft_s is not None]
+    return max(0.0, statistics.median(measured) - simulate(spec, sent).percentile("ttft", 50))
+
+
+def _cluster_spec(prefill: Probed, decode: Probed, calibration: Calibration, router_s: float) -> ClusterSpec:
     def pool(probed: Probed) -> PoolSpec:
         worker = WorkerSpec(
             latency=calibration.latency,

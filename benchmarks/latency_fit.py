@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,15 +33,19 @@ from ..planner.latency import (
     decode_vector,
     prefill_vector,
 )
-from ..planner.models import WeightDtype, load_model
+from ..planner.models import ModelSpec, WeightDtype, load_model
 from ..planner.terms import Deployment, StepTerms, step_terms
 from .report import write_json
 from .splitwise_fit import splitwise_errors
 
 _DATA = Path(__file__).parent / "data"
 _COEFFICIENTS = Path(__file__).parent.parent / "planner" / "data" / "coefficients.json"
-_SYSTEMS = {"h100_sxm": "h100", "h200_sxm": "h200"}
-_MODELS = {"nvidia/Llama-3.1-8B-Instruct-FP8": "llama-3.1-8b"}  # others are built-in names
+_SYSTEMS = {"h100_sxm": "h100", "h200_sxm": "h200", "b200_sxm": "b200"}
+_FITTED = ("h100", "h200")  # with dense models; the rest tells how far the fit carries
+_MODELS = {  # others are built-in names
+    "nvidia/Llama-3.1-8B-Instruct-FP8": "llama-3.1-8b",
+    "Qwen/Qwen3-235B-A22B-FP8": "qwen3-235b-a22b",
+}
 _RESERVED_BYTES = 2e9  # activations and the engine itself
 _MEMORY_FRACTION = 0.9
 _NUM_WAITS = 8
@@ -66,9 +70,17 @@ class Point:
     ttft_s: float
     tpot_s: float
 
+    @property
+    def has_experts(self) -> bool:
+        return self.terms.expert_share > 0
+
+    @property
+    def fitted(self) -> bool:
+        return self.gpu in _FITTED and not self.has_experts
+
 
 def read_points(path: Path) -> list[Point]:
-    """Points of dense models on the systems that we fit."""
+    """Points on systems that we have sheets of; those to fit are `fitted`."""
     points = []
     with path.open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -76,7 +88,7 @@ def read_points(path: Path) -> list[Point]:
                 continue
             model = load_model(_MODELS.get(row["model_path"], row["model_path"]))
             gpu, tp = load_gpu(_SYSTEMS[row["system"]]), int(row["tp_size"])
-            dtype: WeightDtype = "fp8" if "fp8" in (row["precision"], row["gemm_quant_mode"][:3]) else "bfloat16"
+            dtype = _dtype(row, model)
             terms = step_terms(Deployment(model=model, gpu=gpu, tp=tp, dtype=dtype, kv_dtype="bfloat16"))
             isl, osl, clients = int(row["isl"]), int(row["osl"]), int(row["batch_size"])
             free = gpu.memory_bytes * _MEMORY_FRACTION - model.weight_bytes(dtype) / tp - _RESERVED_BYTES
@@ -96,6 +108,13 @@ def read_points(path: Path) -> list[Point]:
                 )
             )
     return points
+
+
+def _dtype(row: Mapping[str, str], model: ModelSpec) -> WeightDtype:
+    """Of most weights: the experts' where there are some."""
+    quantised = row["moe_quant_mode" if model.experts else "gemm_quant_mode"] or row["precision"]
+    kinds: dict[str, WeightDtype] = {"fp8": "fp8", "fp4": "fp4", "int4": "int4"}
+    return next((dtype for kind, dtype in kinds.items() if kind in quantised), "bfloat16")
 
 
 def tpot_row(point: Point) -> list[float]:
@@ -172,6 +191,17 @@ def held_out(points: Sequence[Point], groups: NDArray[np.int64], engine_of: Sequ
     return tpot, ttft
 
 
+def unseen_errors(fits: Mapping[str, ClosedLoopFit], points: Sequence[Point]) -> tuple[Array, Array]:
+    """Absolute errors of what is shipped on kinds of points that no fit saw."""
+    tpot, ttft = [], []
+    for engine, fit in fits.items():
+        if own := [point for point in points if point.engine == engine]:
+            errors = fit.errors(own)
+            tpot.append(np.abs(errors[0]))
+            ttft.append(np.abs(errors[1]))
+    return np.concatenate(tpot), np.concatenate(ttft)
+
+
 def roofline_errors(points: Sequence[Point]) -> tuple[Array, Array]:
     """What the data sheet alone would have said, with no waiting at all."""
     x = np.concatenate([list(asdict(DECODE_ROOFLINE).values()), list(asdict(PREFILL_ROOFLINE).values()), np.zeros(8)])
@@ -217,7 +247,8 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
 ) -> None:
     """Fit, hold out, print, and on demand write the coefficients that the planner ships."""
-    points = read_points(points_file)
+    every = read_points(points_file)
+    points = [point for point in every if point.fitted]
     engines = [point.engine for point in points]
     together = ["all"] * len(points)
     figures: dict[str, Any] = {}
@@ -240,12 +271,18 @@ def main(
     measure("left_out", [held_out(points, kinds, together)])
     measure("left_out_per_engine", [held_out(points, kinds, engines)])
     splitwise = splitwise_errors()
+    fits = {name: ClosedLoopFit([point for point in points if point.engine == name]) for name in sorted(set(engines))}
+    for name, unseen in (
+        ("other_gpu", [point for point in every if not point.fitted and not point.has_experts]),
+        ("experts", [point for point in every if point.has_experts]),
+    ):
+        measure(name, [unseen_errors(fits, unseen)])
 
     shipped: dict[str, Any] = {}
     for engine in sorted(set(engines)):
         own = [i for i, name in enumerate(engines) if name == engine]
         mine = [points[i] for i in own]
-        fit = ClosedLoopFit(mine)
+        fit = fits[engine]
         low, high = fit.interval(mine)
         shipped[engine] = _row(
             fit.coefficients,

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from ..planner import Plan, plan
 from ..planner.document import cluster_text
+from ..planner.jury import Answer
 from ..planner.report import render
-from ..planner.search import Answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,9 @@ INFEASIBLE = 3  # exit code
 
 
 def command(
-    model: Annotated[str, typer.Option(help="Built-in name, config.json or a directory that holds one.")],
+    model: Annotated[
+        str, typer.Option(help="Built-in name, config.json or its directory, or its fields: hidden_size=4096,...")
+    ],
     gpu: Annotated[list[str], typer.Option(help="Device of both pools, or FILE.yaml:NAME; several are tried.")],
     isl: Annotated[
         str | None, typer.Option(help="Prompt tokens: 4000, mean:CV as 4000:0.5, or p50=2000,p90=8000.")

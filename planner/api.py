@@ -11,10 +11,11 @@ from .candidates import fewest_workers
 from .closed_form import estimate_decode, estimate_prefill
 from .gpus import GpuSpec, link_bandwidth, load_gpu
 from .judge import simulated_outcome
+from .jury import Progress
 from .load import Load
 from .models import KvCacheDtype, ModelSpec, WeightDtype, load_model
 from .question import Objective, Question
-from .search import Plan, Progress, plan_question
+from .search import Plan, plan_question
 from .traffic import SyntheticTraffic, mean_rate, parse_lengths, scale_rate
 from .types import PoolSpec, SimRequest, Slo
 

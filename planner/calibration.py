@@ -41,6 +41,8 @@ class Calibration:
     prefill: KindFit | None
     decode: KindFit | None
     source: str
+    num_kv_blocks: int | None = None  # of the worker, where it was asked
+    max_step_tokens: int | None = None
 
     @property
     def provenance(self) -> Provenance:
@@ -147,7 +149,7 @@ def _fit(matrix: Array, seconds: Array, columns: Sequence[str], seed: int) -> tu
 
 def write_calibration(path: Path, calibration: Calibration, facts: Mapping[str, object]) -> None:
     """Write the file that `splitserve plan --calibration` reads; `facts` say what was measured."""
-    document = {"format": FORMAT, **facts, **asdict(calibration)}
+    document = {"format": FORMAT, **asdict(calibration), **facts}
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
@@ -164,6 +166,8 @@ def read_calibration(path: Path) -> Calibration:
             prefill=KindFit(**document["prefill"]) if document["prefill"] else None,
             decode=KindFit(**document["decode"]) if document["decode"] else None,
             source=document["source"],
+            num_kv_blocks=document.get("num_kv_blocks"),
+            max_step_tokens=document.get("max_step_tokens"),
         )
     except OSError as error:
         raise ConfigError(f"--calibration: cannot read {path}: {error.strerror}") from error
@@ -194,4 +198,11 @@ def merge_calibrations(given: Sequence[Calibration]) -> Calibration:
         decode_context_s=second.latency.decode_context_s,
     )
     source = f"{first.source}; {second.source}"
-    return Calibration(latency=latency, prefill=first.prefill, decode=second.decode, source=source)
+    return Calibration(
+        latency=latency,
+        prefill=first.prefill,
+        decode=second.decode,
+        source=source,
+        num_kv_blocks=second.num_kv_blocks,
+        max_step_tokens=first.max_step_tokens,
+    )

@@ -116,6 +116,7 @@ class Sizing:
         self.link_bytes_per_s = question.link_bytes_per_s
         self.slo = question.slo
         self.max_gpus = question.max_gpus
+        self.max_model_len = question.model.max_model_len
         self.num_evaluated = 0
 
     def refuse_impossible_limits(self) -> None:

@@ -14,8 +14,9 @@ import yaml
 
 from .. import __version__
 from .candidates import Candidate, Pool
+from .jury import Answer
 from .outcome import Figures, Outcome, kv_gigabytes_per_s
-from .search import Answer, Plan
+from .search import Plan
 
 FORMAT = 1
 _CLIFF = 0.9  # utilisation from which a little more load means a lot more waiting
@@ -161,6 +162,9 @@ def cluster_yaml(plan: Plan) -> str:
             "prefix_cache": question.prefix_cache,
         },
     }
+    degrees = sorted({pool.choice.tp for pool in (candidate.prefill, candidate.decode) if pool})
+    if degrees[-1] > 1:
+        tree["engine"]["tensor_parallel"] = degrees[0]
     if question.dtype in ("float32", "bfloat16", "float16"):
         tree["engine"]["dtype"] = question.dtype
     if question.max_running is not None:
@@ -170,6 +174,12 @@ def cluster_yaml(plan: Plan) -> str:
     else:
         tree |= {"prefill": _deployed(candidate.prefill), "decode": _deployed(candidate.decode)}
     head = f"# Made by `splitserve plan` {__version__}: {plan.verdict}, {plan.reason}.\n"
+    if len(degrees) > 1:
+        # The configuration knows one degree for the whole cluster.
+        head += (
+            f"# The pools differ in tensor parallelism ({cluster_text(candidate)}): start the wider workers by hand,\n"
+        )
+        head += f"# with --tensor-parallel {degrees[-1]}.\n"
     return head + yaml.safe_dump(tree, sort_keys=False)
 
 

@@ -220,7 +220,7 @@ def _shipped() -> Mapping[str, ShippedFit]:
 
 
 def shipped_errors() -> Mapping[str, Any]:
-    """Held-out errors of a model and GPU that the fit had not seen, and of the roofline, on the public points."""
+    """Errors on public points that a fit had not seen: a model and GPU left out, another GPU, experts; and no fit's."""
     text = resources.files(__package__).joinpath("data/coefficients.json").read_text(encoding="utf-8")
     errors: dict[str, Any] = json.loads(text)["errors"]
     return errors
@@ -229,26 +229,30 @@ def shipped_errors() -> Mapping[str, Any]:
 def latency_for(deployment: Deployment, engine: str) -> tuple[StepLatency, Provenance]:
     """The model of an engine on a deployment; `roofline` for none.
 
-    Outside the GPUs and kinds of model that were measured, the error is the one of models and GPUs left out of the fit.
+    Outside the GPUs and kinds of model that were fitted, the error is the one found on points of that kind.
     """
     terms, errors = step_terms(deployment), shipped_errors()
     if engine == "roofline" or deployment.gpu.name == "cpu":
+        guess = deployment.gpu.name == "cpu"  # no core was ever held against its sheet
         provenance = Provenance(
             layer="roofline",
             source="data sheet times the part of it that large kernels reach"
-            + ("; a CPU's is a guess, calibrate it" if deployment.gpu.name == "cpu" else ""),
-            tpot_error=errors["roofline"]["tpot"],
-            ttft_error=errors["roofline"]["ttft"],
+            + ("; a CPU's is a guess, calibrate it" if guess else ""),
+            tpot_error=1.0 if guess else errors["roofline"]["tpot"],
+            ttft_error=1.0 if guess else errors["roofline"]["ttft"],
         )
         return step_latency(terms, PREFILL_ROOFLINE, DECODE_ROOFLINE), provenance
     fit = _shipped()[engine]
     source, tpot_error, ttft_error = fit.source, fit.tpot_error, fit.ttft_error
-    outside = [] if deployment.gpu.name in fit.gpus else [deployment.gpu.name]
+    outside: dict[str, tuple[str, ...]] = (
+        {} if deployment.gpu.name in fit.gpus else {deployment.gpu.name: ("left_out", "other_gpu")}
+    )
     if deployment.model.experts or deployment.model.latent:
-        outside.append("a mixture of experts" if deployment.model.experts else "latent attention")
+        outside["a mixture of experts" if deployment.model.experts else "latent attention"] = ("experts",)
     if outside:
         source += f"; {' and '.join(outside)} not among them"
-        tpot_error = max(tpot_error, errors["left_out"]["tpot"])
-        ttft_error = max(ttft_error, errors["left_out"]["ttft"])
+        seen = [errors[kind] for kinds in outside.values() for kind in kinds]
+        tpot_error = max(tpot_error, *(error["tpot"] for error in seen))
+        ttft_error = max(ttft_error, *(error["ttft"] for error in seen))
     provenance = Provenance(layer="shipped", source=source, tpot_error=tpot_error, ttft_error=ttft_error)
     return step_latency(terms, fit.prefill, fit.decode), provenance

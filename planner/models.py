@@ -184,9 +184,9 @@ def head_bytes(dtype: WeightDtype) -> float:
 
 
 def load_model(name: str) -> ModelSpec:
-    """The spec of a built-in name, of a config.json, or of a directory that holds one.
+    """The spec of a built-in name, of a config.json or its directory, or of the fields of one: "hidden_size=4096,...".
 
-    Raises: ConfigError: neither. ModelUnsupported: the config describes something else than a decoder-only transformer.
+    Raises: ConfigError: none of them. ModelUnsupported: it describes something else than a decoder-only transformer.
     """
     table = _built_in()
     if (row := table.get(name.lower())) is not None:
@@ -194,6 +194,8 @@ def load_model(name: str) -> ModelSpec:
             (alias for alias in row["aliases"] if "/" in alias and row["name"] != "smollm2-135m"), row["name"]
         )
         return replace(model_from_config(row["name"], row), source=source)
+    if "=" in name:
+        return model_from_config("model", _fields(name))
     path = Path(name)
     if path.is_dir():
         path /= "config.json"
@@ -207,6 +209,18 @@ def load_model(name: str) -> ModelSpec:
     near = difflib.get_close_matches(name.lower(), table, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(model_names())}"
     raise ConfigError(f"--model: {name!r} is neither a built-in model nor a config.json; {hint}")
+
+
+def _fields(text: str) -> dict[str, Any]:
+    """A config from "num_hidden_layers=32,hidden_size=4096,tie_word_embeddings=true"."""
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--model: {part!r} is no field of a config.json, such as hidden_size=4096") from error
+    return found
 
 
 def model_names() -> list[str]:

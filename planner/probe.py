@@ -22,6 +22,7 @@ from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
 
 _HELLO_TIMEOUT_S = 10.0
 _MESSAGE_TIMEOUT_S = 120.0
+_MIN_ROUNDS = 3  # of all prompt lengths, however long they take: a calibration needs some of each
 _MIN_CELLS = 4
 _MAX_CELL_SHARE = 0.25  # of the time that the prompts of one cell may take
 _TOKENS_PER_CELL = 24  # of each sequence of a decode cell; the first gaps still hold other sequences' prompts
@@ -160,11 +161,11 @@ class _Probe:
         longest = min(self._info.max_step_tokens or _PROMPTS[-1], self._info.max_model_len - 2)
         lengths = [length for length in _PROMPTS if length <= longest] or [longest]
         num_rounds = 0
-        while num_rounds < 1 or (time.monotonic() < self._until_s and num_rounds < 40):
+        while num_rounds < _MIN_ROUNDS or (time.monotonic() < self._until_s and num_rounds < 40):
             for length in self._rng.sample(lengths, len(lengths)):
                 seconds = await run(end, self._request(length, 1), self._info)
                 self._record("prefill", tokens=length, batch=0, context=length, sequences=1, seconds=seconds)
-                if num_rounds and time.monotonic() > self._until_s:
+                if num_rounds >= _MIN_ROUNDS and time.monotonic() > self._until_s:
                     return
             num_rounds += 1
 

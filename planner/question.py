@@ -21,6 +21,7 @@ Role = Literal["prefill", "decode", "colocated"]
 
 _MEMORY_FRACTION = 0.9  # engine.gpu_memory_fraction
 _RESERVED_BYTES = 2e9  # of a device: activations and graphs; at most a twentieth of it
+_GPU_PACKED_TOKENS = 512  # the engine lets no further prompt join a step on a GPU that has so many prefill tokens
 COLOCATED_CHUNKS = (512, 2048, 8192)
 
 
@@ -135,8 +136,9 @@ def worker_choices(question: Question, role: Role) -> list[WorkerChoice]:
 def _with_chunks(question: Question, role: Role, gpu: GpuSpec, tp: int, blocks: int) -> list[WorkerChoice]:
     on_cpu = gpu.name == "cpu"
     latency, provenance = worker_latency(question, gpu, tp)
-    if question.chunk is not None:
-        chunks: Sequence[int] = (question.chunk,)
+    measured = question.calibration.max_step_tokens if question.calibration else None
+    if (chunk := question.chunk or measured) is not None:
+        chunks: Sequence[int] = (chunk,)
     elif on_cpu:
         chunks = (256,)
     else:
@@ -151,6 +153,7 @@ def _with_chunks(question: Question, role: Role, gpu: GpuSpec, tp: int, blocks: 
                 block_size=question.block_size,
                 max_step_tokens=chunk,
                 max_running=question.max_running or (64 if on_cpu else 256),
+                max_packed_tokens=None if on_cpu or question.engine != "splitserve" else _GPU_PACKED_TOKENS,
             ),
             provenance=provenance,
         )
@@ -168,8 +171,9 @@ def worker_latency(question: Question, gpu: GpuSpec, tp: int) -> tuple[StepLaten
 
 def num_blocks(question: Question, gpu: GpuSpec, tp: int) -> int:
     """KV blocks of a worker: what weights and activations leave of its memory."""
-    if question.num_kv_blocks is not None:
-        return question.num_kv_blocks
+    measured = question.calibration.num_kv_blocks if question.calibration else None
+    if (stated := question.num_kv_blocks or measured) is not None:
+        return stated
     reserved = min(_RESERVED_BYTES, gpu.memory_bytes / 20)
     free = (gpu.memory_bytes * _MEMORY_FRACTION - reserved) * tp - question.model.weight_bytes(question.dtype)
     per_token = question.kv_bytes_per_token * question.model.kv_copies(tp)

@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .document import bench_command, cluster_text, error_band, warnings
+from .jury import Answer
 from .outcome import Figures, kv_gigabytes_per_s
-from .search import Answer, Plan
+from .search import Plan
 
 _STYLES = {"disaggregate": "bold green", "colocate": "bold yellow", "infeasible": "bold red"}
 
@@ -38,7 +39,7 @@ def render(plan: Plan) -> RenderableType:
     if plan.sensitivity:
         parts.append(_sensitivity(plan))
     parts += [Text(f"not possible, {line}", style="red") for line in plan.binding]
-    parts += [Text(f"would flip: {line}") for line in plan.flips]
+    parts += [Text(f"what would flip it: {line}") for line in plan.flips]
     parts += [Text(f"warning: {line}", style="yellow") for line in warnings(plan)]
     band = error_band(plan)
     parts += [Text(f"latency model, {provenance}", style="dim") for provenance in plan.provenance]

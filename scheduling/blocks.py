@@ -110,15 +110,22 @@ class BlockAllocator:
     def release(self, blocks: Sequence[int], *, granted: bool = False) -> None:
         """Give up ownership; a published block stays cached. The last blocks of a prefix are evicted first."""
         owners = self._granted if granted else self._live
+        num_left = 0  # by their last owner
         for block in reversed(blocks):
             assert owners[block] > 0, f"block {block} is released twice"
-            self._own(block, -1, granted=granted)
-            if self._live[block] or self._granted[block]:
+            if self._live[block] + self._granted[block] > 1:
+                self._own(block, -1, granted=granted)
                 continue
+            owners[block] = 0
+            num_left += 1
             if block in self._hash_of:
                 self._idle[block] = None
             else:
                 self._free.append(block)
+        if granted:
+            self._num_granted -= num_left
+        else:
+            self._num_live -= num_left
 
     def drop_cache(self) -> None:
         """Forget every cached block that nobody owns."""

@@ -38,7 +38,7 @@ def sequence(output_format: OutputFormat, output: tuple[int, ...] = (), prompt: 
         max_tokens=1000,
         output_format=output_format,
     )
-    return Sequence(request=request, arrival=1)
+    return Sequence(request=request, token_ids=[*prompt, *output], arrival=1)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +86,8 @@ def test_costs_are_found_again_and_intervals_hold_them() -> None:
 
 def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
     found = calibrate(records(50, noise=0.02), source="made up")
-    write_calibration(tmp_path / "c.json", found, {"worker": "decode-0"})
-    assert read_calibration(tmp_path / "c.json") == found
+    write_calibration(tmp_path / "c.json", found, {"worker": "decode-0", "num_kv_blocks": 900, "max_step_tokens": 256})
+    assert read_calibration(tmp_path / "c.json") == replace(found, num_kv_blocks=900, max_step_tokens=256)
     assert json.loads((tmp_path / "c.json").read_text())["worker"] == "decode-0"
 
 

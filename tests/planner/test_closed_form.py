@@ -71,7 +71,7 @@ def test_decode_meets_littles_law() -> None:
     assert found.tpot_s[50.0] == pytest.approx(step_s)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.floats(0.5, 30), st.integers(1, 6))
 def test_more_workers_are_never_slower_and_more_load_never_faster(rate: float, count: int) -> None:
     for estimate in (

@@ -98,7 +98,8 @@ def test_error_bands_widen_outside_what_was_measured() -> None:
     assert other_gpu.tpot_error > inside.tpot_error
     assert "mi300x not among them" in other_gpu.source
     assert "mixture of experts" in experts.source
-    assert latency_for(deployment(gpu="cpu"), "splitserve")[1].layer == "roofline"
+    _, guess = latency_for(deployment(gpu="cpu"), "splitserve")
+    assert (guess.layer, guess.tpot_error) == ("roofline", 1.0)
 
 
 def test_knees_make_later_tokens_dearer() -> None:
@@ -120,6 +121,7 @@ def test_knees_make_later_tokens_dearer() -> None:
 def test_shipped_coefficients_are_what_the_script_fits_and_meet_the_goals() -> None:
     """A third of the points, so that a changed script or changed terms are noticed within seconds."""
     points = latency_fit.read_points(latency_fit._DATA / "silicon_points.csv")
+    points = [point for point in points if point.fitted]
     assert len(points) == 469
     shipped = json.loads(latency_fit._COEFFICIENTS.read_text())
     mine = [point for point in points if point.engine == "trtllm"]
@@ -135,7 +137,7 @@ def test_shipped_coefficients_are_what_the_script_fits_and_meet_the_goals() -> N
 
 @pytest.mark.verify
 def test_accuracy_on_public_measurements() -> None:
-    points = latency_fit.read_points(latency_fit._DATA / "silicon_points.csv")
+    points = [point for point in latency_fit.read_points(latency_fit._DATA / "silicon_points.csv") if point.fitted]
     tpot, ttft = latency_fit.held_out(points, latency_fit.folds(len(points), 5, 7), [point.engine for point in points])
     assert tpot.mean() <= 0.12
     assert ttft.mean() <= 0.36

@@ -77,6 +77,14 @@ def test_a_config_json_is_read_like_a_built_in_model(tmp_path: Path) -> None:
     assert spec.source == str(tmp_path)
 
 
+def test_a_model_is_described_by_its_numbers_alone() -> None:
+    fields = "num_hidden_layers=32,hidden_size=4096,num_attention_heads=32,num_key_value_heads=8"
+    spec = load_model(f"{fields},intermediate_size=14336,vocab_size=128256")
+    assert spec.num_parameters == load_model("llama-3.1-8b").num_parameters
+    tied = load_model(f"{fields},intermediate_size=14336,vocab_size=128256,tie_word_embeddings=true")
+    assert tied.num_parameters == spec.num_parameters - spec.head_parameters
+
+
 def test_sliding_layers_are_counted_however_the_config_says_it() -> None:
     base = {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 4, "vocab_size": 100}
     kinds = ["sliding_attention", "full_attention"] * 6

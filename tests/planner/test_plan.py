@@ -110,8 +110,10 @@ def test_a_slow_link_speaks_against_splitting() -> None:
 
 
 def test_flips_name_length_and_bandwidth(qwen: Plan) -> None:
-    assert any("prompts of about" in line for line in qwen.flips)
-    assert any("link of about" in line for line in qwen.flips)
+    assert any("colocated with prompts of about" in line for line in qwen.flips)
+    assert any("colocated with a link of about" in line for line in qwen.flips)
+    steady = plan("llama-3.1-8b", "h200", isl=4000, osl=500, rate=10, ttft_s=0.6, tpot_s=0.025, fast=True)
+    assert any("speaks for split" in line or "split with" in line for line in steady.flips)
 
 
 def test_infeasible_is_an_answer_with_the_binding_constraint() -> None:
@@ -179,6 +181,7 @@ def test_the_cluster_file_is_one_that_up_takes(qwen: Plan, tmp_path: Path) -> No
     assert config.replicas("prefill") == qwen.disaggregated.candidate.prefill.workers
     assert config.pool("decode").gpus == qwen.disaggregated.candidate.decode.choice.tp
     assert yaml.safe_load(path.read_text())["model"] == "Qwen/Qwen3-32B"
+    assert "start the wider workers by hand" in path.read_text()
 
 
 def test_the_bench_command_repeats_the_traffic(qwen: Plan) -> None:
