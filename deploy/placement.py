@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ..core.address import check_address
 from ..core.errors import ConfigError, Unavailable
 from .process import Endpoint, Exit, RoleProcess, StartFailure
 from .ray_directory import ray_directory
@@ -21,6 +23,7 @@ from .roles import Needs
 
 _POLL_S = 0.1  # Ray tells the state of a placement group only when asked
 _INFEASIBLE_S = 3.0  # a node that is just joining may still make it feasible
+_CONNECT_TIMEOUT_S = 5.0
 _OBJECT_STORE_BYTES = 80 << 20  # nothing of ours goes through it; Ray's least is 75 MiB
 
 
@@ -146,6 +149,15 @@ def local_ray(num_cpus: int, namespace: str) -> Iterator[None]:
 @contextmanager
 def joined_ray(address: str, namespace: str) -> Iterator[None]:
     """A connection to a Ray that others run. Raises: ConfigError: nobody answers there."""
+    check_address(address, "Ray's address")
+    host, _, port = address.rpartition(":")
+    try:
+        # Ray itself tries for two minutes, and hears no signal meanwhile.
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"no Ray answers at {address}: {error.strerror or error}; check `ray status` there"
+        ) from error
     try:
         ray.init(address=address, namespace=namespace, log_to_driver=False, configure_logging=False)
     except (ConnectionError, ValueError) as error:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
+from safetensors import SafetensorError
 
 from ..core.errors import ModelLoadFailed
 
@@ -104,16 +105,22 @@ def _converted(gguf: Path, name: str) -> Path:
     target = cache_directory("models") / f"{name}-{digest.hexdigest()[:12]}"
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.with_suffix(".lock")):
-        if not target.is_dir():
-            logger.info("converting %s once into %s", gguf, target)
-            scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
-            try:
-                _convert(gguf, scratch)
-                scratch.rename(target)  # all or nothing: a killed conversion leaves no half directory behind
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target.with_suffix(".lock")):
+            if not target.is_dir():
+                logger.info("converting %s once into %s", gguf, target)
+                scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
+                try:
+                    _convert(gguf, scratch)
+                    scratch.rename(target)  # all or nothing: a killed conversion leaves no half directory behind
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # a full disk is the latter's own kind of error
+        raise ModelLoadFailed(
+            f"cannot write the converted model into {target.parent}: {error}; make room or rights there, or set "
+            "XDG_CACHE_HOME to another directory"
+        ) from error
     return target
 
 

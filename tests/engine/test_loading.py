@@ -2,12 +2,14 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from splitserve.core.errors import ConfigError, ModelLoadFailed, ModelUnsupported
 from splitserve.engine import model_files
 from splitserve.engine.loading import LoadedModel, load_model
@@ -75,6 +77,28 @@ def test_a_gguf_file_that_is_none_is_a_load_failure(tmp_path: Path, monkeypatch:
     with pytest.raises(ModelLoadFailed, match=r"broken\.gguf"):
         resolve_model(str(broken))
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_dir() and "broken" in path.name]
+
+
+def test_a_cache_that_takes_nothing_is_a_load_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = tmp_path / "m.gguf"
+    gguf.write_bytes(b"GGUF")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(gguf))  # no directory
+    with pytest.raises(ModelLoadFailed, match=r"cannot write the converted model into .*XDG_CACHE_HOME"):
+        resolve_model(str(gguf))
+
+    def fill_the_disk(_: Path, target: Path) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        try:
+            save_file({"weight": torch.zeros(1 << 16)}, target / "model.safetensors")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(model_files, "_convert", fill_the_disk)
+    with pytest.raises(ModelLoadFailed, match="File too large"):
+        resolve_model(str(gguf))
+    assert [path.suffix for path in (tmp_path / "cache/splitserve/models").iterdir()] == [".lock"]
 
 
 def test_the_embedded_model_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
