@@ -44,7 +44,9 @@ async def process_cluster(
     try:
         endpoints = await asyncio.gather(*(start(role, name) for name, role in names.items()))
         workers = dict(zip(names, endpoints, strict=True))
-        command = [*role_command(config, "router", name="router-0", host="127.0.0.1", port=0, num_threads=1)]
+        command = [
+            *role_command(config, "router", name="router-0", host="127.0.0.1", port=0, num_threads=1, http_port=0)
+        ]
         for name, endpoint in workers.items():
             command += ["--prefill" if names[name] == "prefill" else "--decode", endpoint.address]
         router = await _start(processes, log_dir / "router-0.log", command, 1, config, {})

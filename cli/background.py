@@ -49,7 +49,8 @@ def _wait(read_fd: int, log_path: Path) -> None:
         print(log_path.read_text(encoding="utf-8"), end="", file=sys.stderr)
         typer.secho(f"error: {row['message']}", fg="red", err=True)
         raise typer.Exit(2)
-    print(f"ready at {row['address']}, process {row['pid']}; `splitserve down` stops it")
+    http = f", OpenAI API at http://{row['http_address']}/v1" if row.get("http_address") else ""
+    print(f"ready at {row['address']}{http}, process {row['pid']}; `splitserve down` stops it")
     raise typer.Exit(0)
 
 

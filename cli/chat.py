@@ -10,10 +10,12 @@ import typer
 from ..client import Client, Message, RequestOptions
 from ..core.errors import SplitserveError
 from . import options
+from .local import local_router
 
 
 def command(
     address: options.Address = None,
+    local: options.Local = False,
     model: options.Model = "",
     system: Annotated[str | None, typer.Option(help="System message of the conversation.")] = None,
     max_tokens: options.MaxTokens = 512,
@@ -50,7 +52,7 @@ def command(
         import readline  # noqa: F401  editing and history for input()
     opening = [] if system is None else [Message(role="system", content=system)]
     conversation = list(opening)
-    with Client(address) as client:
+    with local_router(local, address, model) as router, Client(router) as client:
         while (line := _ask()) is not None and line != "/exit":
             if line == "/reset":
                 conversation = list(opening)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,11 +13,13 @@ import typer
 from ..client import Client, GenerationResult, Message
 from ..core.errors import InvalidRequest
 from . import options
+from .local import local_router
 
 
 def command(
     prompt: Annotated[str | None, typer.Argument(help='The prompt; "-" or nothing reads standard input.')] = None,
     address: options.Address = None,
+    local: options.Local = False,
     model: options.Model = "",
     chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through the model's chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
@@ -31,6 +34,14 @@ def command(
     seed: options.Seed = None,
     stop: options.Stop = None,
     ignore_eos: options.IgnoreEos = False,
+    min_tokens: Annotated[int, typer.Option(help="Do not end by itself before so many tokens.")] = 0,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="File with a JSON schema that the answer follows.", exists=True, dir_okay=False)
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="Regular expression that the answer matches as a whole.")] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Tell each token's log probability, and so many of the likeliest; with --json.")
+    ] = None,
     stream: Annotated[bool, typer.Option(help="Print the answer as it is made.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with tokens and timing.")] = False,
     timing: Annotated[bool, typer.Option("--timing", help="Show the request's timeline after the answer.")] = False,
@@ -43,6 +54,10 @@ def command(
     $ splitserve generate --chat "Why is the sky blue?" --temperature 0.7 --seed 1 --timing
 
     $ splitserve generate - --json < prompt.txt
+
+    $ splitserve generate "My phone number: " --regex "[0-9]{3}-[0-9]{4}"
+
+    $ splitserve generate --local "Once upon a time"
     """
     text = _read_stdin() if prompt in (None, "-") else prompt
     request = options.sampling_options(
@@ -60,11 +75,18 @@ def command(
         timeout_s=timeout,
     )
     request["ignore_eos"] = ignore_eos
+    request["min_tokens"] = min_tokens
+    request["logprobs"] = logprobs
+    if json_schema is not None:
+        request["json_schema"] = json_schema.read_text(encoding="utf-8")
+    if regex is not None:
+        request["regex"] = regex
     messages = [Message(role="user", content=text)]
     if system is not None:
         messages.insert(0, Message(role="system", content=system))
     with (
-        Client(address) as client,
+        local_router(local, address, model) as router,
+        Client(router) as client,
         client.stream(messages if chat or system is not None else text, **request) as answer,
     ):
         if stream and not as_json:
@@ -78,7 +100,7 @@ def command(
                     print(flush=True)
         result = answer.result()
     if as_json:
-        print(json.dumps(_row(result)))
+        print(json.dumps(_row(result), default=_text))
     elif not stream:
         print(result.text)
     if timing and not as_json:
@@ -111,3 +133,9 @@ def _row(result: GenerationResult) -> dict[str, Any]:
         "ttft_s": result.ttft_s,
         "tpot_s": result.tpot_s,
     }
+
+
+def _text(data: object) -> str:
+    """A token's bytes; those that are no whole character show as U+FFFD."""
+    assert isinstance(data, bytes)
+    return data.decode("utf-8", "replace")

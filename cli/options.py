@@ -6,14 +6,18 @@ from typing import Annotated
 
 import typer
 
-from ..client.address import find_router as find_router  # for subcommands that print the address
+from ..client.address import find_routers as find_routers  # for subcommands that print the address
 from ..client.request import RequestOptions
 
 Address = Annotated[
     str | None,
     typer.Option(
-        envvar="SPLITSERVE_ADDRESS", help="Router, as HOST:PORT; left out: the local cluster that `up` started."
+        envvar="SPLITSERVE_ADDRESS",
+        help="Router as HOST:PORT, several with commas; left out: the local cluster that `up` started.",
     ),
+]
+Local = Annotated[
+    bool, typer.Option("--local", help="Start a local cluster for this command, if none is running and none is named.")
 ]
 Model = Annotated[str, typer.Option(help="Model to ask; left out: the only one served.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]

@@ -22,7 +22,8 @@ MetricsPort = Annotated[int, typer.Option(help="Port of Prometheus /metrics; 0 t
 WorkerId = Annotated[str, typer.Option(help="Name, unique in the cluster.", show_default="role and port")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="as PyTorch finds it")]
 ReadyFile = Annotated[
-    Path | None, typer.Option(help="Write one JSON line here once it serves: address, metrics_address, pid, boot_id.")
+    Path | None,
+    typer.Option(help="Write one JSON line here once it serves: address, metrics_address, http_address, pid, boot_id."),
 ]
 
 
@@ -37,6 +38,8 @@ class Ready(Protocol):
     def pid(self) -> int: ...
     @property
     def boot_id(self) -> str: ...
+    @property
+    def http_address(self) -> str: ...
 
 
 Options = TypeVar("Options")
@@ -51,9 +54,10 @@ def run_role(
     """Serve until a signal. Raises: SplitserveError: it cannot start; the ready file holds the same error."""
 
     def ready(told: Ready) -> None:
-        row = {"address": told.address, "metrics_address": told.metrics_address}
+        row = {"address": told.address, "metrics_address": told.metrics_address, "http_address": told.http_address}
         report_ready(ready_file, {**row, "pid": told.pid, "boot_id": told.boot_id})
-        print(f"{name} at {told.address}, metrics at http://{told.metrics_address}/metrics", flush=True)
+        http = f"OpenAI API at http://{told.http_address}/v1, " if told.http_address else ""
+        print(f"{name} at {told.address}, {http}metrics at http://{told.metrics_address}/metrics", flush=True)
         # What was loaded stays: looking through its objects for garbage, again and again, would stop every step.
         gc.collect()
         gc.freeze()

@@ -28,7 +28,7 @@ def command(
 
     It serves until SIGTERM or Ctrl-C, then gives live requests some time and exits.
 
-    $ splitserve router --port 50051 --prefill 127.0.0.1:7001 --decode 127.0.0.1:7002
+    $ splitserve router --port 50051 --http-port 8000 --prefill 127.0.0.1:7001 --decode 127.0.0.1:7002
     """
     from ..router.server import serve
 

@@ -89,7 +89,7 @@ def command(
 
     $ splitserve status --address 10.0.0.5:50051 --json
     """
-    router = options.find_router(address)
+    router = options.find_routers(address)[0]
     with Client(router) as client:
         status = client.status()
     if as_json:

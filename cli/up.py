@@ -43,6 +43,10 @@ def command(
     port: Annotated[
         int | None, typer.Option(help="Port of the first router; 0 takes a free one.", show_default="50051")
     ] = None,
+    http_port: Annotated[
+        int | None,
+        typer.Option(help="Port of the first router's OpenAI API; 0 takes a free one, -1 none.", show_default="8000"),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of each worker.", show_default="cores divided by workers")
     ] = None,
@@ -88,6 +92,7 @@ def command(
         "router.replicas": routers,
         "router.host": host,
         "router.port": port,
+        "router.http_port": http_port,
         **{f"{pool}.threads": threads for pool in ("prefill", "decode", "colocated")},
         "engine.dtype": dtype,
         "engine.max_model_len": max_model_len,
@@ -167,9 +172,24 @@ def _announce(config: ClusterConfig, view: ClusterView, screen: Screen, log_dir:
     routers = view.router_addresses
     metrics = tuple(member.endpoint.metrics_address for member in view.members if member.endpoint)
     namespace = config.ray.namespace
-    write_state(ClusterState(router_addresses=routers, namespace=namespace, pid=os.getpid(), metrics_addresses=metrics))
-    report_ready(ready_file, {"address": routers[0], "log_dir": str(log_dir), "pid": os.getpid()})
-    screen.announce(config.model, routers, log_dir)
+    write_state(
+        ClusterState(
+            router_addresses=routers,
+            namespace=namespace,
+            pid=os.getpid(),
+            metrics_addresses=metrics,
+            http_addresses=view.http_addresses,
+        )
+    )
+    http = view.http_addresses[0] if view.http_addresses else ""
+    row: dict[str, str | int] = {
+        "address": routers[0],
+        "http_address": http,
+        "log_dir": str(log_dir),
+        "pid": os.getpid(),
+    }
+    report_ready(ready_file, row)
+    screen.announce(config.model, view, log_dir)
 
 
 class Screen:
@@ -196,8 +216,11 @@ class Screen:
             f"[dim]{time.monotonic() - self._started:6.1f} s[/]  {text}", highlight=False, soft_wrap=True
         )
 
-    def announce(self, model: str, routers: tuple[str, ...], log_dir: Path) -> None:
-        self.say(f"[green]ready[/]: {model} at [bold]{', '.join(routers)}[/], logs in {log_dir}")
+    def announce(self, model: str, view: ClusterView, log_dir: Path) -> None:
+        self.say(f"[green]ready[/]: {model} at [bold]{', '.join(view.router_addresses)}[/], logs in {log_dir}")
+        if view.http_addresses:
+            urls = ", ".join(f"http://{address}/v1" for address in view.http_addresses)
+            self.say(f"OpenAI API at [bold]{urls}[/]")
         self.say('try: [bold]splitserve generate "The capital of France is"[/]')
 
     def show(self, view: ClusterView, throughput: Throughput) -> None:

@@ -12,6 +12,7 @@ from ..core.errors import (
     ProtocolMismatch,
     SplitserveError,
     TransferFailed,
+    Unauthenticated,
     Unavailable,
     WorkerLost,
 )
@@ -32,6 +33,7 @@ from .results import (
     Usage,
     WorkerView,
 )
+from .routers import Tls
 from .sync_client import Client, Stream
 
 __all__ = [
@@ -59,12 +61,14 @@ __all__ = [
     "SplitserveError",
     "Stream",
     "TimelineEvent",
+    "Tls",
     "TokenLogprob",
     "Tokenization",
     "Tool",
     "ToolCall",
     "TopLogprob",
     "TransferFailed",
+    "Unauthenticated",
     "Unavailable",
     "Usage",
     "WorkerLost",

@@ -1,30 +1,35 @@
-"""Where the router is: as told, or as the environment or the running local cluster says."""
+"""Where the routers are: as told, or as the environment or the running local cluster says."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 
 from ..core.errors import ConfigError
 from ..core.state import read_state
 
 
-def find_router(address: str | None = None) -> str:
-    """HOST:PORT given, else of SPLITSERVE_ADDRESS, else of the local cluster that `splitserve up` started.
+def find_routers(address: str | Sequence[str] | None = None) -> tuple[str, ...]:
+    """Each HOST:PORT given (several: a sequence, or with commas), else of SPLITSERVE_ADDRESS, else of the local cluster
+    that `splitserve up` started.
 
-    Raises: ConfigError: there is none, or it is malformed.
+    Raises: ConfigError: there is none, or one is malformed.
     """
-    found = address if address is not None else os.environ.get("SPLITSERVE_ADDRESS") or _local_router()
-    if not re.fullmatch(r"(\[[^\]/]+\]|[^:/\s]+):\d{1,5}", found):
-        raise ConfigError(f"the router's address is {found!r}; it must be HOST:PORT, as in 127.0.0.1:7000")
-    return found
+    if address is None:
+        address = os.environ.get("SPLITSERVE_ADDRESS") or _local_routers()
+    found = tuple(part.strip() for part in address.split(",")) if isinstance(address, str) else tuple(address)
+    for each in found or ("",):
+        if not re.fullmatch(r"(\[[^\]/]+\]|[^:/\s]+):\d{1,5}", each):
+            raise ConfigError(f"the router's address is {each!r}; it must be HOST:PORT, as in 127.0.0.1:7000")
+    return tuple(dict.fromkeys(found))
 
 
-def _local_router() -> str:
+def _local_routers() -> tuple[str, ...]:
     state = read_state()
     if state is None or not state.router_addresses:
         raise ConfigError(
-            "no router is named and no local cluster is running; start one with `splitserve up`, "
-            "or name a router by its HOST:PORT (--address on the command line, or SPLITSERVE_ADDRESS)"
+            "no router is named and no local cluster is running; start one with `splitserve up` (for one command: "
+            "--local), or name a router by its HOST:PORT (--address on the command line, or SPLITSERVE_ADDRESS)"
         )
-    return state.router_addresses[0]
+    return state.router_addresses

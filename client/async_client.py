@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Self, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Literal, Self, TypeVar, Unpack, cast, overload
 
 import grpc
 import grpc.aio
@@ -15,7 +15,7 @@ from ..proto import inference_pb2 as pb
 from ..proto.inference_pb2_grpc import InferenceStub, RouterAdminStub
 from ..proto.rpc import CHANNEL_OPTIONS
 from . import results
-from .address import find_router
+from .address import find_routers
 from .generation import (
     HEALTH_CHECK,
     HEALTH_SERVING,
@@ -23,6 +23,7 @@ from .generation import (
     Attempts,
     Generation,
     RetryPolicy,
+    check_concurrency,
     closed_error,
 )
 from .messages import Messages
@@ -32,6 +33,7 @@ from .request import (
     build_request,
     build_tokenize_request,
 )
+from .routers import Rotation, Tls, key_metadata
 
 if TYPE_CHECKING:
     from ..proto.inference_pb2_grpc import InferenceAsyncStub
@@ -43,18 +45,16 @@ _Reply = TypeVar("_Reply")
 class AsyncStream:
     """One answer as it is made: iterate for chunks, then ask for `result()`. Leaving `async with` cancels it."""
 
-    def __init__(
-        self,
-        method: grpc.aio.UnaryStreamMultiCallable[pb.GenerateRequest, pb.GenerateResponse],
-        generation: Generation,
-    ) -> None:
-        self._method = method
+    def __init__(self, client: AsyncClient, generation: Generation) -> None:
+        self._client = client
         self._generation = generation
         self._closed = False
         self._open()
 
     def _open(self) -> None:
-        self._call = self._method(self._generation.request, timeout=self._generation.left_s())
+        generation, client = self._generation, self._client
+        generate = client.inference(generation.address).Generate
+        self._call = generate(generation.request, timeout=generation.left_s(), metadata=client.metadata)
 
     @property
     def request_id(self) -> str:
@@ -71,6 +71,7 @@ class AsyncStream:
                 message = await self._call.read()
                 if message is grpc.aio.EOF:
                     self._generation.end()
+                    self._generation.answered()
                     raise StopAsyncIteration
                 chunk = self._generation.accept(cast(pb.GenerateResponse, message))
             except grpc.RpcError as error:
@@ -110,29 +111,46 @@ class AsyncStream:
 
 
 class AsyncClient:
-    """A router's asyncio client, for one event loop. Close it, or use it in an `async with` block.
+    """The routers' asyncio client, for one event loop. Close it, or use it in an `async with` block.
 
     Args:
-        address: HOST:PORT of the router; None: SPLITSERVE_ADDRESS, else the local cluster that `splitserve up` started.
+        address: HOST:PORT of the router, or several, which share the calls and stand in for each other; None:
+            SPLITSERVE_ADDRESS, else the local cluster that `splitserve up` started.
         timeout_s: deadline of a generation that names none.
         retry: what to do about errors that another attempt can help.
+        tls: encrypts the connection; None: plain text, for loopback and trusted networks.
+        api_key: proves who calls; None: SPLITSERVE_API_KEY, else none.
     """
 
     def __init__(
-        self, address: str | None = None, *, timeout_s: float = 600.0, retry: RetryPolicy | None = None
+        self,
+        address: str | Sequence[str] | None = None,
+        *,
+        timeout_s: float = 600.0,
+        retry: RetryPolicy | None = None,
+        tls: Tls | None = None,
+        api_key: str | None = None,
     ) -> None:
-        self.address = find_router(address)
+        self.addresses = find_routers(address)
+        self.metadata = key_metadata(api_key)
+        self._routers = Rotation(self.addresses)
         self._timeout_s = timeout_s
         self._retry = retry or RetryPolicy()
+        self._credentials = tls.credentials() if tls is not None else None
+
+    @property
+    def address(self) -> str:
+        """Of the first router."""
+        return self.addresses[0]
 
     @cached_property
-    def _channel(self) -> grpc.aio.Channel:
-        # Made on first use: it belongs to the event loop that runs then, and the constructor may run outside of one.
-        return grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+    def _channels(self) -> dict[str, grpc.aio.Channel]:
+        # Made on first use: they belong to the event loop that runs then, and the constructor may run outside of one.
+        return {each: _channel(each, self._credentials) for each in self.addresses}
 
-    @cached_property
-    def _inference(self) -> InferenceAsyncStub:
-        return InferenceStub(self._channel)
+    def inference(self, address: str) -> InferenceAsyncStub:
+        """One router's service."""
+        return InferenceStub(self._channels[address])
 
     async def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> results.GenerationResult:
         """Answer text, token ids or chat messages. Raises: SplitserveError: typed."""
@@ -146,49 +164,128 @@ class AsyncClient:
     def stream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> AsyncStream:
         """Answer chunk by chunk; no await needed. Raises: SplitserveError: typed, here or while iterating."""
         request = build_request(prompt, options)
-        timeout_s = options.get("timeout_s")
-        generation = Generation(request, self.address, self._timeout_s if timeout_s is None else timeout_s, self._retry)
-        return AsyncStream(self._inference.Generate, generation)
+        given_s = options.get("timeout_s")
+        timeout_s = self._timeout_s if given_s is None else given_s
+        generation = Generation(request, self._routers, timeout_s, self._retry)
+        return AsyncStream(self, generation)
+
+    @overload
+    async def batch(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        concurrency: int = ...,
+        return_errors: Literal[False] = ...,
+        **options: Unpack[RequestOptions],
+    ) -> list[results.GenerationResult]: ...
+    @overload
+    async def batch(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        concurrency: int = ...,
+        return_errors: Literal[True],
+        **options: Unpack[RequestOptions],
+    ) -> list[results.GenerationResult | SplitserveError]: ...
+    async def batch(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        concurrency: int = 16,
+        return_errors: bool = False,
+        **options: Unpack[RequestOptions],
+    ) -> Sequence[results.GenerationResult | SplitserveError]:
+        """Answer many prompts, `concurrency` at a time; results come in the order of the prompts.
+
+        Args: return_errors: put each error in its prompt's place, instead of raising the first and cancelling the rest.
+        Raises: SplitserveError: typed.
+        """
+        room = asyncio.Semaphore(check_concurrency(concurrency))
+
+        async def answer(prompt: Prompt) -> results.GenerationResult | SplitserveError:
+            async with room:
+                try:
+                    return await self.generate(prompt, **options)
+                except SplitserveError as error:
+                    if return_errors:
+                        return error
+                    raise
+
+        tasks = [asyncio.create_task(answer(prompt)) for prompt in prompts]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def cancel(self, request_id: str) -> bool:
-        """End a request by its id or idempotency key; False if it is unknown or already over."""
-        return (await self._call(self._inference.Cancel, pb.CancelRequest(request_id=request_id))).found
+        """End a request by its id or idempotency key, whichever router has it; False if it is unknown or over."""
+        request = pb.CancelRequest(request_id=request_id)
+        calls = (self._call(lambda each: self.inference(each).Cancel, request, at) for at in self.addresses)
+        return any(answer.found for answer in await asyncio.gather(*calls))
 
     async def models(self) -> tuple[results.Model, ...]:
         """What can be asked for right now."""
-        return results.models_from_proto(await self._call(self._inference.ListModels, pb.ListModelsRequest()))
+        made = await self._call(lambda each: self.inference(each).ListModels, pb.ListModelsRequest())
+        return results.models_from_proto(made)
 
     async def tokenize(self, prompt: str | Messages, *, model: str = "") -> results.Tokenization:
         """The tokens that `generate` would make of the prompt."""
-        return results.tokenization_from_proto(
-            await self._call(self._inference.Tokenize, build_tokenize_request(prompt, model))
-        )
+        request = build_tokenize_request(prompt, model)
+        return results.tokenization_from_proto(await self._call(lambda each: self.inference(each).Tokenize, request))
+
+    async def detokenize(self, token_ids: Sequence[int], *, keep_special_tokens: bool = False) -> str:
+        """The text that token ids stand for."""
+        request = pb.DetokenizeRequest(token_ids=token_ids, keep_special_tokens=keep_special_tokens)
+        return (await self._call(lambda each: self.inference(each).Detokenize, request)).text
 
     async def status(self) -> results.RouterStatus:
-        """Workers and requests as the router sees them."""
-        status = RouterAdminStub(self._channel).GetRouterStatus
-        return results.status_from_proto(await self._call(status, pb.GetRouterStatusRequest()))
+        """Workers and requests as the first router sees them."""
+        admin = RouterAdminStub(self._channels[self.address])
+        status = await self._call(lambda _: admin.GetRouterStatus, pb.GetRouterStatusRequest(), self.address)
+        return results.status_from_proto(status)
 
     async def health(self) -> bool:
-        """Whether the router can serve requests now. Raises: Unavailable: no router answers."""
-        check: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(HEALTH_CHECK)
+        """Whether a router can serve requests now. Raises: Unavailable: no router answers."""
+
+        def check(address: str) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
+            return self._channels[address].unary_unary(HEALTH_CHECK)
+
         return await self._call(check, b"") == HEALTH_SERVING
 
-    async def _call(self, method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Reply], request: _Request) -> _Reply:
-        attempts = Attempts(self.address, UNARY_TIMEOUT_S, self._retry)
+    async def _call(
+        self,
+        method_of: Callable[[str], grpc.aio.UnaryUnaryMultiCallable[_Request, _Reply]],
+        request: _Request,
+        address: str | None = None,
+    ) -> _Reply:
+        """Ask one router: the one named, or whichever can answer."""
+        routers = self._routers if address is None else Rotation([address])
+        attempts = Attempts(routers, UNARY_TIMEOUT_S, self._retry)
         while True:
             try:
-                return await method(request, timeout=attempts.left_s())
+                method = method_of(attempts.address)
+                reply = await method(request, timeout=attempts.left_s(), metadata=self.metadata)
             except grpc.RpcError as error:
                 await asyncio.sleep(attempts.delay_s(error))
+            else:
+                attempts.answered()
+                return reply
 
     async def close(self) -> None:
         """Cancel what is still open and leave the connection."""
-        if "_channel" in self.__dict__:
-            await self._channel.close()
+        if "_channels" in self.__dict__:
+            await asyncio.gather(*(channel.close() for channel in self._channels.values()))
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
+
+
+def _channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)

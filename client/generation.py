@@ -15,6 +15,7 @@ from ..core.errors import (
     Cancelled,
     DeadlineExceeded,
     InvalidRequest,
+    Overloaded,
     SplitserveError,
     Unavailable,
 )
@@ -23,6 +24,7 @@ from ..proto import inference_pb2 as pb
 from ..proto.convert import logprob_from_proto, reason_from_proto
 from ..proto.rpc import ERROR_KEY, from_rpc_error
 from .results import Chunk, GenerationResult, timing_from_proto, usage_from_proto
+from .routers import Rotation
 
 # gRPC's health protocol as bytes: its Python package comes with [serve] only, and these are the two messages we need.
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
@@ -33,7 +35,11 @@ UNARY_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """How often and how patiently a call that a retry can help is tried; never after its first token."""
+    """How often and how patiently a call that a retry can help is tried.
+
+    A stream that breaks after its first token goes on after the tokens that are there; attempts that bring new ones do
+    not count.
+    """
 
     max_attempts: int = 3
     initial_backoff_s: float = 0.1
@@ -51,9 +57,9 @@ class RetryPolicy:
 
 
 class Attempts:
-    """The deadline and the attempts of one call, unary or streaming."""
+    """The deadline and the attempts of one call, unary or streaming; `address` is the router to ask."""
 
-    def __init__(self, address: str, timeout_s: float, retry: RetryPolicy) -> None:
+    def __init__(self, routers: Rotation, timeout_s: float, retry: RetryPolicy) -> None:
         """Raises: DeadlineExceeded, InvalidRequest: there is no time left, or it is not a number."""
         if math.isnan(timeout_s):
             raise InvalidRequest("timeout_s is NaN; it must be a number of seconds", field="timeout_s")
@@ -62,7 +68,8 @@ class Attempts:
                 f"timeout_s is {timeout_s:g}: the deadline passed before the call", field="timeout_s"
             )
         self.sent_s = time.monotonic()
-        self._address = address
+        self.address = routers.pick()
+        self._routers = routers
         self._timeout_s = timeout_s
         self._deadline_s = self.sent_s + timeout_s
         self._retry = retry
@@ -73,13 +80,23 @@ class Attempts:
         return self._deadline_s - time.monotonic()
 
     def delay_s(self, error: grpc.RpcError) -> float:
-        """Seconds to wait before the next attempt. Raises: SplitserveError: the typed error, where none may help."""
+        """Seconds to wait before the next attempt, at `address`.
+
+        Raises: SplitserveError: the typed error, where none may help.
+        """
         typed = self._typed(error)
         delay_s = self._retry.delay_s(self._attempt, typed)
+        if isinstance(typed, Unavailable | Overloaded) and self._routers.failed(self.address, typed.retry_after_s):
+            delay_s = 0.0 if delay_s is not None else None  # another router can be asked at once
         if delay_s is None or delay_s >= self.left_s():
             raise typed from error
         self._attempt += 1
+        self.address = self._routers.pick()
         return delay_s
+
+    def answered(self) -> None:
+        """The router did what it was asked."""
+        self._routers.answered(self.address)
 
     def _typed(self, error: grpc.RpcError) -> SplitserveError:
         """The typed error behind a failed call; where gRPC itself ended it, in words that help."""
@@ -89,9 +106,11 @@ class Attempts:
             return typed
         if isinstance(typed, DeadlineExceeded):
             return DeadlineExceeded(f"no end within timeout_s {self._timeout_s:g}; raise it or ask for fewer tokens")
+        if isinstance(typed, Cancelled):  # not by us: a stream that we closed is not asked
+            return Unavailable(f"router {self.address} broke the call off ({typed.message}); send it again")
         if isinstance(typed, Unavailable):
             return Unavailable(
-                f"no router answers at {self._address} ({typed.message}); check the address and `splitserve status`"
+                f"no router answers at {self.address} ({typed.message}); check the address and `splitserve status`"
             )
         return typed
 
@@ -99,11 +118,15 @@ class Attempts:
 class Generation(Attempts):
     """One answer being received."""
 
-    def __init__(self, request: pb.GenerateRequest, address: str, timeout_s: float, retry: RetryPolicy) -> None:
-        super().__init__(address, timeout_s, retry)
-        self.request = request
+    def __init__(self, request: pb.GenerateRequest, routers: Rotation, timeout_s: float, retry: RetryPolicy) -> None:
+        super().__init__(routers, timeout_s, retry)
+        self.request = request  # as the next attempt sends it
+        self._key = request.idempotency_key
+        self._num_resumes = 0
+        self._has_tail = False  # text came without tokens: what the router held back to the end
         self._started: pb.Started | None = None
-        self._next_index = len(request.received_token_ids)
+        self._num_received = len(request.received_token_ids)  # before this call
+        self._next_index = self._num_received
         self._token_ids: list[int] = []
         self._token_times_s: list[float] = []
         self._texts: list[str] = []
@@ -134,12 +157,25 @@ class Generation(Attempts):
         return None
 
     def retry_delay_s(self, error: grpc.RpcError) -> float:
-        """As `delay_s`, but once tokens came an attempt more would repeat them: then the error is final."""
-        if self._token_ids or self._texts:
-            raise self._typed(error) from error
+        """As `delay_s`; the next attempt goes on after the tokens that came."""
+        if self._next_index > len(self.request.received_token_ids):
+            self._attempt = 1
         delay_s = self.delay_s(error)
+        if self._started is not None and self._token_ids:
+            self._resume(self._started)
         self._started = None
         return delay_s
+
+    def _resume(self, started: pb.Started) -> None:
+        self._num_resumes += 1
+        request = pb.GenerateRequest()
+        request.CopyFrom(self.request)
+        request.received_token_ids.extend(self._token_ids[len(request.received_token_ids) - self._num_received :])
+        request.sampling.seed = started.seed
+        request.ClearField("prompt_logprobs")  # they came before the first token
+        if self._key:  # the broken attempt may still hold it
+            request.idempotency_key = f"{self._key}~{self._num_resumes}"
+        self.request = request
 
     def result(self) -> GenerationResult:
         """Raises: Unavailable: the stream ended, or was left, before the answer did."""
@@ -150,14 +186,18 @@ class Generation(Attempts):
     def end(self) -> None:
         """The stream ended without an error. Raises: Unavailable: it never said Finished."""
         if self._result is None:
-            raise Unavailable(f"router {self._address} ended the stream in the middle of the answer; send it again")
+            raise Unavailable(f"router {self.address} ended the stream in the middle of the answer; send it again")
 
     def _accept_tokens(self, tokens: pb.Tokens, at_s: float) -> Chunk:
         if tokens.index != self._next_index:
             raise SplitserveError(
-                f"router {self._address} sent token {tokens.index} where {self._next_index} was due; "
+                f"router {self.address} sent token {tokens.index} where {self._next_index} was due; "
                 "the answer is dropped, please report this"
             )
+        if not tokens.token_ids:
+            if self._has_tail:  # sent again: only the end of the answer was lost
+                tokens.text = ""
+            self._has_tail = True
         self._next_index += len(tokens.token_ids)
         self._token_ids += tokens.token_ids
         self._token_times_s += [at_s] * len(tokens.token_ids)
@@ -171,7 +211,7 @@ class Generation(Attempts):
     def _finish(self, finished: pb.Finished, at_s: float) -> None:
         reason = reason_from_proto(finished.reason)
         if reason is None or self._started is None:
-            raise SplitserveError(f"router {self._address} ended the answer without a reason or a start")
+            raise SplitserveError(f"router {self.address} ended the answer without a reason or a start")
         self._result = GenerationResult(
             request_id=self._started.request_id,
             model=self._started.model,
@@ -186,6 +226,13 @@ class Generation(Attempts):
             logprobs=tuple(self._logprobs),
             prompt_logprobs=self._prompt_logprobs,
         )
+
+
+def check_concurrency(concurrency: int) -> int:
+    """Raises: InvalidRequest: nothing would ever be sent."""
+    if concurrency < 1:
+        raise InvalidRequest(f"concurrency is {concurrency}; it must be at least 1", field="concurrency")
+    return concurrency
 
 
 def closed_error() -> Cancelled:

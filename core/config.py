@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from .errors import ConfigError
 
+DEFAULT_HTTP_PORT = 8000
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
@@ -86,6 +87,15 @@ class RouterConfig(_Section):
         default="127.0.0.1", description="Address that clients connect to; loopback unless you say otherwise"
     )
     port: int = Field(default=50051, ge=0, le=65535, description="Port of the first router; 0 takes a free one")
+    http_port: int | None = Field(
+        default=None,
+        ge=-1,
+        le=65535,
+        description="Port of the first router's OpenAI API; empty: 8000, or a free one where port is 0; -1: none",
+    )
+    api_key_file: Path | None = Field(
+        default=None, description="File with one API key a line, asked of every caller; empty: everybody may call"
+    )
     max_queued: int = Field(default=256, ge=1, description="Requests waiting for dispatch; more are refused")
     max_live: int = Field(default=8_192, ge=1, description="Requests not ended, queued ones included; more are refused")
     prefill_bound_s: float = Field(
@@ -98,6 +108,13 @@ class RouterConfig(_Section):
     no_worker_wait_s: float = Field(
         default=4.0, ge=0, description="Seconds that a request waits while nobody can serve it"
     )
+
+    def http_port_of(self, index: int) -> int:
+        """Port of router number `index`: consecutive ones, 0 for a free one, -1 for none."""
+        first = self.http_port
+        if first is None:
+            first = DEFAULT_HTTP_PORT if self.port else 0
+        return first + index if first > 0 else first
 
 
 class PoolConfig(_Section):

@@ -39,6 +39,12 @@ class PromptTooLong(InvalidRequest):
     code = "prompt_too_long"
 
 
+class Unauthenticated(SplitserveError):
+    """The caller did not prove who it is: no API key, or a wrong one."""
+
+    code, grpc_code, http_status = "unauthenticated", "UNAUTHENTICATED", 401
+
+
 class ModelNotFound(SplitserveError):
     """No worker serves the model that was asked for."""
 

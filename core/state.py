@@ -19,6 +19,7 @@ class ClusterState:
     namespace: str  # Ray namespace that holds the cluster's actors
     pid: int  # process to signal in order to stop it
     metrics_addresses: tuple[str, ...] = ()  # host:port of each process's /metrics
+    http_addresses: tuple[str, ...] = ()  # host:port of each router's OpenAI API
 
 
 def state_path() -> Path:
@@ -41,6 +42,7 @@ def read_state() -> ClusterState | None:
             namespace=str(row["namespace"]),
             pid=int(row["pid"]),
             metrics_addresses=tuple(row.get("metrics_addresses", ())),
+            http_addresses=tuple(row.get("http_addresses", ())),
         )
     except FileNotFoundError:
         return None

@@ -17,10 +17,12 @@ import ray
 from ray.exceptions import RayActorError
 
 from ..client.results import RouterStatus, status_from_proto
+from ..client.routers import key_metadata
 from ..core.config import WORKER_ROLES, ClusterConfig, Role
 from ..core.errors import SplitserveError
 from ..proto import inference_pb2, inference_pb2_grpc
 from ..proto.rpc import CHANNEL_OPTIONS
+from ..router.keys import read_keys
 from .placement import create_actor, find_group, place
 from .process import Endpoint, Exit, StartFailure
 from .roles import role_command, role_environment, role_needs
@@ -69,6 +71,11 @@ class ClusterView:
     def router_addresses(self) -> tuple[str, ...]:
         return tuple(m.endpoint.address for m in self.members if m.role == "router" and m.endpoint)
 
+    @property
+    def http_addresses(self) -> tuple[str, ...]:
+        """Of the routers that serve HTTP."""
+        return tuple(m.endpoint.http_address for m in self.members if m.endpoint and m.endpoint.http_address)
+
 
 class MemberFailed(SplitserveError):
     """A process did not come up; `log_tail` is the end of what it wrote, if it wrote anything."""
@@ -85,7 +92,15 @@ class Command(Protocol):
     """Makes the command line of one process; see roles.role_command."""
 
     def __call__(
-        self, config: ClusterConfig, role: Role, *, name: str, host: str, port: int, num_threads: int
+        self,
+        config: ClusterConfig,
+        role: Role,
+        *,
+        name: str,
+        host: str,
+        port: int,
+        num_threads: int,
+        http_port: int,
     ) -> Sequence[str]: ...
 
 
@@ -145,11 +160,12 @@ class Controller:
         """Start one process and start it again whenever it dies, within the bounds of `restart`."""
         bounds = self._config.restart
         restarts: deque[float] = deque()
-        port = self._port(name)
+        ports = self._ports(name)
         while True:
-            started = await self._start(name, port)
+            started = await self._start(name, *ports)
             if isinstance(started, Endpoint):
-                port = int(started.address.rpartition(":")[2]) if self._members[name].role == "router" else port
+                if self._members[name].role == "router":  # its clients find it again
+                    ports = _port(started.address), _port(started.http_address) if started.http_address else -1
                 reason = str(await self._death(name))
             else:
                 reason = started.message
@@ -171,7 +187,7 @@ class Controller:
             self._update(name, phase=Phase.WAITING, endpoint=None, num_restarts=num_restarts, reason=reason)
             await asyncio.sleep(backoff_s)
 
-    async def _start(self, name: str, port: int) -> Endpoint | StartFailure:
+    async def _start(self, name: str, port: int, http_port: int) -> Endpoint | StartFailure:
         config, role = self._config, self._members[name].role
         self._update(name, phase=Phase.PLACING)
         needs = role_needs(config, role)
@@ -183,7 +199,13 @@ class Controller:
             if name not in self._actors:
                 self._actors[name] = create_actor(name, group, needs, log_path=log_path)
             command = self._command(
-                config, role, name=name, host=self._host(role), port=port, num_threads=needs.num_cpus
+                config,
+                role,
+                name=name,
+                host=self._host(role),
+                port=port,
+                num_threads=needs.num_cpus,
+                http_port=http_port,
             )
             started: Endpoint | StartFailure = await self._actors[name].start.remote(
                 command, role_environment(needs.num_cpus), config.startup_timeout_s
@@ -218,17 +240,23 @@ class Controller:
             return self._config.router.host
         return self._config.worker_host or ("{node_ip}" if self._config.ray.address else "127.0.0.1")
 
-    def _port(self, name: str) -> int:
-        """Routers listen on consecutive ports from the configured one, workers wherever there is room."""
-        first = self._config.router.port
+    def _ports(self, name: str) -> tuple[int, int]:
+        """For gRPC and HTTP: routers have consecutive ports from the configured ones, workers listen where there is
+        room.
+        """
+        router = self._config.router
         role, _, index = name.rpartition("-")
-        return first + int(index) if role == "router" and first else 0
+        if role != "router":
+            return 0, -1
+        return router.port + int(index) if router.port else 0, router.http_port_of(int(index))
 
     # -- routers --
 
     async def _tell_routers(self) -> None:
         """Give every router the list of workers whenever it changes, and ask each how it fares."""
         channels: dict[str, grpc.aio.Channel] = {}
+        key_file = self._config.router.api_key_file
+        metadata = key_metadata(read_keys(key_file)[0]) if key_file is not None else ()
         told: dict[str, tuple[str, inference_pb2.SetWorkersRequest]] = {}  # router -> (its boot id, the list)
         try:
             while True:
@@ -247,10 +275,10 @@ class Controller:
                     stub = inference_pb2_grpc.RouterAdminStub(channels[address])
                     try:
                         if told.get(member.name) != (member.endpoint.boot_id, workers):
-                            await stub.SetWorkers(workers, timeout=_RPC_TIMEOUT_S)
+                            await stub.SetWorkers(workers, timeout=_RPC_TIMEOUT_S, metadata=metadata)
                             told[member.name] = (member.endpoint.boot_id, workers)
                         request = inference_pb2.GetRouterStatusRequest()
-                        answer = await stub.GetRouterStatus(request, timeout=_RPC_TIMEOUT_S)
+                        answer = await stub.GetRouterStatus(request, timeout=_RPC_TIMEOUT_S, metadata=metadata)
                         self._views[member.name] = status_from_proto(answer)
                     except grpc.aio.AioRpcError as error:
                         logger.warning("%s does not answer: %s", member.name, error.details())
@@ -321,3 +349,7 @@ def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(found, BaseExceptionGroup):
         found = found.exceptions[0]
     return found
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2])

@@ -25,6 +25,7 @@ class Endpoint:
     boot_id: str
     pid: int
     node: str = ""
+    http_address: str = ""  # of a router that serves HTTP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,24 +62,25 @@ def role_command(
     host: str,
     port: int,
     num_threads: int,
+    http_port: int = -1,
 ) -> Sequence[str]:
     """The command that starts one process; it can be pasted into a shell.
 
-    `host` may be "{node_ip}": the node that runs it fills it in.
+    `host` may be "{node_ip}": the node that runs it fills it in. `http_port` is a router's.
     """
     subcommand = {"router": "router", "prefill": "prefill-worker"}.get(role, "decode-worker")
     # Not the console script: the package may be on the path without being installed.
     command = [sys.executable, "-c", "from splitserve.cli.main import main; main()", "-v", subcommand]
     command += ["--host", host, "--port", str(port)]
     if role == "router":
-        command += ["--router-id", name]
+        command += ["--router-id", name, "--http-port", str(http_port)]
     else:
         command += ["--worker-id", name, "--threads", str(num_threads)]
         command += ["--role", role] if role != "prefill" else []
     defaults = ClusterConfig()
     for key in role_keys(role):
         value = get(config, key)
-        if value == get(defaults, key) or key in ("router.host", "router.port"):
+        if value == get(defaults, key) or key in ("router.host", "router.port", "router.http_port"):
             continue
         if isinstance(value, bool):
             command.append(flag(key) if value else f"--no-{flag(key)[2:]}")

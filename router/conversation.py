@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..core.errors import InvalidRequest
 from ..proto import inference_pb2
+
+_INSTRUCTIONS = """You may call functions to help with the request. Their signatures:
+{tools}
+To call one, answer with its name and arguments as JSON between tags, and nothing else:
+<tool_call>{{"name": "...", "arguments": {{...}}}}</tool_call>"""
 
 
 def template_input(conversation: inference_pb2.ChatMessages) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -47,3 +53,26 @@ def _json_object(text: str, field: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest(f"{field} is a JSON {type(value).__name__}; it must be an object", field=field)
     return value
+
+
+def explain_tools(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For a chat template that knows no tools: the same conversation in words that it does know."""
+    rows = [_in_words(message) for message in messages]
+    if tools:
+        listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+        text = _INSTRUCTIONS.format(tools=listed)
+        if rows and rows[0]["role"] == "system":
+            rows[0] = {**rows[0], "content": f"{rows[0]['content']}\n\n{text}"}
+        else:
+            rows.insert(0, {"role": "system", "content": text})
+    return rows
+
+
+def _in_words(message: Mapping[str, Any]) -> dict[str, Any]:
+    if message["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+    if "tool_calls" not in message:
+        return dict(message)
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message["tool_calls"]]
+    parts = [message["content"], *(f"<tool_call>{call}</tool_call>" for call in calls)]
+    return {"role": message["role"], "content": "\n".join(part for part in parts if part)}

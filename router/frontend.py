@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import secrets
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
-from ..core.errors import InvalidRequest, SplitserveError, Unavailable
-from ..core.logprobs import TokenLogprob
-from ..core.request import MAX_SEED, FinishReason, Request
-from ..engine.output_format import check_format
+from ..core.errors import InvalidRequest, SplitserveError
 from ..proto import inference_pb2, inference_pb2_grpc
-from ..proto.convert import check_protocol, format_from_proto, logprob_to_proto, reason_to_proto, sampling_from_proto
 from ..proto.rpc import abort
-from ..scheduling.admission import ModelLimits, check_model, make_request
-from .conversation import template_input
-from .dispatch import Dispatcher, Job
+from .dispatch import Dispatcher
+from .front_door import FrontDoor
 from .membership import WorkerPool
-from .text import AnswerText, ModelText
-from .timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -38,79 +29,30 @@ M = TypeVar("M", bound=Message)
 
 
 class Inference(inference_pb2_grpc.InferenceServicer):
-    """What clients call.
+    """What clients call."""
 
-    Args:
-        model: the name served.
-        default_timeout_s: deadline of a call that has none.
-        no_worker_wait_s: how long a call waits for the first worker after the router's start.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        text: ModelText,
-        pool: WorkerPool,
-        dispatcher: Dispatcher,
-        *,
-        default_timeout_s: float,
-        no_worker_wait_s: float,
-    ) -> None:
-        self._model = model
-        self._text = text
-        self._pool = pool
-        self._dispatcher = dispatcher
-        self._default_timeout_s = default_timeout_s
-        self._no_worker_wait_s = no_worker_wait_s
-        self.draining = False
+    def __init__(self, door: FrontDoor) -> None:
+        self._door = door
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest | Undecodable, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        arrived_at = time.monotonic()
         try:
-            if self.draining:
-                raise Unavailable("the router is shutting down; use another one", retry_after_s=1.0)
             if isinstance(request, Undecodable):
                 raise request.error
-            work = await self._prepare(request, context)
-            answer = AnswerText(self._text, request.stop, work.min_tokens)
-            answer.push(work.output_token_ids)  # the client has this text; what it holds back may still come
-            if (reason := _already_complete(work, answer)) is not None:
-                yield self._started(work)
-                yield _finished(reason, work, len(work.output_token_ids))
-                return
-            deadline_at = arrived_at + work.timeout_s
-            with self._dispatcher.open(work, arrived_at=arrived_at, deadline_at=deadline_at) as job:
-                yield self._started(work)
-                index = len(work.output_token_ids)
-                told_prompt = work.prompt_logprobs is None
-                while token_ids := await job.read():
-                    if not told_prompt:
-                        told_prompt = True
-                        yield self._prompt_logprobs(work, job.answer.prompt_logprobs)
-                    text, used = answer.push(token_ids)
-                    if answer.stopped:
-                        self._dispatcher.finish(job)
-                    yield _tokens(index, token_ids[:used], text, self._logprobs(job, index, used))
-                    index += used
-                if tail := answer.flush():
-                    yield _tokens(index, (), tail)
-                yield _finished(job.answer.finish_reason, work, index, job.timeline, job.num_failures + 1)
+            async with aclosing(self._door.answer(request, context.time_remaining())) as messages:
+                async for message in messages:
+                    yield message
         except SplitserveError as error:
             await abort(context, error)
 
     async def Cancel(self, request: inference_pb2.CancelRequest, context: Context) -> inference_pb2.CancelResponse:
-        return inference_pb2.CancelResponse(found=self._dispatcher.cancel(request.request_id))
+        return inference_pb2.CancelResponse(found=self._door.cancel(request.request_id))
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
-        limits = self._pool.limits
-        if limits is None or not self._pool.usable:
-            return inference_pb2.ListModelsResponse()
-        model = inference_pb2.Model(name=self._model, max_model_len=limits.max_model_len, vocab_size=limits.vocab_size)
-        return inference_pb2.ListModelsResponse(models=[model])
+        return inference_pb2.ListModelsResponse(models=self._door.models())
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest | Undecodable, context: Context
@@ -118,9 +60,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         try:
             if isinstance(request, Undecodable):
                 raise request.error
-            check_model(request.model, [self._model])
-            token_ids = await self._token_ids(request)
-            return inference_pb2.TokenizeResponse(token_ids=token_ids, tokens=self._text.token_texts(token_ids))
+            return await self._door.tokenize(request)
         except SplitserveError as error:
             await abort(context, error)
 
@@ -128,93 +68,9 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
         try:
-            check_model(request.model, [self._model])
-            text = self._text.decode(request.token_ids, keep_special_tokens=request.keep_special_tokens)
-            return inference_pb2.DetokenizeResponse(text=text)
+            return self._door.detokenize(request)
         except SplitserveError as error:
             await abort(context, error)
-
-    async def _prepare(self, message: inference_pb2.GenerateRequest, context: Context) -> Request:
-        """Check everything that can be checked without a worker. Raises: SplitserveError."""
-        check_protocol(message.protocol_version, "the client")
-        check_model(message.model, [self._model])
-        if len(message.idempotency_key) > MAX_KEY_CHARS:
-            raise InvalidRequest(
-                f"idempotency_key has {len(message.idempotency_key)} characters; at most {MAX_KEY_CHARS} are allowed",
-                field="idempotency_key",
-            )
-        if not message.sampling.HasField("seed"):
-            message.sampling.seed = secrets.randbelow(MAX_SEED + 1)
-        sampling = sampling_from_proto(message.sampling)
-        output_format = None
-        if message.HasField("output_format"):
-            output_format = format_from_proto(message.output_format)
-            await asyncio.to_thread(check_format, output_format)  # a large schema takes a while
-        token_ids = await self._token_ids(message)
-        remaining_s = context.time_remaining()
-        return make_request(
-            request_id=message.idempotency_key or secrets.token_hex(12),
-            prompt_token_ids=token_ids,
-            limits=await self._limits(),
-            sampling=sampling,
-            timeout_s=self._default_timeout_s if remaining_s is None else remaining_s,
-            max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
-            stop_token_ids=message.stop_token_ids,
-            ignore_eos=message.ignore_eos,
-            output_token_ids=message.received_token_ids,
-            min_tokens=message.min_tokens,
-            logprobs=message.logprobs if message.HasField("logprobs") else None,
-            prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
-            output_format=output_format,
-            priority=message.priority,
-            tenant=message.tenant,
-        )
-
-    async def _token_ids(self, message: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> list[int]:
-        match message.WhichOneof("input"):
-            case "text":
-                return await self._text.encode(message.text)
-            case "messages":
-                return await self._text.encode_chat(*template_input(message.messages))
-            case "token_ids" if isinstance(message, inference_pb2.GenerateRequest):
-                return list(message.token_ids.ids)
-            case _:
-                raise InvalidRequest("the request has no input; send text, messages or token_ids", field="input")
-
-    async def _limits(self) -> ModelLimits:
-        """What the workers can do; waits for the first worker."""
-        try:
-            async with asyncio.timeout(self._no_worker_wait_s):
-                await self._pool.known.wait()
-        except TimeoutError:
-            raise Unavailable(
-                f"no worker was ready within {self._no_worker_wait_s:g} s; try again, or see the router's status",
-                retry_after_s=1.0,
-            ) from None
-        assert self._pool.limits is not None
-        return self._pool.limits
-
-    def _logprobs(self, job: Job, index: int, count: int) -> list[inference_pb2.TokenLogprob]:
-        """Of `count` tokens of the answer from `index` on, if they were asked for."""
-        if job.request.logprobs is None:
-            return []
-        rows = [row for row in job.answer.logprobs[index : index + count] if row is not None]
-        return [logprob_to_proto(self._text.token_text.name(row)) for row in rows]
-
-    def _prompt_logprobs(self, work: Request, rows: Sequence[TokenLogprob]) -> inference_pb2.GenerateResponse:
-        first = TokenLogprob(token_id=work.prompt_token_ids[0], logprob=0.0, rank=0)
-        named = [logprob_to_proto(self._text.token_text.name(row)) for row in (first, *rows)]
-        return inference_pb2.GenerateResponse(prompt_logprobs=inference_pb2.PromptLogprobs(tokens=named))
-
-    def _started(self, work: Request) -> inference_pb2.GenerateResponse:
-        return inference_pb2.GenerateResponse(
-            started=inference_pb2.Started(
-                request_id=work.request_id,
-                model=self._model,
-                num_prompt_tokens=work.num_prompt_tokens,
-                seed=work.sampling.seed,
-            )
-        )
 
 
 class RouterAdmin(inference_pb2_grpc.RouterAdminServicer):
@@ -310,70 +166,3 @@ def _deserializer(kind: type[M]) -> Callable[[bytes], M | Undecodable]:
             )
 
     return deserialize
-
-
-def _already_complete(work: Request, answer: AnswerText) -> FinishReason | None:
-    """Why an answer that the client resumes was complete already: only its last message was lost."""
-    received = work.output_token_ids
-    if answer.stopped or (received and received[-1] in work.stop_token_ids):
-        return FinishReason.STOP
-    return FinishReason.LENGTH if len(received) >= work.max_tokens else None
-
-
-def _tokens(
-    index: int, token_ids: Sequence[int], text: str, logprobs: Sequence[inference_pb2.TokenLogprob] = ()
-) -> inference_pb2.GenerateResponse:
-    tokens = inference_pb2.Tokens(index=index, token_ids=token_ids, text=text, logprobs=logprobs)
-    return inference_pb2.GenerateResponse(tokens=tokens)
-
-
-def _finished(
-    reason: FinishReason | None,
-    work: Request,
-    num_output_tokens: int,
-    timeline: Timeline | None = None,
-    attempts: int = 0,
-) -> inference_pb2.GenerateResponse:
-    usage = inference_pb2.Usage(num_prompt_tokens=work.num_prompt_tokens, num_output_tokens=num_output_tokens)
-    timing = None
-    if timeline is not None:
-        timing = _timing(timeline, attempts)
-        measured = timeline.prefill or timeline.decode
-        usage.num_cached_tokens = measured.num_cached_tokens if measured is not None else 0
-    finished = inference_pb2.Finished(reason=reason_to_proto(reason), usage=usage, timing=timing)
-    return inference_pb2.GenerateResponse(finished=finished)
-
-
-def _timing(timeline: Timeline, attempts: int) -> inference_pb2.RequestTiming:
-    prefill, transfer, decode = timeline.prefill, timeline.transfer, timeline.decode
-    timing = inference_pb2.RequestTiming(
-        queue_s=_between(timeline.arrived_at, timeline.dispatched_at),
-        grant_s=_between(timeline.asked_at, timeline.granted_at),
-        ttft_s=_between(timeline.arrived_at, timeline.first_token_at),
-        decode_s=_between(timeline.first_token_at, timeline.last_token_at),
-        e2e_s=_between(timeline.arrived_at, timeline.ended_at),
-        transport="none",
-        prefill_worker=timeline.prefill_worker or timeline.decode_worker,
-        decode_worker=timeline.decode_worker,
-        attempts=attempts,
-        events=[
-            inference_pb2.TimelineEvent(event=event.value, offset_s=at_s - timeline.arrived_at)
-            for event, at_s in timeline.in_order()
-        ],
-    )
-    if prefill is not None:
-        timing.prefill_queue_s, timing.prefill_s = prefill.queue_s, prefill.prefill_s
-    if transfer is not None:
-        timing.transfer_s, timing.transfer_exposed_s = transfer.transfer_s, transfer.exposed_s
-        timing.kv_bytes, timing.transport = transfer.num_bytes, transfer.transport
-    if decode is not None:
-        timing.preemptions = decode.preemptions
-        if transfer is not None:
-            timing.decode_queue_s = decode.queue_s
-        else:
-            timing.prefill_queue_s, timing.prefill_s = decode.queue_s, decode.prefill_s
-    return timing
-
-
-def _between(start: float | None, end: float | None) -> float:
-    return end - start if start is not None and end is not None else 0.0

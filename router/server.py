@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,15 @@ from ..core.errors import Unavailable
 from ..core.events import Recorder
 from ..core.metrics import RouterMetrics
 from ..engine.model_files import resolve_model
-from ..proto.server import Ready, RpcServer
+from ..proto.server import Ready, RpcServer, run
 from ..scheduling.admission import Admission
 from .dispatch import Dispatcher
+from .front_door import FrontDoor
 from .frontend import ADMIN, INFERENCE, Inference, RouterAdmin, add_to_server
+from .keys import ApiKeys, RequireKey, read_keys
 from .membership import WorkerPool
+from .openai.app import make_app
+from .openai.server import HttpServer
 from .text import ModelText
 
 logger = logging.getLogger(__name__)
@@ -37,6 +42,8 @@ class RouterOptions:
     host: str = "127.0.0.1"
     port: int = 50051
     metrics_port: int = 0
+    http_port: int | None = None  # of the OpenAI-compatible API; None: not served
+    api_key_file: Path | None = None  # one key a line, asked of every caller; None: everybody may call
     router_id: str = ""  # unique in the cluster; empty makes one
     max_queued: int = 256  # requests waiting for dispatch; more are refused
     max_live: int = 8_192  # requests not ended; more are refused
@@ -72,7 +79,7 @@ class Router:
             max_attempts=options.max_attempts,
             no_worker_wait_s=options.no_worker_wait_s,
         )
-        self._inference = Inference(
+        self._door = FrontDoor(
             model_name,
             text,
             self.pool,
@@ -80,13 +87,24 @@ class Router:
             default_timeout_s=options.default_timeout_s,
             no_worker_wait_s=options.no_worker_wait_s,
         )
-        self._rpc = RpcServer(options.host, options.port, [INFERENCE, ADMIN])
-        add_to_server(self._rpc.server, self._inference, RouterAdmin(self.pool, self.dispatcher))
+        keys = ApiKeys(read_keys(options.api_key_file)) if options.api_key_file is not None else None
+        interceptors = [RequireKey(keys)] if keys is not None else []
+        self._rpc = RpcServer(options.host, options.port, [INFERENCE, ADMIN], interceptors)
+        add_to_server(self._rpc.server, Inference(self._door), RouterAdmin(self.pool, self.dispatcher))
         self._health: asyncio.Task[None] | None = None
+        self._http: HttpServer | None = None
+        if options.http_port is not None:
+            app = make_app(self._door, self._registry, int(time.time()), keys)
+            self._http = HttpServer(app, options.host, options.http_port)
 
     @property
     def address(self) -> str:
         return self._rpc.address
+
+    @property
+    def http_address(self) -> str:
+        """host:port of the OpenAI-compatible API; empty if it is not served."""
+        return self._http.address if self._http is not None else ""
 
     async def start(self) -> Ready:
         """Serve. Health says serving as soon as a pair of workers is ready."""
@@ -96,18 +114,21 @@ class Router:
         await self._rpc.set_serving(False)
         self._health = asyncio.create_task(self._tell_health())
         self.pool.set_workers(options.prefill, options.decode, self.dispatcher)
-        logger.info("router on %s, metrics on port %d", self.address, metrics_port)
+        if self._http is not None:
+            await self._http.start()
+        logger.info("router on %s, HTTP on %s, metrics on port %d", self.address, self.http_address, metrics_port)
         host = self.address.rpartition(":")[0]
         return Ready(
             address=self.address,
             metrics_address=f"{host}:{metrics_port}",
             pid=os.getpid(),
             boot_id=self.boot_id,
+            http_address=self.http_address,
         )
 
     async def stop(self, drain_timeout_s: float = 0.0) -> None:
         """Take no new requests, give live ones `drain_timeout_s`, end the rest with a typed error, and go."""
-        self._inference.draining = True
+        self._door.draining = True
         if self._health is not None:
             self._health.cancel()
             await self._rpc.set_serving(False)
@@ -116,6 +137,8 @@ class Router:
                 await self.dispatcher.idle.wait()
         except TimeoutError:
             self.dispatcher.close(Unavailable("the router is shutting down; send the request again", retry_after_s=1.0))
+        if self._http is not None:
+            await self._http.stop()
         await self._rpc.stop()
         await self.pool.close()
         self.recorder.close()
@@ -145,4 +168,4 @@ async def serve_async(options: RouterOptions, ready: Callable[[Ready], None] | N
 
 def serve(options: RouterOptions, ready: Callable[[Ready], None] | None = None) -> None:
     """Run a router in this process. Raises: SplitserveError: it cannot start."""
-    asyncio.run(serve_async(options, ready))
+    run(serve_async(options, ready))

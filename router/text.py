@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from ..core.errors import InvalidRequest, ModelLoadFailed
+from .conversation import explain_tools
 from .token_text import TokenText
 
 LONG_TEXT_CHARS = 4_096  # from here on tokenising leaves the event loop
@@ -52,7 +53,9 @@ class ModelText:
             name: _token_text(config[name]) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
             if config.get(name) is not None
         }  # fmt: skip
-        self._template = _load_template(directory, config)
+        source = _template_source(directory, config)
+        self._template = _compile(source, directory) if source is not None else None
+        self._knows_tools = source is not None and "tools" in source
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with the special tokens (BOS) that the model's tokenizer adds to it."""
@@ -76,6 +79,8 @@ class ModelText:
             raise InvalidRequest("the model has no chat template; send text or token ids", field="messages")
         if not messages:
             raise InvalidRequest("the conversation is empty; send at least one message", field="messages")
+        if not self._knows_tools:
+            messages, tools = explain_tools(messages, tools), ()
         try:
             return self._template.render(
                 messages=messages, tools=tools or None, add_generation_prompt=True, **self._special
@@ -193,14 +198,16 @@ def _token_text(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def _load_template(directory: Path, config: Mapping[str, Any]) -> jinja2.Template | None:
-    """The model's chat template, compiled as transformers does; it is the model's code, so it runs in a sandbox."""
+def _template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
     source: Any = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
     if isinstance(source, list):  # several named ones
         source = {row["name"]: row["template"] for row in source}.get("default")
-    if source is None:
-        return None
+    return None if source is None else str(source)
+
+
+def _compile(source: str, directory: Path) -> jinja2.Template:
+    """The model's chat template, compiled as transformers does; it is the model's code, so it runs in a sandbox."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
     )

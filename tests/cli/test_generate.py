@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from splitserve.cli.main import app
@@ -194,9 +195,34 @@ def test_an_unreachable_router_exits_1() -> None:
 def test_an_error_in_the_middle_starts_its_own_line() -> None:
     async def fail_late(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
         yield started()
-        yield token(0)
+        if not request.received_token_ids:
+            yield token(0)
         raise EngineFailed("the step failed")
 
     with ScriptedRouter(fail_late) as router:
         result = runner.invoke(app, ["generate", "a", "--address", router.address])
     assert (result.exit_code, result.output) == (1, "0 \nerror: the step failed\n")
+
+
+def test_output_formats_and_logprobs_reach_the_request(router: ScriptedRouter, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "integer"}')
+    for flags in (["--json-schema", str(schema)], ["--regex", "[0-9]+"], ["--logprobs", "2", "--min-tokens", "3"]):
+        assert runner.invoke(app, ["generate", "a", *flags]).exit_code == 0
+    first, second, third = router.requests
+    assert first.output_format.json_schema == '{"type": "integer"}'
+    assert second.output_format.regex == "[0-9]+"
+    assert (third.logprobs, third.min_tokens) == (2, 3)
+
+
+def test_logprobs_are_part_of_the_json() -> None:
+    async def with_logprobs(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        row = pb.TokenLogprob(token_id=5, logprob=-0.5, rank=1, text=b"\xe2")
+        yield started()
+        yield pb.GenerateResponse(tokens=pb.Tokens(token_ids=[5], text="", logprobs=[row]))
+        yield finished(num_output_tokens=1)
+
+    with ScriptedRouter(with_logprobs) as router:
+        done = runner.invoke(app, ["generate", "a", "--json", "--logprobs", "0", "--address", router.address])
+    (row,) = json.loads(done.stdout)["logprobs"]
+    assert (row["token_id"], row["logprob"], row["text"]) == (5, -0.5, "\ufffd")

@@ -29,6 +29,7 @@ from splitserve.client import (
     Unavailable,
     WorkerLost,
 )
+from splitserve.client.routers import Rotation
 from splitserve.client.testing import ScriptedRouter, count_up, finished, started, token
 from splitserve.core.errors import BY_CODE
 from splitserve.core.state import ClusterState, write_state
@@ -39,12 +40,12 @@ NO_RETRY = RetryPolicy(max_attempts=1)
 FAST_RETRY = RetryPolicy(max_attempts=3, initial_backoff_s=0.001)
 
 
-def _generate(address: str, prompt: Any, retry: RetryPolicy, **options: Any) -> GenerationResult:
+def _generate(address: str | list[str], prompt: Any, retry: RetryPolicy, **options: Any) -> GenerationResult:
     with Client(address, retry=retry) as client:
         return client.generate(prompt, **options)
 
 
-def _generate_async(address: str, prompt: Any, retry: RetryPolicy, **options: Any) -> GenerationResult:
+def _generate_async(address: str | list[str], prompt: Any, retry: RetryPolicy, **options: Any) -> GenerationResult:
     client = AsyncClient(address, retry=retry)  # outside of an event loop on purpose
 
     async def run() -> GenerationResult:
@@ -130,16 +131,126 @@ def test_a_retry_that_succeeds_is_an_ordinary_answer(generate: Generate) -> None
         assert [request.idempotency_key for request in router.requests] == ["key-1"] * 3
 
 
-def test_nothing_is_retried_after_the_first_token(generate: Generate) -> None:
+def test_a_stream_that_breaks_goes_on_after_the_tokens_that_came(generate: Generate) -> None:
+    """One token an attempt: progress is no failure, however many attempts it takes."""
+
+    async def one_token(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        index = len(request.received_token_ids)
+        yield started(seed=9)
+        yield token(index)
+        if index < 5:
+            raise EngineFailed("the step failed")
+        yield finished(num_output_tokens=6)
+
+    with ScriptedRouter(one_token) as router:
+        result = generate(router.address, "a", FAST_RETRY, idempotency_key="key")
+        assert (result.token_ids, result.text) == ((0, 1, 2, 3, 4, 5), "0 1 2 3 4 5 ")
+        assert [list(request.received_token_ids) for request in router.requests] == [list(range(n)) for n in range(6)]
+        assert [request.sampling.seed for request in router.requests[1:]] == [9] * 5
+        assert [request.idempotency_key for request in router.requests[:3]] == ["key", "key~1", "key~2"]
+
+
+def test_a_stream_that_breaks_without_progress_fails(generate: Generate) -> None:
     async def fail_late(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
         yield started()
-        yield token(0)
+        if not request.received_token_ids:
+            yield token(0)
         raise EngineFailed("the step failed")
 
     with ScriptedRouter(fail_late) as router:
         with pytest.raises(EngineFailed):
             generate(router.address, "a", FAST_RETRY)
-        assert len(router.requests) == 1
+        assert len(router.requests) == 1 + 2
+
+
+def test_the_tail_of_an_answer_is_taken_once(generate: Generate) -> None:
+    async def lose_the_end(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        yield started()
+        if not request.received_token_ids:
+            yield token(0)
+        yield pb.GenerateResponse(tokens=pb.Tokens(index=1, text="tail"))
+        if not request.received_token_ids:
+            raise WorkerLost("the last message is lost")
+        yield finished(num_output_tokens=1)
+
+    with ScriptedRouter(lose_the_end) as router:
+        assert generate(router.address, "a", FAST_RETRY).text == "0 tail"
+
+
+def test_another_router_stands_in_for_one_that_dies_in_the_middle(generate: Generate) -> None:
+    dying: list[ScriptedRouter] = []
+
+    async def die(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        yield started()
+        yield token(0)
+        yield token(1)
+        threading.Thread(target=dying[0].stop).start()
+        await asyncio.Event().wait()
+
+    with ScriptedRouter(die) as first, ScriptedRouter() as second:
+        dying.append(first)
+        for _ in range(20):  # until the one that dies begins
+            if not first.requests:
+                assert generate([first.address, second.address], "a", FAST_RETRY).token_ids == (0, 1, 2, 3)
+        assert len(first.requests) == 1
+        assert [0, 1] in [list(request.received_token_ids) for request in second.requests]
+
+
+def test_calls_are_shared_out_among_routers() -> None:
+    with ScriptedRouter() as first, ScriptedRouter() as second, Client([first.address, second.address]) as client:
+        for _ in range(10):
+            client.generate("a")
+        assert (len(first.requests), len(second.requests)) == (5, 5)
+        second.stop()
+        for _ in range(4):
+            client.generate("a")
+        assert len(first.requests) == 9
+
+
+def test_a_router_that_fails_rests_and_comes_back() -> None:
+    rotation = Rotation(["a:1", "b:1"])
+    assert rotation.failed("a:1") is True
+    assert {rotation.pick() for _ in range(4)} == {"b:1"}
+    assert rotation.failed("b:1") is False
+    rotation.answered("a:1")
+    assert {rotation.pick() for _ in range(4)} == {"a:1"}
+
+
+def test_a_batch_is_bounded_and_in_order() -> None:
+    running, most = 0, 0
+
+    async def count(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.01)
+        try:
+            if request.text == "bad":
+                raise InvalidRequest("bad")
+            yield started(request_id=request.text)
+            yield finished()
+        finally:
+            running -= 1
+
+    prompts = [str(number) for number in range(20)]
+    with ScriptedRouter(count) as router, Client(router.address) as client:
+        assert [result.request_id for result in client.batch(prompts, concurrency=4)] == prompts
+        assert 1 < most <= 4
+        with_error = client.batch(["1", "bad", "2"], return_errors=True)
+        assert [type(row) for row in with_error] == [GenerationResult, InvalidRequest, GenerationResult]
+        with pytest.raises(InvalidRequest):
+            client.batch(["1", "bad", "2"])
+        with pytest.raises(InvalidRequest, match="concurrency"):
+            client.batch(prompts, concurrency=0)
+
+
+async def test_an_async_batch_is_bounded_and_in_order() -> None:
+    prompts = [f"{number} words" for number in range(20)]
+    with ScriptedRouter() as router:
+        async with AsyncClient(router.address) as client:
+            results = await client.batch(prompts, concurrency=3, max_tokens=2)
+    assert [result.token_ids for result in results] == [(0, 1)] * 20
+    assert sorted(request.text for request in router.requests) == sorted(prompts)
 
 
 def test_a_retry_that_would_outlast_the_deadline_is_not_waited_for(generate: Generate) -> None:

@@ -24,7 +24,9 @@ STAND_IN = str(Path(__file__).with_name("stand_in.py"))
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
 
 
-def stand_in(config: ClusterConfig, role: Role, *, name: str, host: str, port: int, num_threads: int) -> Sequence[str]:
+def stand_in(
+    config: ClusterConfig, role: Role, *, name: str, host: str, port: int, num_threads: int, http_port: int
+) -> Sequence[str]:
     """`model` names the process that must fail, and how: "decode-0:typed"."""
     failing, _, how = config.model.partition(":")
     return [

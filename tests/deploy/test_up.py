@@ -144,3 +144,12 @@ def test_demo_answers_every_prompt(environment: dict[str, str]) -> None:
     demo = splitserve(environment, "demo", "--max-tokens", "8")
     assert demo.returncode == 0, demo.stdout + demo.stderr
     assert demo.stdout.count("prefill-0") == demo.stdout.count("decode-0") == 8
+
+
+@pytest.mark.verify
+def test_generate_with_local_starts_a_cluster_for_itself(model: Path, environment: dict[str, str]) -> None:
+    words = ["generate", "--local", "--model", str(model), "--max-tokens", "3", "--ignore-eos", "--json", "abc"]
+    done = splitserve(environment, *words)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["token_ids"]) == 3
+    assert "starting one for this command" in done.stderr

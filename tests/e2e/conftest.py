@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from splitserve.benchmarks.processes import ProcessCluster, process_cluster
 from splitserve.client import AsyncClient, RetryPolicy
+from splitserve.core.config import load_config
 from splitserve.decode_worker.server import DecodeServer
 from splitserve.engine.engine import Engine
 from splitserve.engine.options import EngineOptions
@@ -62,6 +64,14 @@ class Cluster:
 def is_busy(engine: Engine) -> bool:
     usage = engine.usage()
     return usage.blocks_live + usage.blocks_granted + usage.num_waiting + usage.num_running > 0
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def served(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ProcessCluster]:
+    """A split cluster of real processes that serves the tiny model to every test of the session."""
+    config = load_config(None, {"model": str(tiny), "engine.num_kv_blocks": 1024, "engine.self_check": False})
+    async with process_cluster(config, tmp_path_factory.mktemp("served")) as cluster:
+        yield cluster
 
 
 StartCluster = Callable[..., Awaitable[Cluster]]

@@ -11,7 +11,7 @@ import grpc.aio
 import pytest
 from splitserve.client import DeadlineExceeded, FinishReason, GenerationResult, SplitserveError
 from splitserve.core.errors import EngineFailed, InvalidRequest, KvCorrupted, WorkerLost
-from splitserve.proto import inference_pb2, inference_pb2_grpc, worker_pb2
+from splitserve.proto import inference_pb2, worker_pb2
 from splitserve.proto.convert import PROTOCOL_VERSION
 from splitserve.router import session
 
@@ -46,7 +46,7 @@ async def end_of(task: asyncio.Task[GenerationResult]) -> GenerationResult:
 async def test_repeated_reordered_and_foreign_messages_change_nothing(start_scene: StartScene, seed: int) -> None:
     """What is said, cut anywhere, twice and shuffled, mixed with words of other attempts and of requests nobody has."""
     scene, rng = await start_scene(), random.Random(seed)
-    stub = inference_pb2_grpc.InferenceStub(scene.client._channel)
+    stub = scene.client.inference(scene.router.address)
     request = inference_pb2.GenerateRequest(token_ids={"ids": PROMPT}, max_tokens=len(ANSWER))
     call = stub.Generate(request)
     reading = asyncio.create_task(read_all(call))

@@ -160,7 +160,9 @@ async def send(call: Any, data: bytes) -> tuple[grpc.StatusCode, str]:
 async def check(scene: Scene, count: int, seed: int) -> None:
     choose = random.Random(seed)
     identity: Any = lambda data: data  # noqa: E731
-    call = scene.client._channel.unary_stream(METHOD, request_serializer=identity, response_deserializer=identity)
+    call = scene.client._channels[scene.client.address].unary_stream(
+        METHOD, request_serializer=identity, response_deserializer=identity
+    )
     for begin in range(0, count, 50):
         batch = [malformed(choose) for _ in range(min(50, count - begin))]
         for data, (status, code) in zip(batch, await asyncio.gather(*(send(call, d) for d in batch)), strict=True):
@@ -193,7 +195,9 @@ async def test_what_cannot_be_read_is_a_typed_error_of_every_method(start_scene:
     scene = await start_scene()
     identity: Any = lambda data: data  # noqa: E731
     method = METHOD.replace("Generate", name)
-    call = scene.client._channel.unary_stream(method, request_serializer=identity, response_deserializer=identity)
+    call = scene.client._channels[scene.client.address].unary_stream(
+        method, request_serializer=identity, response_deserializer=identity
+    )
     for data in (bytes([0x0A, 100, 1]), bytes([0x0A, 2, 0xC3, 0x28])):
         if name == "ListModels" and data[1] == 2:
             continue  # it has no text
@@ -204,7 +208,9 @@ async def test_bytes_at_random_end_with_an_answer_or_a_typed_error(start_scene: 
     """Flipped bits may well give a sound request: then it is one like any other."""
     scene, choose = await start_scene(), random.Random(3)
     identity: Any = lambda data: data  # noqa: E731
-    call = scene.client._channel.unary_stream(METHOD, request_serializer=identity, response_deserializer=identity)
+    call = scene.client._channels[scene.client.address].unary_stream(
+        METHOD, request_serializer=identity, response_deserializer=identity
+    )
     for _ in range(200):
         data = bytearray(sound(choose).SerializeToString())
         for _ in range(choose.randrange(1, 6)):

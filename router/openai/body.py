@@ -1,0 +1,37 @@
+"""From the bytes of a request to its checked body."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from ...core.errors import Cancelled, InvalidRequest
+from ...proto.rpc import MAX_MESSAGE_BYTES
+from .errors import invalid_body
+
+B = TypeVar("B", bound=BaseModel)
+
+
+class BodyTooLarge(InvalidRequest):
+    """More bytes than any request needs."""
+
+    code, http_status = "request_too_large", 413
+
+
+async def read_body(request: Request, model: type[B]) -> B:
+    """Raises: InvalidRequest: it is too large, not JSON, or a field is wrong. Cancelled: the client went away."""
+    parts, size = [], 0
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > MAX_MESSAGE_BYTES:
+                raise BodyTooLarge(f"the body has more than {MAX_MESSAGE_BYTES:,} bytes; send less")
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise Cancelled("the client went away") from error
+    try:
+        return model.model_validate_json(b"".join(parts))
+    except ValidationError as error:
+        raise invalid_body(error, model) from error
