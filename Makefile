@@ -11,10 +11,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test verify chaos bench lint proto clean
+.PHONY: help setup demo plan-demo test verify chaos bench lint proto clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## Make .venv with everything in it
 
@@ -28,6 +28,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## Start a split cluster on Ray, answer 8 prompts, print where the time went, stop
 	splitserve demo
+
+plan-demo: $(READY)  ## Plan two clusters, beside what aiconfigurator answers
+	python -m splitserve.benchmarks.plan_demo
 
 test: lint  ## Lint, then every test but the exhaustive ones
 	pytest -m 'not verify and not gpu'

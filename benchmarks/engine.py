@@ -155,8 +155,20 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--chunk", type=int, default=512, help="prefill tokens of one engine step")
     parser.add_argument("--skip-generate-batch", action="store_true", help="compare with model.generate alone")
+    parser.add_argument(
+        "--tensor-parallel", type=int, default=1, metavar="N", help="with --device cuda: over so many GPUs"
+    )
+    parser.add_argument(
+        "--compare-fusions",
+        action="store_true",
+        help="with --device cuda: prefill of the shape fused by torch.compile, liger-kernel and ourselves",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     options = parser.parse_args(arguments)
+    if options.compare_fusions and (options.device != "cuda" or options.model is not None):
+        parser.error("--compare-fusions needs --device cuda, and takes a --shape, no --model")
+    if options.tensor_parallel > 1 and options.device != "cuda":
+        parser.error("--tensor-parallel needs --device cuda")
     if options.device == "cpu" and options.model is None:
         options.model = "smollm2-135m"
     return options
@@ -235,6 +247,11 @@ def report(rows: list[Row], console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    if options.compare_fusions:
+        from . import fusions
+
+        fusions.run(shape=options.shape, rounds=max(options.runs, 5), json_path=options.json)
+        return
     if options.device == "cuda":
         from . import gpu_engine
 
@@ -245,6 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
             rounds=max(options.runs, 5),
             json_path=options.json,
             only=None,
+            tensor_parallel=options.tensor_parallel,
         )
         return
     torch.set_num_threads(options.threads)

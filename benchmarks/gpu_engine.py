@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -28,6 +30,7 @@ from ..core.request import Request, SamplingParams
 from ..engine.engine import Engine
 from ..engine.loading import LoadedModel, load_model
 from ..engine.options import EngineOptions
+from ..engine.parallel.ranks import start_ranks
 
 PREFILL_CASES = ((1, 128), (1, 512), (1, 2048), (1, 8192), (16, 2048))  # prompts, tokens each
 DECODE_CASES = (
@@ -124,12 +127,15 @@ def _device_seconds(work: Callable[[], object], rounds: int = 10) -> float:
 
 
 def _floors(engine: Engine, loaded: LoadedModel, limits: Limits) -> tuple[Callable[..., float], Callable[..., float]]:
-    model, config = loaded.model, loaded.model.config.get_text_config()
-    embedding = int(config.vocab_size * config.hidden_size)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    layers = total - embedding * (1 if config.tie_word_embeddings else 2)
-    read = layers + embedding
-    heads = int(config.num_attention_heads) * sum(g.key_dim + g.value_dim for g in engine.geometry.layers)
+    model: Any = loaded.model
+    config = model.config.get_text_config()
+    ranks = engine.options.tensor_parallel  # each computes its share at the same time
+    embedding = int(model.get_input_embeddings().weight.numel())
+    head = int(model.get_output_embeddings().weight.numel())
+    total = int(sum(parameter.numel() for parameter in model.parameters()))
+    layers = total - embedding - (0 if config.tie_word_embeddings else head)
+    read = layers + head
+    heads = int(config.num_attention_heads) // ranks * sum(g.key_dim + g.value_dim for g in engine.geometry.layers)
 
     def prefill(batch: int, tokens: int) -> float:
         flops = batch * (2.0 * layers * tokens + heads * tokens**2)  # causal: half of all pairs
@@ -167,7 +173,10 @@ def prefill_seconds(engine: Engine, batch: int, tokens: int, rounds: int) -> tup
 
 
 def decode_seconds(engine: Engine, batch: int, context: int, rounds: int) -> tuple[float, float]:
-    """(whole step, bare replays of its graph) of a full batch; the KV of the context is whatever the pool holds."""
+    """(whole step, bare replays of its graph) of a full batch; the KV of the context is whatever the pool holds.
+
+    Replays are not a number where ranks share the model: they would have to replay together.
+    """
     steps = _STEPS
     for i in range(batch):
         prompt = _prompt(engine, context - steps * rounds // 2, i)
@@ -188,7 +197,7 @@ def decode_seconds(engine: Engine, batch: int, context: int, rounds: int) -> tup
         for _ in range(steps):
             engine.step()
         times.append((time.perf_counter() - began_s) / steps)
-    replay = _device_seconds(engine.bare_step(batch))
+    replay = _device_seconds(engine.bare_step(batch)) if engine.options.tensor_parallel == 1 else math.nan
     for i in range(batch):
         engine.release(f"d{i}")
     while engine.step() is not None:
@@ -197,13 +206,20 @@ def decode_seconds(engine: Engine, batch: int, context: int, rounds: int) -> tup
 
 
 def run(
-    *, model: str | None, shape: str, max_step_tokens: int, rounds: int, json_path: Path | None, only: str | None
+    *,
+    model: str | None,
+    shape: str,
+    max_step_tokens: int,
+    rounds: int,
+    json_path: Path | None,
+    only: str | None,
+    tensor_parallel: int = 1,
 ) -> list[Row]:
     """Measure and print; `model` is a directory, else `shape` names a config with random weights."""
     with tempfile.TemporaryDirectory() as folder:
         if model is None:
             shapes()[shape].save_pretrained(folder)
-        return _run(model, shape, Path(folder), max_step_tokens, rounds, json_path, only)
+        return _run(model, shape, Path(folder), max_step_tokens, rounds, json_path, only, tensor_parallel)
 
 
 def _run(
@@ -214,6 +230,7 @@ def _run(
     rounds: int,
     json_path: Path | None,
     only: str | None,
+    tensor_parallel: int,
 ) -> list[Row]:
     console = Console(width=120)
     limits = measure_limits()
@@ -223,6 +240,7 @@ def _run(
         model=model or str(shape_dir),
         random_weights=model is None,
         device="cuda",
+        tensor_parallel=tensor_parallel,
         max_model_len=16384,
         max_running=256,
         max_step_tokens=max_step_tokens,
@@ -230,9 +248,10 @@ def _run(
         decode_headroom_tokens=_STEPS * (rounds + 2),
     )
     began_s = time.monotonic()
-    loaded = load_model(options)
+    others = start_ranks(options)
+    loaded = load_model(options, None if others is None else others.group)
     loaded_s = time.monotonic() - began_s
-    engine = Engine(loaded, options)
+    engine = Engine(loaded, options, others=others)
     engine.warm_up()
     ready_s = time.monotonic() - began_s - loaded_s
     engine.pool.elements.normal_()  # numbers of ordinary size: a GPU takes less power for tiny ones, and is faster
@@ -266,7 +285,8 @@ def _run(
         f"{properties.name}, copy {limits.copy_bytes_per_s / 1e12:.2f} TB/s, bf16 product "
         f"{limits.bf16_flops_per_s / 1e12:.0f} TFLOP/s; loaded in {loaded_s:.1f} s, ready {ready_s:.1f} s after that"
     )
-    table = Table(title=f"{model or shape}, bf16, ms per step (median of {rounds})")
+    split = f" on {tensor_parallel} GPUs" if tensor_parallel > 1 else ""
+    table = Table(title=f"{model or shape}{split}, bf16, ms per step (median of {rounds})")
     for column in ("", "batch", "tokens", "whole step", "on the device", "floor", "whole / floor", "tokens/s"):
         table.add_column(column, justify="left" if not column else "right")
     for row in rows_out:
@@ -284,9 +304,12 @@ def _run(
             "torch": torch.__version__,
             "seed": SEED,
             "warm_up": 2,
+            "tensor_parallel": tensor_parallel,
             "limits": asdict(limits),
             "ready_s": ready_s,
             "rows": [asdict(row) | {"ratio": row.ratio} for row in rows_out],
         }
         json_path.write_text(json.dumps(document, indent=2) + "\n")
+    if others is not None:
+        others.close()
     return rows_out

@@ -1,6 +1,6 @@
-"""How fast does KV move between two processes? Each transport against raw TCP over loopback, in one run.
+"""How fast does KV move between two processes? Each transport beside memcpy and raw TCP, in one run.
 
-python -m splitserve.benchmarks.kv_transfer --mib 64
+python -m splitserve.benchmarks.kv_transfer
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import socket
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated
 
 import grpc.aio
+import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -28,16 +31,37 @@ from ..core.kv_geometry import DTYPE_BYTES, KvDtype, KvGeometry, LayerGeometry
 from ..core.request import Request
 from ..deploy.roles import role_environment
 from ..engine.pool import KvPool
+from ..kv_transfer.codecs import CodecName
+from ..kv_transfer.grants import KvSource
 from ..kv_transfer.identity import WorkerIdentity, current_host_id
 from ..kv_transfer.receiver import KvReceiver
 from ..kv_transfer.sender import KvSender
 from ..proto.rpc import SERVER_OPTIONS
 from .report import write_json
 
-TRANSPORTS = ("grpc", "shared_memory")
+# name of a row: transport and codec
+WAYS: dict[str, tuple[str, CodecName]] = {
+    "shared_memory": ("shared_memory", "none"),
+    "gloo": ("gloo", "none"),
+    "grpc": ("grpc", "none"),
+    "grpc, fp8": ("grpc", "fp8"),
+    "grpc, int8": ("grpc", "int8"),
+}
+LIMITS = ("memcpy", "raw TCP")
 WARM_UP = 2
 BLOCK_SIZE = 16
 PREFILL_BOOT = "benchmark"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """One transfer: wall-clock, and CPU of both processes together."""
+
+    seconds: float
+    cpu_s: float
+
+
+Figures = dict[int, dict[str, list[Taken]]]  # by size in bytes and row
 
 
 def smollm2(dtype: KvDtype) -> KvGeometry:
@@ -47,39 +71,58 @@ def smollm2(dtype: KvDtype) -> KvGeometry:
 
 
 def main(
-    mib: Annotated[int, typer.Option(min=1, help="MiB of KV in one transfer.")] = 64,
-    rounds: Annotated[int, typer.Option(min=3, help="Transfers measured, per transport.")] = 15,
+    mib: Annotated[list[int] | None, typer.Option(min=1, help="MiB of one transfer; repeat it for several.")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Transfers measured, per size and row.")] = 9,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
 ) -> None:
-    """GB/s of each transport, from the call of receive() to verified KV in the receiver's blocks."""
+    """GB/s of each transport, from the call of receive() to verified KV in the receiver's blocks.
+
+    Gather, scatter, checksums and codecs are included; bytes are those of uncoded KV, so rows compare. Sizes are 1, 8,
+    64 and 512 MiB unless given.
+
+    $ python -m splitserve.benchmarks.kv_transfer --mib 64 --mib 1024 --json kv.json
+    """
     kv_dtype: KvDtype = next(name for name in DTYPE_BYTES if name == dtype)
-    num_tokens = (mib << 20) // smollm2(kv_dtype).bytes_per_token
+    per_token = smollm2(kv_dtype).bytes_per_token
+    sizes = [(number << 20) // per_token for number in mib or (1, 8, 64, 512)]  # in tokens
     os.environ.update(role_environment(1))  # what a worker gets; both processes inherit it
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    sender = spawn.Process(target=_sender, args=(theirs, kv_dtype, num_tokens), daemon=True)
+    sender = spawn.Process(target=_sender, args=(theirs, kv_dtype, max(sizes)), daemon=True)
     sender.start()
     try:
         with ProcessPoolExecutor(1, mp_context=spawn) as receiver:
-            figures = receiver.submit(_receiver, ours, kv_dtype, num_tokens, rounds).result()
+            figures = receiver.submit(_receiver, ours, kv_dtype, sizes, rounds).result()
     finally:
         sender.terminate()
         sender.join()
-    num_bytes = num_tokens * smollm2(kv_dtype).bytes_per_token
-    speed = {name: num_bytes / 1e9 / statistics.median(seconds) for name, seconds in figures.items()}
-    table = Table(title=f"{num_bytes / 2**20:.0f} MiB of SmolLM2 KV ({num_tokens} tokens, {dtype}), n={rounds}")
-    for column in ("", "GB/s p50", "ms p50", "ms worst", "x raw TCP"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, seconds in figures.items():
-        p50, worst = 1e3 * statistics.median(seconds), 1e3 * max(seconds)
-        ratio = speed[name] / speed["raw TCP"]
-        table.add_row(name, f"{speed[name]:.2f}", f"{p50:.1f}", f"{worst:.1f}", f"{ratio:.2f}")
-    Console().print(table)
+    for num_bytes, found in figures.items():
+        _print(num_bytes, found, f"{num_bytes // per_token} tokens, {dtype}, n={rounds}")
     if json_file is not None:
-        write_json(
-            json_file, {"num_bytes": num_bytes, "warm_up": WARM_UP, "n": rounds, "seconds": figures, "gb_per_s": speed}
+        rows = [
+            {"num_bytes": size, "way": name, "seconds": [t.seconds for t in taken], "cpu_s": [t.cpu_s for t in taken]}
+            for size, found in figures.items()
+            for name, taken in found.items()
+        ]
+        write_json(json_file, {"warm_up": WARM_UP, "n": rounds, "dtype": dtype, "rows": rows})
+
+
+def _print(num_bytes: int, rows: dict[str, list[Taken]], what: str) -> None:
+    p50 = {name: statistics.median(one.seconds for one in taken) for name, taken in rows.items()}
+    table = Table(title=f"{num_bytes / 2**20:.0f} MiB of SmolLM2 KV ({what})")
+    for column in ("", "GB/s p50", "ms p50", "ms worst", "CPU s/GB", "x memcpy", "x raw TCP"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, taken in rows.items():
+        table.add_row(
+            name,
+            f"{num_bytes / 1e9 / p50[name]:.2f}",
+            f"{1e3 * p50[name]:.1f}",
+            f"{1e3 * max(one.seconds for one in taken):.1f}",
+            f"{statistics.median(one.cpu_s for one in taken) / (num_bytes / 1e9):.2f}",
+            *(f"{p50[limit] / p50[name]:.2f}" for limit in LIMITS),
         )
+    Console().print(table)
 
 
 def _sender(control: Connection, dtype: KvDtype, num_tokens: int) -> None:
@@ -98,74 +141,120 @@ async def _serve(control: Connection, dtype: KvDtype, num_tokens: int) -> None:
     raw = socket.create_server(("127.0.0.1", 0))
     control.send((port, raw.getsockname()[1]))
     table = list(range(pool.num_blocks))
-    payload = pool.rows.numpy().tobytes()[: num_tokens * pool.geometry.bytes_per_token]
+    payload = pool.rows.numpy().data.cast("B")
     while (grant := await asyncio.to_thread(control.recv)) is not None:
-        if grant == "tcp":
-            await asyncio.to_thread(_send_raw, raw, payload)
+        if grant == "cpu":
+            control.send(time.process_time())
             continue
-        sender.offer(grant, range(num_tokens), lambda _: table)
-        sender.kv_written(grant.request_id, 0, pool.geometry.num_layers, 0, num_tokens)
+        if isinstance(grant, int):
+            await asyncio.to_thread(_send_raw, raw, payload[:grant])
+            continue
+        sender.offer(grant, range(grant.num_tokens), lambda _: table)
+        sender.kv_written(grant.request_id, 0, pool.geometry.num_layers, 0, grant.num_tokens)
         sender.finish(grant.request_id, 0, final=False)
         control.send("ready")
 
 
-def _send_raw(listener: socket.socket, payload: bytes) -> None:
+def _send_raw(listener: socket.socket, payload: memoryview) -> None:
     connection, _ = listener.accept()
     with connection:
         connection.recv(1)
         connection.sendall(payload)
 
 
-def _receiver(control: Connection, dtype: KvDtype, num_tokens: int, rounds: int) -> dict[str, list[float]]:
-    return asyncio.run(_measure(control, dtype, num_tokens, rounds))
+def _receiver(control: Connection, dtype: KvDtype, sizes: list[int], rounds: int) -> Figures:
+    return asyncio.run(_measure(control, dtype, sizes, rounds))
 
 
-async def _measure(control: Connection, dtype: KvDtype, num_tokens: int, rounds: int) -> dict[str, list[float]]:
-    pool = _pool(dtype, num_tokens, seed=2)
+async def _measure(control: Connection, dtype: KvDtype, sizes: list[int], rounds: int) -> Figures:
+    pool = _pool(dtype, max(sizes), seed=2)
     port, raw_port = control.recv()
     identity = WorkerIdentity(worker_id="decode", boot_id="d", host_id=current_host_id())
-    receivers = {name: KvReceiver(pool, identity, transports=[name]) for name in TRANSPORTS}
-    buffer = bytearray(num_tokens * pool.geometry.bytes_per_token)
-    seconds: dict[str, list[float]] = {name: [] for name in ("raw TCP", *TRANSPORTS)}
+    receivers = {
+        name: KvReceiver(pool, replace(identity, boot_id=name), transports=[transport], codec=codec)
+        for name, (transport, codec) in WAYS.items()
+    }
+    buffer = np.zeros(max(sizes) * pool.geometry.bytes_per_token, dtype=np.uint8)
     table = torch.randperm(pool.num_blocks).tolist()
-    for number in track(range(rounds + WARM_UP), "rounds"):
-        taken = {"raw TCP": _receive_raw(control, raw_port, buffer)}
-        for name, receiver in receivers.items():
-            prompt = tuple(range(num_tokens))
-            request = Request(request_id=secrets.token_hex(8), prompt_token_ids=prompt, max_tokens=1)
-            address = f"127.0.0.1:{port}"
-            grant = receiver.make_grant(request, address, PREFILL_BOOT, 0)
-            control.send(grant)
-            control.recv()
-            began_s = time.perf_counter()
-            received = await receiver.receive(grant, address, prompt, table)
-            taken[name] = time.perf_counter() - began_s
-            assert received.transport == name, "another transport was taken than was to be measured"
-            await receiver.commit(grant, address, received)
-        if number >= WARM_UP:
-            for name, value in taken.items():
-                seconds[name].append(value)
+    figures: Figures = {}
+    for num_tokens in sizes:
+        num_bytes = num_tokens * pool.geometry.bytes_per_token
+        rows = figures[num_bytes] = {name: [] for name in (*LIMITS, *WAYS)}
+        for number in track(range(rounds + WARM_UP), f"{num_bytes / 2**20:.0f} MiB"):
+            taken = {"memcpy": _copy(pool, buffer[:num_bytes])}
+            taken["raw TCP"] = _receive_raw(control, raw_port, buffer[:num_bytes])
+            for name, receiver in receivers.items():
+                taken[name] = await _transfer(control, receiver, WAYS[name][0], f"127.0.0.1:{port}", num_tokens, table)
+            if number >= WARM_UP:
+                for name, one in taken.items():
+                    rows[name].append(one)
     for receiver in receivers.values():
         await receiver.close()
     control.send(None)
-    return seconds
+    return figures
 
 
-def _receive_raw(control: Connection, port: int, buffer: bytearray) -> float:
-    control.send("tcp")
+async def _transfer(
+    control: Connection, receiver: KvReceiver, transport: str, address: str, num_tokens: int, table: list[int]
+) -> Taken:
+    prompt = tuple(range(num_tokens))
+    request = Request(request_id=secrets.token_hex(8), prompt_token_ids=prompt, max_tokens=1)
+    source = KvSource(address=address, boot_id=PREFILL_BOOT)
+    grant = receiver.make_grant(request, source, receiver.choose_wire(source, num_tokens), 0)
+    control.send(grant)
+    control.recv()
+    clock = _Clock(control)
+    received = await receiver.receive(grant, address, prompt, table)
+    taken = clock.stop()
+    assert received.transport == transport, "another transport was taken than was to be measured"
+    await receiver.commit(grant, address, received)
+    return taken
+
+
+class _Clock:
+    """Wall-clock, and CPU of both processes."""
+
+    def __init__(self, control: Connection) -> None:
+        self._control = control
+        self._cpu_s = self._cpu()
+        self._began_s = time.perf_counter()
+
+    def stop(self) -> Taken:
+        seconds = time.perf_counter() - self._began_s
+        return Taken(seconds=seconds, cpu_s=self._cpu() - self._cpu_s)
+
+    def _cpu(self) -> float:
+        self._control.send("cpu")
+        theirs: float = self._control.recv()
+        return theirs + time.process_time()
+
+
+def _copy(pool: KvPool, buffer: NDArray[np.uint8]) -> Taken:
+    """The limit of shared memory: one copy of as many bytes."""
+    source = pool.rows.numpy().reshape(-1)[: len(buffer)]
+    began_s, cpu_s = time.perf_counter(), time.process_time()
+    np.copyto(buffer, source)
+    return Taken(seconds=time.perf_counter() - began_s, cpu_s=time.process_time() - cpu_s)
+
+
+def _receive_raw(control: Connection, port: int, buffer: NDArray[np.uint8]) -> Taken:
+    """The limit of everything that goes over loopback: bytes from memory to memory, nothing else."""
+    clock = _Clock(control)
+    control.send(len(buffer))
     with socket.create_connection(("127.0.0.1", port)) as connection:
-        view, position = memoryview(buffer), 0
+        view, position = buffer.data, 0
         began_s = time.perf_counter()
         connection.send(b"g")
         while position < len(buffer):
             position += connection.recv_into(view[position:])
-        return time.perf_counter() - began_s
+        seconds = time.perf_counter() - began_s
+    return Taken(seconds=seconds, cpu_s=clock.stop().cpu_s)
 
 
 def _pool(dtype: KvDtype, num_tokens: int, *, seed: int) -> KvPool:
     pool = KvPool(smollm2(dtype), num_blocks=-(-num_tokens // BLOCK_SIZE), block_size=BLOCK_SIZE, shared=True)
     random = torch.Generator().manual_seed(seed)
-    pool.rows.copy_(torch.randint(0, 256, pool.rows.shape, dtype=torch.uint8, generator=random))
+    pool.elements.copy_(torch.randn(pool.elements.shape, generator=random))  # numbers: a codec refuses NaN
     return pool
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import SplitserveError
-from ..deploy.claim import local_cluster_pid
+from ..deploy.claim import forget_killed_cluster, local_cluster_pid
 
 
 def command(
@@ -25,6 +25,7 @@ def command(
     """
     pid = local_cluster_pid()
     if pid is None:
+        forget_killed_cluster()
         print("no local cluster is running")
         return
     try:
@@ -40,4 +41,5 @@ def command(
         os.close(process)
     if not ended:
         raise SplitserveError(f"process {pid} still runs after {timeout:g} s; `splitserve down --force` kills it")
+    forget_killed_cluster()
     print("the cluster has stopped")

@@ -30,14 +30,21 @@ SUBCOMMANDS = {
     "generate": "Send one prompt and print the answer.",
     "chat": "Talk with the model, turn by turn.",
     "bench": "Load a router and report latencies, throughput and goodput.",
+    "plan": "Find how many prefill and decode workers a traffic needs.",
+    "simulate": "Replay traffic on a cluster that need not exist.",
+    "calibrate": "Measure a worker, for plans that fit it.",
     "demo": "Start a small cluster, answer eight prompts, stop it.",
     "router": "Run a router process.",
     "prefill-worker": "Run a prefill worker process.",
     "decode-worker": "Run a decode (or colocated) worker process.",
 }
 
+# Subcommands of a subcommand that is also a command itself; in the file of its name (with _ for the space).
+_NESTED = {"plan verify"}
+
 # What the default install leaves out, by the extra that brings it.
 _EXTRAS = {
+    "plot": {"matplotlib"},
     "serve": {"gguf", "grpc_health", "grpc_reflection", "jinja2", "ray", "safetensors", "torch", "transformers"},
 }
 
@@ -53,6 +60,8 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
+        if name and rest and f"{name} {rest[0]}" in _NESTED:
+            name, rest = f"{name} {rest[0]}", rest[1:]
         return name, _load(name) if name else command, rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -71,7 +80,7 @@ class LazyGroup(TyperGroup):
 
 
 def _load(name: str) -> Any:
-    module = importlib.import_module(f".{name.replace('-', '_')}", __package__)
+    module = importlib.import_module(f".{name.replace('-', '_').replace(' ', '_')}", __package__)
     single = typer.Typer(rich_markup_mode="rich", add_completion=False)
     single.command(name)(module.command)
     return typer.main.get_command(single)

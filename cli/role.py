@@ -17,10 +17,10 @@ from ..deploy.process import report_ready
 _SWITCH_INTERVAL_S = 2e-4
 
 Host = Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise.")]
-Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")]
-MetricsPort = Annotated[int, typer.Option(help="Port of Prometheus /metrics; 0 takes a free one.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
+MetricsPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of Prometheus /metrics; 0 takes a free one.")]
 WorkerId = Annotated[str, typer.Option(help="Name, unique in the cluster.", show_default="role and port")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="as PyTorch finds it")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="as PyTorch finds it")]
 ReadyFile = Annotated[
     Path | None,
     typer.Option(help="Write one JSON line here once it serves: address, metrics_address, http_address, pid, boot_id."),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 
+from ..core.address import check_address
 from ..core.errors import ConfigError
 from ..core.state import read_state
 
@@ -19,10 +19,7 @@ def find_routers(address: str | Sequence[str] | None = None) -> tuple[str, ...]:
     if address is None:
         address = os.environ.get("SPLITSERVE_ADDRESS") or _local_routers()
     found = tuple(part.strip() for part in address.split(",")) if isinstance(address, str) else tuple(address)
-    for each in found or ("",):
-        if not re.fullmatch(r"(\[[^\]/]+\]|[^:/\s]+):\d{1,5}", each):
-            raise ConfigError(f"the router's address is {each!r}; it must be HOST:PORT, as in 127.0.0.1:7000")
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(check_address(each, "the router's address") for each in found or ("",)))
 
 
 def _local_routers() -> tuple[str, ...]:

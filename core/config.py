@@ -44,6 +44,12 @@ class EngineConfig(_Section):
     device: str | None = Field(
         default=None, description="cpu, cuda or cuda:N; empty: cuda for pools that have GPUs, else cpu"
     )
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Processes that hold each worker's model together, one a GPU; it must divide the attention heads",
+    )
     dtype: Dtype | None = Field(
         default=None, description="Number type of weights and KV; empty: float32 on a CPU, bfloat16 on a GPU"
     )
@@ -127,9 +133,9 @@ class PoolConfig(_Section):
         description="Workers; empty: 1 prefill and 1 decode, or none if there are colocated ones",
     )
     threads: int | None = Field(
-        default=None, ge=1, description="CPU threads of each; empty: the host's cores shared out"
+        default=None, ge=1, description="CPU threads of each of its processes; empty: the host's cores shared out"
     )
-    gpus: int = Field(default=0, ge=0, description="GPUs of each")
+    gpus: int = Field(default=0, ge=0, description="GPUs of each: engine.tensor_parallel, or 0 for none")
     labels: dict[str, str] = Field(
         default_factory=dict, description="Ray node labels that its node must have, such as splitserve/role: decode"
     )
@@ -164,8 +170,15 @@ class ClusterConfig(_Section):
         min_length=1,
         description="smollm2-135m (built in), a directory, a .gguf file or a hub id",
     )
-    transport: Literal["auto", "grpc", "shared-memory", "cuda-ipc"] = Field(
-        default="auto", description="How KV moves; auto: CUDA IPC or shared memory within a host, else gRPC"
+    transport: Literal["auto", "grpc", "shared-memory", "cuda-ipc", "gloo"] = Field(
+        default="auto",
+        description="How KV moves; auto: CUDA IPC or shared memory within a host, else gRPC; gloo: over connections of "
+        "its own, for trusted networks",
+    )
+    kv_codec: Literal["none", "fp8", "int8", "auto"] = Field(
+        default="none",
+        description="How KV is coded where its bytes travel; fp8 and int8 take a byte a value and lose precision "
+        "(docs/kv_transfer.md); auto: int8 on links that are measured to be slow; never within a host",
     )
     worker_host: str | None = Field(
         default=None,
@@ -198,6 +211,16 @@ class ClusterConfig(_Section):
                 f"{prefill} prefill, {decode} decode and {colocated} colocated workers cannot serve a request; "
                 "start at least one prefill and one decode worker, or one colocated worker"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_fit_ranks(self) -> Self:
+        for role in WORKER_ROLES:
+            if 0 < self.pool(role).gpus < self.engine.tensor_parallel:
+                raise ValueError(
+                    f"{role}.gpus: got {self.pool(role).gpus}, wanted: at least engine.tensor_parallel, "
+                    f"{self.engine.tensor_parallel}"
+                )
         return self
 
     def pool(self, role: WorkerRole) -> PoolConfig:

@@ -93,7 +93,8 @@ class SamplingParams:
         )
         for name, value, low, high in ranges:
             if not math.isfinite(value) or not low <= value <= high:
-                raise InvalidRequest(f"{name} is {value}; it must be from {low:g} to {high:g}", field=name)
+                limits = f"{low:,} to {high:,}" if isinstance(high, int) else f"{low:g} to {high:g}"
+                raise InvalidRequest(f"{name} is {value}; it must be from {limits}", field=name)
         if len(self.logit_bias) > MAX_LOGIT_BIASES:
             raise InvalidRequest(
                 f"logit_bias has {len(self.logit_bias):,} tokens; at most {MAX_LOGIT_BIASES} are allowed",

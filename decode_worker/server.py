@@ -8,6 +8,8 @@ from typing import Any
 import grpc.aio
 
 from ..core.errors import SplitserveError
+from ..kv_transfer.grants import KvSource
+from ..kv_transfer.ranges import known_dtype
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.server import Ready, run
 from ..worker.edge import open_session, sequence_from_proto
@@ -53,10 +55,15 @@ class DecodeServer(worker_pb2_grpc.DecodeWorkerServicer):
         work = message.request
         try:
             request = sequence_from_proto(work)
+            source = KvSource(
+                address=message.kv_address,
+                boot_id=message.prefill_boot_id,
+                dtype=known_dtype(message.prefill_kv_dtype) if message.prefill_kv_dtype else None,
+            )
         except SplitserveError as error:
             self.worker.refuse(session, work.request_id, work.attempt, error)
             return
-        self.worker.grant(session, work.request_id, request, message.kv_address, message.prefill_boot_id)
+        self.worker.grant(session, work.request_id, request, source)
 
     def _run(self, session: RouterSession, work: worker_pb2.WorkRequest) -> None:
         try:

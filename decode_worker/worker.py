@@ -12,7 +12,8 @@ from ..core.errors import DeadlineExceeded, EngineFailed, SplitserveError
 from ..core.events import Event
 from ..core.request import Request
 from ..engine.engine import Reservation, StepOutput, TokenOutput
-from ..kv_transfer.grants import Grant
+from ..kv_transfer.codecs import codec_history
+from ..kv_transfer.grants import Grant, KvSource
 from ..kv_transfer.peer import TRANSPORTS
 from ..kv_transfer.receiver import KvReceiver, Received
 from ..proto import worker_pb2
@@ -53,7 +54,11 @@ class DecodeWorker:
         self._transfers: set[asyncio.Task[None]] = set()
         self.host = WorkerHost(options, SERVICES, on_step=self._on_step)
         self.receiver = KvReceiver(
-            self.host.engine.pool, self.host.identity, transports=options.transports, metrics=self.host.metrics
+            self.host.engine.pool,
+            self.host.identity,
+            transports=options.transports,
+            codec=options.kv_codec,
+            metrics=self.host.metrics,
         )
 
     async def stop(self) -> None:
@@ -66,25 +71,25 @@ class DecodeWorker:
 
     # -- what the router asks for; `request` carries the attempt's sequence id in place of `request_id` --
 
-    def grant(
-        self, session: RouterSession, request_id: str, request: Request, kv_address: str, prefill_boot_id: str
-    ) -> None:
+    def grant(self, session: RouterSession, request_id: str, request: Request, source: KvSource) -> None:
         """Reserve blocks and open the fetch, or answer with RunFailed. Older attempts are revoked."""
         if not self._is_new(request_id, request):
             return
         request = replace(request, prompt_logprobs=None)  # the prefill worker's business
         try:
             self._refuse_early(request)
-            reservation = self.host.engine.reserve(request)
+            wire = self.receiver.choose_wire(source, request.num_tokens)
+            history = codec_history(wire, self.host.engine.geometry.dtype)
+            reservation = self.host.engine.reserve(request, history)
         except SplitserveError as error:
             self.refuse(session, request_id, request.attempt, error)
             return
         run = self._begin(session, request_id, request)
         self._record(run, Event.GRANTED)
-        grant = self.receiver.make_grant(request, kv_address, prefill_boot_id, reservation.num_cached_tokens)
+        grant = self.receiver.make_grant(request, source, wire, reservation.num_cached_tokens)
         told = replace(grant, request_id=request_id).to_proto()
         session.send(worker_pb2.DecodeSessionResponse(grant=told))
-        run.transfer = asyncio.create_task(self._receive(run, grant, kv_address, reservation))
+        run.transfer = asyncio.create_task(self._receive(run, grant, source.address, reservation))
         self._transfers.add(run.transfer)
         run.transfer.add_done_callback(self._transfers.discard)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..core.errors import ConfigError
 from ..core.state import remove_state, state_path
+from .ray_directory import remove_abandoned
 
 
 def _lock_path() -> Path:
@@ -50,6 +51,15 @@ def local_cluster_pid() -> int | None:
     except BlockingIOError:
         return _read_pid(path)
     return None
+
+
+def forget_killed_cluster() -> None:
+    """Remove what a cluster leaves behind that was killed before it could clean up; fine if there is none."""
+    remove_abandoned()
+    with suppress(FileNotFoundError, BlockingIOError), _lock_path().open("r+", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # or another one has started meanwhile
+        remove_state()
+        lock.truncate(0)
 
 
 def _read_pid(path: Path) -> int | None:

@@ -204,11 +204,11 @@ class Controller:
                 name=name,
                 host=self._host(role),
                 port=port,
-                num_threads=needs.num_cpus,
+                num_threads=needs.num_threads,
                 http_port=http_port,
             )
             started: Endpoint | StartFailure = await self._actors[name].start.remote(
-                command, role_environment(needs.num_cpus), config.startup_timeout_s
+                command, role_environment(needs.num_threads), config.startup_timeout_s
             )
         except SplitserveError as error:  # it cannot be placed
             return StartFailure(code=error.code, message=error.message)

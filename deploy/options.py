@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..core.address import check_address
 from ..core.config import ClusterConfig, WorkerRole
+from ..core.errors import ConfigError
 from ..engine.options import EngineOptions
 from ..worker.options import WorkerOptions
 
@@ -16,6 +18,7 @@ _TRANSPORTS = {
     "grpc": ("grpc",),
     "shared-memory": ("shared_memory",),
     "cuda-ipc": ("cuda_ipc",),
+    "gloo": ("gloo",),
 }
 
 
@@ -34,10 +37,16 @@ def worker_options(
     transports = _TRANSPORTS[config.transport]
     device = engine.device or ("cuda" if config.pool(role).gpus else "cpu")
     on_gpu = device != "cpu"
+    if engine.tensor_parallel > 1 and role != "colocated":
+        raise ConfigError(
+            f"engine.tensor_parallel is {engine.tensor_parallel} and the role is {role}: KV that is split over ranks "
+            "does not move between workers yet; use colocated workers, or tensor_parallel 1"
+        )
     return WorkerOptions(
         engine=EngineOptions(
             model=config.model,
             device=device,
+            tensor_parallel=engine.tensor_parallel,
             dtype=engine.dtype,
             random_weights=engine.random_weights,
             block_size=engine.block_size,
@@ -61,6 +70,7 @@ def worker_options(
         metrics_port=metrics_port,
         worker_id=worker_id,
         transports=transports,
+        kv_codec=config.kv_codec,
         trace_dir=config.trace_dir,
         drain_timeout_s=config.drain_timeout_s,
         lease_s=config.lease_s,
@@ -70,9 +80,12 @@ def worker_options(
 def router_options(
     config: ClusterConfig, *, prefill: tuple[str, ...], decode: tuple[str, ...], metrics_port: int, router_id: str
 ) -> RouterOptions:
+    """Raises: ConfigError: a worker's address is malformed."""
     from ..router.server import RouterOptions  # here, so that worker processes need not load the router
 
     router = config.router
+    for address in (*prefill, *decode):
+        check_address(address, "a worker's address")
     return RouterOptions(
         model=config.model,
         prefill=prefill,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..core.errors import ConfigError, Unavailable
 from .process import Endpoint, Exit, RoleProcess, StartFailure
+from .ray_directory import ray_directory
 from .roles import Needs
 
 _POLL_S = 0.1  # Ray tells the state of a placement group only when asked
@@ -127,23 +126,21 @@ def local_ray(num_cpus: int, namespace: str) -> Iterator[None]:
     Call `prepare_ray_environment` before anything imports Ray, and this on the main thread: the kernel ends Ray's
     processes together with the thread that started them.
     """
-    # Short: Ray puts unix sockets below it, whose paths must not exceed 107 bytes.
-    directory = tempfile.mkdtemp(prefix="splitserve-ray-", dir="/tmp")
-    try:
-        ray.init(
-            address="local",  # not the cluster that RAY_ADDRESS may name
-            namespace=namespace,
-            num_cpus=max(num_cpus, os.cpu_count() or 1),
-            object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-            _temp_dir=directory,
-        )
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(directory, ignore_errors=True)
+    with ray_directory() as directory:
+        try:
+            ray.init(
+                address="local",  # not the cluster that RAY_ADDRESS may name
+                namespace=namespace,
+                num_cpus=max(num_cpus, os.cpu_count() or 1),
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+                _temp_dir=str(directory),
+            )
+            yield
+        finally:
+            ray.shutdown()
 
 
 @contextmanager

@@ -23,6 +23,12 @@ class Needs:
     num_cpus: int
     num_gpus: int
     labels: Mapping[str, str]
+    num_ranks: int = 1  # processes that share a worker's model
+
+    @property
+    def num_threads(self) -> int:
+        """Of one process."""
+        return self.num_cpus // self.num_ranks
 
     def bundle(self) -> dict[str, float]:
         resources = {"CPU": float(self.num_cpus), "GPU": float(self.num_gpus)}
@@ -35,11 +41,12 @@ class Needs:
 
 
 def role_needs(config: ClusterConfig, role: Role) -> Needs:
-    """One core for each thread; a router is one thread."""
+    """One core for each thread; a router is one thread. A worker's ranks are one bundle, so they share a node."""
     if role == "router":
         return Needs(num_cpus=1, num_gpus=0, labels={})
-    pool = config.pool(role)
-    return Needs(num_cpus=pool.threads or default_threads(config), num_gpus=pool.gpus, labels=pool.labels)
+    pool, ranks = config.pool(role), config.engine.tensor_parallel
+    threads = pool.threads or default_threads(config)
+    return Needs(num_cpus=ranks * threads, num_gpus=pool.gpus, labels=pool.labels, num_ranks=ranks)
 
 
 def flag(key: str) -> str:
@@ -51,7 +58,8 @@ def role_keys(role: Role) -> tuple[str, ...]:
     """Keys of the configuration that a role's own process takes as flags."""
     if role == "router":
         return ("model", *_ROUTER, "drain_timeout_s", "trace_dir")
-    return ("model", *_ENGINE, "transport", "lease_s", "drain_timeout_s", "trace_dir")
+    codec = () if role == "prefill" else ("kv_codec",)  # the decode worker asks for it, grant by grant
+    return ("model", *_ENGINE, "transport", *codec, "lease_s", "drain_timeout_s", "trace_dir")
 
 
 def role_command(
@@ -96,9 +104,9 @@ def role_environment(num_threads: int) -> Mapping[str, str]:
 
 
 def default_threads(config: ClusterConfig) -> int:
-    """Cores shared out among the workers of one host: oversubscribed threads make steps 50 times slower."""
-    num_workers = sum(config.replicas(role) for role in WORKER_ROLES)
-    return max(1, len(os.sched_getaffinity(0)) // num_workers)
+    """Cores shared out among the workers' processes on one host: oversubscribed threads make steps 50 times slower."""
+    num_processes = config.engine.tensor_parallel * sum(config.replicas(role) for role in WORKER_ROLES)
+    return max(1, len(os.sched_getaffinity(0)) // num_processes)
 
 
 def get(config: ClusterConfig, key: str) -> object:

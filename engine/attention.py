@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 from ..core.errors import ModelUnsupported
 from ..core.kv_geometry import LayerGeometry
+from .cpu_attention import decode_kernel
 from .cpu_linear import has_native_bfloat16
 from .pool import KvPool
 
@@ -161,6 +162,24 @@ def paged_attention(
 
 def _decode(query: Tensor, pool: KvPool, layer: int, batch: DecodeBatch, rules: AttentionRules) -> Tensor:
     """One new token per sequence over all of its KV: [num_sequences, num_heads, key_dim] -> the same with value_dim."""
+    kernel = decode_kernel()
+    if kernel is None or not kernel.serves(pool, layer, query.shape[1]):
+        return _decode_gathered(query, pool, layer, batch, rules)
+    return kernel.attend(
+        query,
+        pool,
+        layer,
+        batch.block_tables,
+        batch.positions,
+        scaling=rules.scaling,
+        softcap=rules.softcap,
+        sliding_window=rules.sliding_window,
+        sinks=rules.sinks,
+    )
+
+
+def _decode_gathered(query: Tensor, pool: KvPool, layer: int, batch: DecodeBatch, rules: AttentionRules) -> Tensor:
+    """The same without our kernel: KV is copied together for PyTorch's attention."""
     num_sequences, num_heads, dim = query.shape
     k, v = pool.gather(layer, batch.block_tables)
     mask = batch.mask(rules.sliding_window, query.dtype, pool.block_size)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.errors import EngineFailed, ModelUnsupported, PromptTooLong, SplitserveError
+from ..core.errors import ConfigError, EngineFailed, ModelUnsupported, PromptTooLong, SplitserveError
 from ..core.events import Recorder, StepKind, StepRecord
 from ..core.kv_geometry import blocks_for
 from ..core.logprobs import TokenLogprob
@@ -22,6 +22,7 @@ from .attention import KvWritten
 from .loading import LoadedModel
 from .options import EngineOptions
 from .output_format import OutputFormats
+from .parallel.leader import LeadingRunner, OtherRanks
 from .pool import KvPool
 from .runner import CpuRunner, StepResult, StepRunner, needs_history
 
@@ -96,6 +97,7 @@ class Engine:
         recorder: gets a record of each step.
         kv_written: called on the device thread, inside the forward pass, when KV of a `prefill_only` sequence is in
             the pool: per layer and chunk, and once with all layers for tokens that the prefix cache held.
+        others: the ranks that hold the model together with this process, if it is split.
     """
 
     def __init__(
@@ -105,14 +107,16 @@ class Engine:
         *,
         recorder: Recorder | None = None,
         kv_written: KvWritten | None = None,
+        others: OtherRanks | None = None,
     ) -> None:
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
         self.options = options
         self.geometry = model.geometry
         self.vocab_size = model.vocab_size
-        self._model_limit = min(model.max_model_len, options.max_model_len or model.max_model_len)
-        self.pool, self._runner = _on_device(model, options, self._model_limit, kv_written)
+        self._model_limit = _limit(model, options)
+        self.pool, runner = on_device(model, options, kv_written)
+        self._runner = runner if others is None else LeadingRunner(runner, others)
         num_blocks = self.pool.num_blocks
         self.max_model_len = min(self._model_limit, num_blocks * options.block_size)
         self._recorder = recorder
@@ -154,14 +158,15 @@ class Engine:
         with self._lock:
             self._scheduler.add(request, prefill_only=prefill_only)
 
-    def reserve(self, request: Request) -> Reservation:
+    def reserve(self, request: Request, kv_history: str = "none") -> Reservation:
         """Take blocks for a request whose KV comes by transfer; what the prefix cache holds of it is pinned.
 
+        Args: kv_history: what the KV loses on the way here; it never serves requests of another history.
         Raises: InvalidRequest, PromptTooLong: never possible here. Overloaded: not now; nothing was taken.
         """
         request.validate(max_model_len=self.max_model_len, vocab_size=self.vocab_size)
         with self._lock:
-            sequence = self._scheduler.reserve(request, self.options.decode_headroom_tokens)
+            sequence = self._scheduler.reserve(request, self.options.decode_headroom_tokens, kv_history)
             return Reservation(
                 request_id=request.request_id,
                 block_ids=tuple(sequence.block_table),
@@ -240,6 +245,11 @@ class Engine:
         return self._scheduler.cached_tokens
 
     @property
+    def captured(self) -> bool:
+        """Whether steps run as CUDA graphs."""
+        return self._runner.captured
+
+    @property
     def preemptions(self) -> int:
         return self._scheduler.num_preemptions
 
@@ -271,6 +281,10 @@ class Engine:
         if output is None and self._launched:
             output = self._finish_step()
         return output
+
+    def close(self) -> None:
+        """No step follows. What ranks captured must be gone before they part."""
+        self._runner.close()
 
     def bare_step(self, batch: int) -> Callable[[], None]:
         """The device's part of a decode step of `batch` sequences, for benchmarks; on a GPU one replay of its graph."""
@@ -414,14 +428,15 @@ def _token_output(token: SampledToken, result: StepResult) -> TokenOutput:
     )
 
 
-def _on_device(
-    model: LoadedModel, options: EngineOptions, max_model_len: int, kv_written: KvWritten | None
-) -> tuple[KvPool, StepRunner]:
-    """The KV pool and what runs steps on it. Raises: ModelUnsupported: not one block fits."""
+def on_device(model: LoadedModel, options: EngineOptions, kv_written: KvWritten | None) -> tuple[KvPool, StepRunner]:
+    """The KV pool and what runs steps on it.
+
+    Raises: ModelUnsupported: the pool would not hold a block. ConfigError: nor a request as long as was asked for.
+    """
     if model.model.device.type == "cuda":
         from .gpu.start import start_on_gpu
 
-        return start_on_gpu(model, options, max_model_len, kv_written)
+        return start_on_gpu(model, options, _limit(model, options), kv_written)
     formats = OutputFormats(model.path, model.vocab_size, model.eos_token_ids)
     row_bytes = model.geometry.bytes_per_token * options.block_size
     num_blocks = options.num_kv_blocks or options.kv_memory_bytes // row_bytes
@@ -430,5 +445,16 @@ def _on_device(
             f"one KV block of {options.block_size} tokens takes {row_bytes:,} bytes, kv_memory_bytes is "
             f"{options.kv_memory_bytes:,}; raise it"
         )
+    if options.max_model_len is not None and num_blocks * options.block_size < _limit(model, options):
+        raise ConfigError(
+            f"the KV pool has room for {num_blocks * options.block_size:,} tokens, one request may have "
+            f"{_limit(model, options):,} (--max-model-len); lower that, or raise --kv-memory or --num-kv-blocks"
+        )
     pool = KvPool(model.geometry, num_blocks=num_blocks, block_size=options.block_size, shared=options.shared_pool)
-    return pool, CpuRunner(model.model, pool, formats, kv_written)
+    samples = model.group is None or model.group.leads
+    return pool, CpuRunner(model.model, pool, formats, kv_written, samples=samples)
+
+
+def _limit(model: LoadedModel, options: EngineOptions) -> int:
+    """Tokens that one sequence may have, if the pool holds them."""
+    return min(model.max_model_len, options.max_model_len or model.max_model_len)

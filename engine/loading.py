@@ -14,12 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from ..core.errors import ConfigError, ModelLoadFailed, ModelUnsupported
-from ..core.kv_geometry import KvGeometry, LayerGeometry
+from ..core.kv_geometry import KvDtype, KvGeometry, LayerGeometry
 from .architectures import check_architecture, max_positions
 from .attention import NAME, GeometryProbe, current
 from .cpu_linear import pack_linears
 from .model_files import resolve_model
 from .options import EngineOptions
+from .parallel.group import RankGroup
+from .parallel.split import check_divides, split
 from .pool import TORCH_DTYPES
 from .self_check import check_against_eager, eager_check_logits
 
@@ -35,13 +37,18 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     model_id: str  # model type and digest of the weights: equal on every host that has the same files
     path: Path  # directory with the tokenizer's files
+    group: RankGroup | None = None  # the ranks that hold the model together; `geometry` is this rank's share
 
 
-def load_model(options: EngineOptions) -> LoadedModel:
-    """Load `options.model` and prove that our attention gives its logits.
+def load_model(options: EngineOptions, group: RankGroup | None = None, *, fused: bool = True) -> LoadedModel:
+    """Load `options.model`, or this rank's share of it, and prove that our attention gives its logits.
+
+    `fused` False leaves its layers alone on a GPU, for comparisons.
 
     Raises: ModelLoadFailed: files are missing or damaged. ModelUnsupported: it would not be served right.
+        ConfigError: the device or the number of ranks does not fit.
     """
+    device = device_of(options, 0 if group is None else group.rank)
     if not sys.stderr.isatty():
         # A log file is no place for one.
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -54,14 +61,24 @@ def load_model(options: EngineOptions) -> LoadedModel:
             "that the model needs no code of its own"
         ) from error
     check_architecture(config)
-    device = _device(options.device)
+    if group is not None:
+        check_divides(config, group.size)
     dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    check_dtype(dtype, device)
     if options.random_weights:
         model = _random_weights(config, TORCH_DTYPES[dtype], device)
-        shape = xxhash.xxh3_64_hexdigest(config.to_json_string().encode())
-        return prepare_model(model, options, path, f"{config.model_type}@random-{shape}")
-    model = _load_weights(path, config, TORCH_DTYPES[dtype], device)
-    return prepare_model(model, options, path, f"{config.model_type}@{_digest(path)}")
+        digest = f"random-{xxhash.xxh3_64_hexdigest(config.to_json_string().encode())}"
+    else:
+        model = _load_weights(path, config, TORCH_DTYPES[dtype])
+        digest = _digest(path) if group is None or group.leads else ""  # the others compute no prefix hashes
+    if group is not None:
+        split(model, group)
+    model = model.to(device)  # type: ignore[arg-type]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels are launched there, whatever the tensors say
+    if group is not None:
+        group.connect(device)
+    return prepare_model(model, options, path, f"{config.model_type}@{digest}", group, fused=fused)
 
 
 def _random_weights(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -75,7 +92,15 @@ def _random_weights(config: PretrainedConfig, dtype: torch.dtype, device: torch.
     return model
 
 
-def prepare_model(model: PreTrainedModel, options: EngineOptions, path: Path, model_id: str) -> LoadedModel:
+def prepare_model(
+    model: PreTrainedModel,
+    options: EngineOptions,
+    path: Path,
+    model_id: str,
+    group: RankGroup | None = None,
+    *,
+    fused: bool = True,
+) -> LoadedModel:
     """Make a model ready to serve: probe its KV geometry, check it, speed up its layers.
 
     Raises: ModelUnsupported: it would not be served right.
@@ -88,9 +113,11 @@ def prepare_model(model: PreTrainedModel, options: EngineOptions, path: Path, mo
     # The noise of random weights is larger than the bound for real ones.
     checked = options.self_check and not options.random_weights
     reference = eager_check_logits(model) if checked else None
-    if on_gpu:
+    if on_gpu and fused:
         from .gpu.fusions import fuse
 
+        if group is not None:
+            torch.manual_seed(0)  # ranks must judge the candidates alike
         fuse(model)
     if reference is not None:
         check_against_eager(model, geometry, reference)
@@ -103,11 +130,40 @@ def prepare_model(model: PreTrainedModel, options: EngineOptions, path: Path, mo
         eos_token_ids=_eos_token_ids(model),
         model_id=geometry.model_id,
         path=path,
+        group=group,
     )
 
 
+def device_of(options: EngineOptions, rank: int) -> torch.device:
+    """The device of one rank: that of `options`, or on GPUs one of those behind it.
+
+    Raises: ConfigError: there is no such device here, or there are fewer behind it than ranks.
+    """
+    device = _device(options.device)
+    if device.type == "cpu":
+        return device
+    first, count = device.index or 0, torch.cuda.device_count()
+    if first + options.tensor_parallel > count:
+        raise ConfigError(
+            f"--tensor-parallel {options.tensor_parallel} takes as many GPUs from cuda:{first} on, and PyTorch sees "
+            f"{count}; lower it, or give the worker more GPUs"
+        )
+    return torch.device("cuda", first + rank)
+
+
+def check_dtype(dtype: KvDtype, device: torch.device) -> None:
+    """Raises: ConfigError: the device does not compute in `dtype`."""
+    if device.type == "cpu" or dtype != "bfloat16":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise ConfigError(
+            f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) has no bfloat16 arithmetic; "
+            "use --dtype float16"
+        )
+
+
 def _device(name: str) -> torch.device:
-    """Raises: ConfigError: there is no such device here."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -124,7 +180,7 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
-def _load_weights(path: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _load_weights(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         loaded: tuple[PreTrainedModel, dict[str, set[str]]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             path, config=config, dtype=dtype, attn_implementation="eager", output_loading_info=True
@@ -141,8 +197,7 @@ def _load_weights(path: Path, config: PretrainedConfig, dtype: torch.dtype, devi
             "download the model again"
         )
     model.train(False)
-    placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
-    return placed
+    return model
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -41,6 +42,8 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
         for needed, pattern in (("config.json", "config.json"), ("weights (*.safetensors)", _WEIGHTS)):
             if (weights or pattern != _WEIGHTS) and not any(path.glob(pattern)):
                 raise ModelLoadFailed(f"the model directory {path} has no {needed}; download the model again")
+        if weights:
+            _check_shards(path)
         return path
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelLoadFailed(
@@ -48,6 +51,21 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
             f"org/name, or {EMBEDDED}"
         )
     return _from_hub(name, (*_HUB_FILES, _WEIGHTS) if weights else _HUB_FILES)
+
+
+def _check_shards(path: Path) -> None:
+    """Raises: ModelLoadFailed: a file that the index of the weights names is not there."""
+    for index in path.glob("*.safetensors.index.json"):
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelLoadFailed(f"{index} is damaged; download the model again") from error
+        missing = sorted(name for name in named if not (path / name).is_file())
+        if missing:
+            raise ModelLoadFailed(
+                f"the model directory {path} lacks {len(missing)} of {len(named)} weight files ({missing[0]}, ...); "
+                "download the model again"
+            )
 
 
 def _from_hub(name: str, patterns: Sequence[str]) -> Path:
@@ -71,9 +89,10 @@ def _embedded_gguf() -> Path:
     raise ModelLoadFailed(f"the model {EMBEDDED} is not installed; run `{_EMBEDDED_INSTALL}`")
 
 
-def _cache() -> Path:
+def cache_directory(kind: str) -> Path:
+    """Where this user keeps what was made once, by kind."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "splitserve" / "models"
+    return Path(root) / "splitserve" / kind
 
 
 def _converted(gguf: Path, name: str) -> Path:
@@ -82,7 +101,7 @@ def _converted(gguf: Path, name: str) -> Path:
         digest = xxhash.xxh3_64()
         while piece := file.read(1 << 24):
             digest.update(piece)
-    target = _cache() / f"{name}-{digest.hexdigest()[:12]}"
+    target = cache_directory("models") / f"{name}-{digest.hexdigest()[:12]}"
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ class EngineOptions:
     kv_memory_bytes: int = 1 << 30  # on a CPU
     gpu_memory_fraction: float = 0.9  # of the device's memory: weights, graphs, activations and the KV pool
     cuda_graphs: bool = True
+    tensor_parallel: int = 1  # processes, one a device, that hold the model together
     max_model_len: int | None = None  # tokens; None: the model's own limit, capped to what the pool holds
     max_running: int = 64  # sequences in the running batch
     max_waiting: int = 1024  # requests in the queue; one more is refused
@@ -34,7 +35,7 @@ class EngineOptions:
     shared_pool: bool = False  # put the pool into a memfd that peers may map read-only
 
     def __post_init__(self) -> None:
-        positive = ("block_size", "kv_memory_bytes", "max_running", "max_waiting", "max_step_tokens")
+        positive = ("tensor_parallel", "block_size", "kv_memory_bytes", "max_running", "max_waiting", "max_step_tokens")
         optional = ("num_kv_blocks", "max_model_len", "max_packed_tokens", "num_threads")
         for name in (*positive, *optional):
             value = getattr(self, name)

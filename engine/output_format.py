@@ -75,7 +75,7 @@ class OutputFormats:
         if state is None:
             state = self._states[sequence] = _State(matcher=self._matcher(output_format))
         if len(output) > state.num_consumed:
-            state.matcher.consume_tokens(output[state.num_consumed :])
+            state.matcher.consume_tokens(list(output[state.num_consumed :]))
             state.num_consumed = len(output)
         bits = np.frombuffer(state.matcher.compute_bitmask(), np.uint8)
         if state.matcher.is_error():

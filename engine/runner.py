@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Protocol
 
 import torch
@@ -14,10 +15,19 @@ from ..core.errors import SplitserveError
 from ..core.logprobs import TokenLogprob
 from ..scheduling.steps import ScheduledTokens, StepPlan
 from .attention import AttentionBatch, Chunk, DecodeBatch, KvWritten, current
+from .cpu_attention import decode_kernel
 from .logprobs import StepLogprobs, prompt_rows
 from .output_format import OutputFormats
 from .pool import KvPool
 from .sampler import SampleInput, sample
+
+
+class StepMode(IntEnum):
+    """How a step is computed. Ranks that share a model must choose alike, so rank 0 chooses."""
+
+    PACKED = 0  # kernel by kernel
+    CAPTURED = 1  # as PACKED, but through the graph of its number of tokens if there is one
+    DECODE = 2  # one new token for each sequence, through the graph of its batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +46,16 @@ class StepRunner(Protocol):
 
     max_steps: int  # that may be launched and not collected
 
-    def launch(self, plan: StepPlan) -> None:
+    @property
+    def captured(self) -> bool:
+        """Whether steps run as CUDA graphs."""
+        ...
+
+    def mode(self, plan: StepPlan) -> StepMode:
+        """How `launch` computes this step unless told otherwise."""
+        ...
+
+    def launch(self, plan: StepPlan, mode: StepMode | None = None) -> None:
         """Start a step; on a GPU this only queues its work."""
         ...
 
@@ -52,33 +71,52 @@ class StepRunner(Protocol):
         """Prepare what the calling thread needs, so that no step has to."""
         ...
 
+    def close(self) -> None:
+        """Free what was captured; no step follows."""
+        ...
+
     def bare_step(self, batch: int) -> Callable[[], None]:
         """What queues the device's part of a decode step. Raises: NotImplementedError: there is no such part."""
         ...
 
 
 class CpuRunner:
-    """Runs a step when it is collected."""
+    """Runs a step when it is collected; where another rank samples, `samples` is false and there are no tokens."""
 
     max_steps = 1
+    captured = False
 
     def __init__(
-        self, model: PreTrainedModel, pool: KvPool, formats: OutputFormats, kv_written: KvWritten | None
+        self,
+        model: PreTrainedModel,
+        pool: KvPool,
+        formats: OutputFormats,
+        kv_written: KvWritten | None,
+        *,
+        samples: bool = True,
     ) -> None:
         self._model = model
         self._pool = pool
         self._formats = formats
         self._kv_written = kv_written
+        self._samples = samples
         self._plan: StepPlan | None = None
 
-    def launch(self, plan: StepPlan) -> None:
+    def mode(self, plan: StepPlan) -> StepMode:
+        return StepMode.PACKED
+
+    def launch(self, plan: StepPlan, mode: StepMode | None = None) -> None:
         self._plan = plan
 
     def abandon(self) -> None:
         self._plan = None
 
     def warm_up(self) -> None:
+        decode_kernel()
         self._formats.warm_up()
+
+    def close(self) -> None:
+        pass
 
     def bare_step(self, batch: int) -> Callable[[], None]:
         raise NotImplementedError("a step on the CPU is not queued apart from its host part")
@@ -100,6 +138,8 @@ class CpuRunner:
         ]
         sampling, rows = sampled_rows(parts)
         logits = forward(self._model, self._pool, sequences, rows + prompt_rows(parts), self._kv_written)
+        if not self._samples:
+            return StepResult(token_ids={})
         inputs, failed = sample_inputs(sampling, self._formats)
         token_ids = sample(logits[: len(rows)], inputs)
         likelihoods = StepLogprobs.of(logits, parts, sampling, torch.tensor(token_ids, dtype=torch.int64))

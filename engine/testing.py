@@ -107,12 +107,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 _GAIN = {"gpt_neox": 2.0, "phi": 2.0, "starcoder2": 2.0}
 
 
-def make_tiny_model(architecture: str, directory: Path, seed: int = 0) -> Path:
+def make_tiny_model(architecture: str, directory: Path, seed: int = 0, **changes: Any) -> Path:
     """Save a random model of `architecture` with a byte-level tokenizer; returns `directory`.
 
-    Its weights are large enough that attention matters and that greedy outputs do not settle on one token.
+    `changes` go over its config. Its weights are large enough that attention matters and that greedy outputs do not
+    settle on one token.
     """
-    config = AutoConfig.for_model(architecture, **{**_COMMON, **ARCHITECTURES[architecture]})
+    config = AutoConfig.for_model(architecture, **{**_COMMON, **ARCHITECTURES[architecture], **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(seed)

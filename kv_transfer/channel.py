@@ -30,6 +30,9 @@ class Channel(Protocol):
     def abort(self) -> None:
         """Any thread, any number of times: wake whoever is blocked, here and at the peer, with TransferFailed."""
 
+    def close(self) -> None:
+        """After `abort`, when nothing is blocked any more: free its connections and memory."""
+
 
 class Meeting(Protocol):
     """The sender's half of a set-up that waits for its one receiver."""
@@ -113,6 +116,7 @@ class Lane:
         self._aborted = True
         if self._channel is not None:
             self._channel.abort()
+        self._thread.submit(self._drop)  # behind whatever still uses it
         self._thread.shutdown(wait=False)
 
     # -- in the thread --
@@ -121,6 +125,11 @@ class Lane:
         self._channel = channel = open_channel()
         if self._aborted:  # after it looked whether there was a channel to abort
             channel.abort()
+
+    def _drop(self) -> None:
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
 
     def _opened(self, opening: asyncio.Future[None]) -> None:
         if not opening.cancelled() and (error := opening.exception()) is not None:

@@ -107,6 +107,9 @@ class GlooChannel:
         except RuntimeError:
             return  # that is what was asked for
 
+    def close(self) -> None:
+        self._group = None  # tracebacks of what failed refer to this object, so it cannot wait to be collected
+
 
 def _address_towards(host: str, port: int) -> str:
     """Our address on the way to the peer; a datagram socket finds it without sending anything."""

@@ -10,6 +10,17 @@ from .codecs import CodecName, WireFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvSource:
+    """The prefill worker, or the one rank of it, that a request's KV comes from."""
+
+    address: str
+    boot_id: str
+    dtype: KvDtype | None = None  # of its pool; None if it is the receiver's
+    num_ranks: int = 1
+    rank: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
     """Field by field as proto/kv_transfer.proto documents it; two are the same only if every field is."""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import grpc
@@ -16,7 +17,9 @@ from ..core.errors import ConfigError, StaleMessage, TransferFailed
 from ..proto import kv_transfer_pb2 as pb
 from ..proto.convert import PROTOCOL_VERSION
 from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
+from .channel import Lane, Rendezvous
 from .frames import SERVICE, KvPart
+from .gloo import GlooRendezvous
 from .identity import WorkerIdentity
 from .layout import Ids, PoolBytes
 from .pool import KvPool
@@ -30,7 +33,9 @@ TRANSPORTS = {
     "grpc": pb.TRANSPORT_GRPC,
     "shared_memory": pb.TRANSPORT_SHARED_MEMORY,
     "cuda_ipc": pb.TRANSPORT_CUDA_IPC,
+    "gloo": pb.TRANSPORT_GLOO,
 }
+TRANSPORT_NAMES = {number: name for name, number in TRANSPORTS.items()}
 # The receiver maps the sender's pool and copies whole blocks itself; frames hold their numbers.
 MAPPED = (pb.TRANSPORT_SHARED_MEMORY, pb.TRANSPORT_CUDA_IPC)
 
@@ -50,6 +55,8 @@ class Peer:
         self.boot_id = response.boot_id
         self.transport = response.transport
         self.pool = pool
+        self.lane: Lane | None = None
+        self.link_epoch = 0
         self.fetch: Any = channel.unary_stream(
             f"/{SERVICE}/Fetch", request_serializer=pb.FetchRequest.SerializeToString, response_deserializer=None
         )
@@ -85,7 +92,9 @@ class Peers:
         self._transports = tuple(TRANSPORTS[name] for name in transports)
         self._layout = layout
         self._rank = rank
+        self._rendezvous: Rendezvous = GlooRendezvous()
         self._peers: dict[str, Peer] = {}
+        self._link_epochs: Counter[str] = Counter()  # by address
         self._connecting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._watches: set[asyncio.Task[None]] = set()
 
@@ -101,6 +110,9 @@ class Peers:
                 peer = await self._replace(address, peer)
             if peer.boot_id != boot_id:
                 raise StaleMessage(f"boot {boot_id} of the prefill worker at {address} is gone, {peer.boot_id} runs")
+            if peer.lane is not None and peer.lane.error is not None:
+                response = await self._introduce(address, peer.channel, [peer.transport])
+                self._open_lane(address, peer, response)
         peer.users += 1
         try:
             yield peer
@@ -129,25 +141,9 @@ class Peers:
     async def _connect(self, address: str, transports: Sequence[pb.Transport.ValueType]) -> Peer:
         channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         try:
-            connect: Any = channel.unary_unary(
-                f"/{SERVICE}/Connect",
-                request_serializer=pb.ConnectRequest.SerializeToString,
-                response_deserializer=pb.ConnectResponse.FromString,
-            )
-            request = pb.ConnectRequest(
-                protocol_version=PROTOCOL_VERSION,
-                worker_id=self._identity.worker_id,
-                boot_id=self._identity.boot_id,
-                geometry_digest=self._layout.geometry.digest(),
-                shape=self._layout.to_proto(),
-                rank=self._rank,
-                block_size=self._pool.block_size,
-                host_id=self._identity.host_id,
-                transports=transports,
-            )
-            response: pb.ConnectResponse = await connect(request, timeout=CONNECT_TIMEOUT_S)
+            response = await self._introduce(address, channel, transports)
             pool = None
-            if response.transport != pb.TRANSPORT_GRPC:
+            if response.transport in MAPPED:
                 try:
                     pool = self._map(response)
                 except (OSError, ValueError) as error:
@@ -155,16 +151,52 @@ class Peers:
                     others = [transport for transport in transports if transport != response.transport]
                     await channel.close()
                     return await self._connect(address, others)
-            return Peer(channel, response, pool)
-        except grpc.aio.AioRpcError as error:
+            peer = Peer(channel, response, pool)
+            self._open_lane(address, peer, response)
+            return peer
+        except BaseException:
             await channel.close()
+            raise
+
+    async def _introduce(
+        self, address: str, channel: grpc.aio.Channel, transports: Sequence[pb.Transport.ValueType]
+    ) -> pb.ConnectResponse:
+        """Raises: TransferFailed: nobody answers. What the prefill worker refuses us with."""
+        connect: Any = channel.unary_unary(
+            f"/{SERVICE}/Connect",
+            request_serializer=pb.ConnectRequest.SerializeToString,
+            response_deserializer=pb.ConnectResponse.FromString,
+        )
+        self._link_epochs[address] += 1
+        request = pb.ConnectRequest(
+            protocol_version=PROTOCOL_VERSION,
+            worker_id=self._identity.worker_id,
+            boot_id=self._identity.boot_id,
+            geometry_digest=self._layout.geometry.digest(),
+            shape=self._layout.to_proto(),
+            rank=self._rank,
+            block_size=self._pool.block_size,
+            host_id=self._identity.host_id,
+            transports=transports,
+            link_epoch=self._link_epochs[address],
+        )
+        try:
+            response: pb.ConnectResponse = await connect(request, timeout=CONNECT_TIMEOUT_S)
+            return response
+        except grpc.aio.AioRpcError as error:
             typed = from_rpc_error(error)
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 typed = TransferFailed(f"the prefill worker at {address} cannot be reached: {error.details()}")
             raise typed from error
-        except BaseException:
-            await channel.close()
-            raise
+
+    def _open_lane(self, address: str, peer: Peer, response: pb.ConnectResponse) -> None:
+        """Join the channel that the answer to Connect invites to, if the transport has one."""
+        if response.transport != pb.TRANSPORT_GLOO:
+            return
+        host = address.rpartition(":")[0].strip("[]")
+        peer.link_epoch = self._link_epochs[address]
+        name = f"the channel from {address}, epoch {peer.link_epoch},"
+        peer.lane = Lane(name, partial(self._rendezvous.accept, host, response.invitation))
 
     def _map(self, response: pb.ConnectResponse) -> MappedPool:
         """Raises: OSError, ValueError: it cannot be mapped."""
@@ -185,6 +217,8 @@ class Peers:
                 del self._peers[address]
             if peer.pool is not None:
                 peer.pool.close()
+            if peer.lane is not None:
+                peer.lane.abort("the link to the prefill worker broke or was closed")
             while peer.users:
                 peer.unused.clear()
                 await peer.unused.wait()

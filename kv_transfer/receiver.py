@@ -9,34 +9,37 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import grpc
 import grpc.aio
 import numpy as np
+import torch
 
 from ..core.errors import KvCorrupted, LeaseExpired, SplitserveError, StaleMessage, TransferFailed
-from ..core.kv_geometry import KvDtype
 from ..core.metrics import WorkerMetrics
 from ..core.request import Request
 from ..proto import kv_transfer_pb2 as pb
 from ..proto.rpc import from_rpc_error
+from .channel import Lane
+from .codec_choice import LinkSpeed, is_codec_worth_it
 from .codecs import CodecName, WireFormat, narrower
-from .frames import HEADER_BYTES, FrameHeader, FrameKind, checksum
-from .grants import Grant
+from .frames import HEADER_BYTES, FrameHeader, FrameKind, KvPart, checksum
+from .grants import Grant, KvSource
 from .identity import WorkerIdentity
 from .incoming import Incoming
-from .layout import pool_bytes
-from .peer import MAPPED, TRANSPORTS, Peer, Peers
+from .layout import Bytes, pool_bytes
+from .peer import MAPPED, TRANSPORT_NAMES, Peer, Peers
 from .pool import KvPool
 from .ranges import KvLayout, route
-from .wire import WireBytes
+from .wire import WireBytes, payload_bytes
 
 logger = logging.getLogger(__name__)
 
 COMMIT_TIMEOUT_S = 5.0
-_NAMES = {value: name for name, value in TRANSPORTS.items()}
+AUTO_CODEC: CodecName = "int8"  # as many bytes as fp8, a smaller error: docs/kv_transfer.md
+CODEC_BYTES_PER_S = 1e9  # of KV in its own dtype; one CPU core codes 1.3 to 3.8 GB/s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,7 @@ class KvReceiver:
 
     Args:
         transports: what may be used, best first.
+        codec: how KV is coded where its bytes travel; "auto" decides by a link's measured speed.
         layout, rank: how the worker's ranks hold the model's KV, and which of them this pool is; one rank holds all.
         lease_s: how long the sender shall keep KV without a sign of life.
         silence_s: a stream that says nothing for this long is given up.
@@ -70,6 +74,7 @@ class KvReceiver:
         identity: WorkerIdentity,
         *,
         transports: Sequence[str] = ("cuda_ipc", "shared_memory", "grpc"),
+        codec: CodecName | Literal["auto"] = "none",
         metrics: WorkerMetrics | None = None,
         layout: KvLayout | None = None,
         rank: int = 0,
@@ -82,6 +87,7 @@ class KvReceiver:
         self._rank = rank
         self._bytes = pool_bytes(pool, self._layout.first_heads(rank))
         self._identity = identity
+        self._codec = codec
         self._metrics = metrics
         self._lease_s = lease_s
         self._silence_s = silence_s
@@ -89,39 +95,51 @@ class KvReceiver:
         self._geometry_digest = self._layout.geometry.digest()
         self._peers = Peers(pool, self._bytes, self._layout, rank, identity, transports)
         self._epochs: defaultdict[str, int] = defaultdict(lambda: 1)  # per address, raised after every failure
+        self._speeds: defaultdict[str, LinkSpeed] = defaultdict(LinkSpeed)  # per address
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-unpack")
 
-    def make_grant(
-        self,
-        request: Request,
-        kv_address: str,
-        prefill_boot_id: str,
-        num_cached_tokens: int,
-        *,
-        codec: CodecName = "none",
-        prefill_dtype: KvDtype | None = None,
-        prefill_ranks: int = 1,
-        prefill_rank: int = 0,
-    ) -> Grant:
-        """Promise blocks, which the caller has reserved, for one attempt.
+    def choose_wire(self, source: KvSource, num_tokens: int) -> WireFormat:
+        """How KV from there shall travel: what is configured or, with codec auto, what its link's speed asks for."""
+        own = self._pool.geometry
+        plain = WireFormat(codec="none", dtype=narrower(source.dtype or own.dtype, own.dtype))
+        if self._codec != "auto":
+            return replace(plain, codec=self._codec)
+        whole = KvPart(
+            layer_start=0,
+            layer_end=own.num_layers,
+            head_start=0,
+            head_end=own.layers[0].num_kv_heads,
+            token_start=0,
+            token_end=num_tokens,
+        )
+        coded = replace(plain, codec=AUTO_CODEC)
+        speed = self._speeds[source.address]
+        worth_it = is_codec_worth_it(
+            num_bytes=payload_bytes(own, plain, whole),
+            coded_bytes=payload_bytes(own, coded, whole),
+            link_bytes_per_s=speed.link_bytes_per_s,
+            prefill_s=num_tokens / speed.prefill_tokens_per_s if speed.prefill_tokens_per_s else 0.0,
+            codec_bytes_per_s=CODEC_BYTES_PER_S,
+        )
+        return coded if worth_it else plain
 
-        Args: prefill_dtype: of the prefill worker's pool; None if it is the same as ours.
-        """
+    def make_grant(self, request: Request, source: KvSource, wire: WireFormat, num_cached_tokens: int) -> Grant:
+        """Promise blocks, which the caller has reserved, for one attempt."""
         return Grant(
             grant_id=secrets.token_hex(16),
             request_id=request.request_id,
             attempt=request.attempt,
-            epoch=self._epochs[kv_address],
+            epoch=self._epochs[source.address],
             decode_boot_id=self._identity.boot_id,
-            prefill_boot_id=prefill_boot_id,
+            prefill_boot_id=source.boot_id,
             geometry_digest=self._geometry_digest,
             num_cached_tokens=num_cached_tokens,
             num_tokens=request.num_tokens,
             lease_s=self._lease_s,
-            codec=codec,
-            wire_dtype=narrower(prefill_dtype or self._pool.geometry.dtype, self._pool.geometry.dtype),
-            prefill_ranks=prefill_ranks,
-            prefill_rank=prefill_rank,
+            codec=wire.codec,
+            wire_dtype=wire.dtype,
+            prefill_ranks=source.num_ranks,
+            prefill_rank=source.rank,
             decode_ranks=self._layout.num_ranks,
             decode_rank=self._rank,
         )
@@ -144,10 +162,7 @@ class KvReceiver:
         """
         try:
             async with self._peers.use(kv_address, grant.prefill_boot_id) as peer:
-                return await self._fetch(peer, grant, token_ids, block_ids, on_covered)
-        except grpc.aio.AioRpcError as error:
-            self._failed(kv_address)
-            raise _typed(error, kv_address) from error
+                return await self._fetch(peer, kv_address, grant, token_ids, block_ids, on_covered)
         except SplitserveError:
             self._failed(kv_address)
             raise
@@ -172,6 +187,7 @@ class KvReceiver:
     async def _fetch(
         self,
         peer: Peer,
+        kv_address: str,
         grant: Grant,
         token_ids: Sequence[int],
         block_ids: Sequence[int],
@@ -187,9 +203,10 @@ class KvReceiver:
         wire = WireFormat(codec="none", dtype=self._pool.geometry.dtype) if mapped else grant.wire
         source = KvLayout(geometry=self._layout.geometry, num_ranks=grant.prefill_ranks)
         due = route(source, grant.prefill_rank, self._layout, self._rank)
+        lane = peer.lane if transport == peer.transport else None
         incoming = Incoming(grant, self._layout.geometry, due, wire, token_ids)
         wire_bytes = WireBytes(self._bytes, self._pool.geometry, wire)
-        call = peer.fetch(pb.FetchRequest(grant=grant.to_proto(), transport=transport))
+        call = peer.fetch(pb.FetchRequest(grant=grant.to_proto(), transport=transport, link_epoch=peer.link_epoch))
         try:
             while True:
                 frame = await self._next_frame(call, grant, self._silence_s if started_s is None else self._stall_s)
@@ -198,31 +215,54 @@ class KvReceiver:
                     self._count_stale()
                 elif header.kind is FrameKind.END:
                     break
-                elif header.kind is FrameKind.DATA:
+                elif header.kind is not FrameKind.WAIT:
                     started_s = time.monotonic() if started_s is None else started_s
                     incoming.accept_data(header, frame)
+                    if (header.kind is FrameKind.APART) != (lane is not None):
+                        raise KvCorrupted(f"{grant}: frame {header.sequence} came by another transport than agreed")
+                    payload = None
+                    if lane is not None:  # posted at once, so that others' turns can follow
+                        payload = np.empty(wire_bytes.part_bytes(header.part), dtype=np.uint8)
+                        moving = await self._post(lane, header, payload)
                     if incoming.is_covered:
                         on_covered()
                     if copying is not None:
                         late.append(await _done(copying))
-                    copying = self._copy(peer, wire_bytes, header, frame, block_ids, mapped=mapped)
+                    if payload is not None:
+                        moved = self._copy_moved(moving, wire_bytes, header, payload, block_ids)
+                        copying = asyncio.ensure_future(moved)
+                    else:
+                        copying = self._copy(peer, wire_bytes, header, frame, block_ids, mapped=mapped)
             ended_s = time.monotonic()
             if copying is not None:
                 late.append(await _done(copying))
             checksums = late if transport == pb.TRANSPORT_CUDA_IPC else ()
             end = incoming.accept_end(header, memoryview(frame)[HEADER_BYTES:], checksums)
+        except (SplitserveError, asyncio.CancelledError) as error:
+            # A turn of ours may never be taken. Cancelled before anything came, a transfer leaves the lane to others;
+            # if the sender saw it otherwise, its answer to the next one is StaleMessage.
+            if lane is not None and (started_s is not None or isinstance(error, StaleMessage | TransferFailed)):
+                lane.abort(f"{grant} ended before its last frame")
+            raise
         finally:
             call.cancel()
             if copying is not None:
                 await _quiet(copying)
         verified_s = time.monotonic()
+        if not mapped:
+            self._speeds[kv_address] = self._speeds[kv_address].observe(
+                wire_bytes=incoming.num_bytes,
+                write_s=end.write_s,
+                num_tokens=grant.num_tokens - grant.num_cached_tokens,
+                prefill_s=end.prefill_s,
+            )
         if self._metrics is not None:
             self._metrics.transfer_bytes.inc(incoming.num_bytes)
         started_s = ended_s if started_s is None else started_s
         return Received(
             first_token_id=end.first_token_id,
             finished=end.finished,
-            transport=_NAMES[transport],
+            transport=TRANSPORT_NAMES[transport],
             num_bytes=incoming.num_bytes,
             transfer_s=verified_s - started_s,
             transfer_exposed_s=end.since_prefill_end_s + verified_s - ended_s,
@@ -238,6 +278,8 @@ class KvReceiver:
             raise TransferFailed(
                 f"{grant}: the prefill worker said nothing for {timeout_s:g} s; prefill it again"
             ) from None
+        except grpc.aio.AioRpcError as error:
+            raise _typed(error) from error
         if frame is grpc.aio.EOF:
             raise TransferFailed(f"{grant}: the stream ended before its last frame; prefill it again")
         assert isinstance(frame, bytes)
@@ -257,13 +299,7 @@ class KvReceiver:
         part, size = header.part, self._pool.block_size
 
         def from_frame() -> int:
-            payload = memoryview(frame)[HEADER_BYTES:]
-            if len(payload) != wire_bytes.part_bytes(part):
-                raise KvCorrupted(f"frame {header.sequence} has {len(payload)} bytes for {part}")
-            if checksum(payload) != header.checksum:
-                raise KvCorrupted(f"the checksum of frame {header.sequence} is wrong")
-            wire_bytes.unpack(part, block_ids, np.frombuffer(payload, dtype=np.uint8))
-            return header.checksum
+            return _unpack(wire_bytes, header, np.frombuffer(frame, dtype=np.uint8, offset=HEADER_BYTES), block_ids)
 
         def from_peer() -> int:
             if part.token_start % size or peer.pool is None or header.payload_bytes % 4:
@@ -278,6 +314,29 @@ class KvReceiver:
         job = from_peer if mapped else from_frame
         return asyncio.get_running_loop().run_in_executor(self._threads, job)
 
+    async def _post(self, lane: Lane, header: FrameHeader, payload: Bytes) -> asyncio.Future[None]:
+        """Post the receive of a payload at its turn."""
+        if payload.nbytes != header.payload_bytes:
+            raise KvCorrupted(f"frame {header.sequence} announces {header.payload_bytes} bytes for {header.part}")
+        try:
+            async with asyncio.timeout(self._stall_s):
+                return await lane.recv(header.turn, torch.from_numpy(payload))
+        except TimeoutError:
+            raise TransferFailed(f"{lane.name} did not come to turn {header.turn} in {self._stall_s:g} s") from None
+
+    async def _copy_moved(
+        self,
+        moving: asyncio.Future[None],
+        wire_bytes: WireBytes,
+        header: FrameHeader,
+        payload: Bytes,
+        block_ids: Sequence[int],
+    ) -> int:
+        """Once a lane has moved a payload, copy it into our blocks."""
+        await moving
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, _unpack, wire_bytes, header, payload, block_ids)
+
     def _failed(self, kv_address: str) -> None:
         self._epochs[kv_address] += 1
         if self._metrics is not None:
@@ -286,6 +345,16 @@ class KvReceiver:
     def _count_stale(self) -> None:
         if self._metrics is not None:
             self._metrics.stale_messages.inc()
+
+
+def _unpack(wire_bytes: WireBytes, header: FrameHeader, payload: Bytes, block_ids: Sequence[int]) -> int:
+    """Check a payload and scatter it; runs in a thread. Returns its checksum."""
+    if payload.nbytes != wire_bytes.part_bytes(header.part):
+        raise KvCorrupted(f"frame {header.sequence} has {payload.nbytes} bytes for {header.part}")
+    if checksum(payload.data) != header.checksum:
+        raise KvCorrupted(f"the checksum of frame {header.sequence} is wrong")
+    wire_bytes.unpack(header.part, block_ids, payload)
+    return header.checksum
 
 
 async def _done(copying: asyncio.Future[int]) -> int:
@@ -307,11 +376,11 @@ async def _quiet(copying: asyncio.Future[int]) -> None:
         raise cancelled
 
 
-def _typed(error: grpc.aio.AioRpcError, kv_address: str) -> SplitserveError:
+def _typed(error: grpc.aio.AioRpcError) -> SplitserveError:
     """What the prefill worker said; a broken link is a failed transfer."""
     typed = from_rpc_error(error)
     if isinstance(typed, TransferFailed | LeaseExpired | StaleMessage) or error.code() is not (
         grpc.StatusCode.UNAVAILABLE
     ):
         return typed
-    return TransferFailed(f"the prefill worker at {kv_address} cannot be reached any more: {error.details()}")
+    return TransferFailed(f"the prefill worker cannot be reached any more: {error.details()}")

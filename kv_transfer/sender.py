@@ -9,12 +9,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
 import grpc.aio
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..core.errors import (
     GeometryMismatch,
@@ -30,10 +32,13 @@ from ..core.metrics import WorkerMetrics
 from ..proto import kv_transfer_pb2 as pb
 from ..proto.convert import check_protocol
 from ..proto.rpc import abort
+from .channel import Lane
 from .codecs import CODEC_NAMES, GROUP_TOKENS, WireFormat, narrower
 from .frames import HEADER_BYTES, SERVICE, FrameHeader, FrameKind, KvPart, RunningDigest, checksum, new_frame
+from .gloo import GlooRendezvous
 from .grants import Grant
 from .identity import WorkerIdentity
+from .lanes import Lanes
 from .layout import Ids, pool_bytes
 from .pool import KvPool
 from .progress import KvProgress
@@ -44,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 FRAME_BYTES = 2 << 20  # gRPC: 64 KiB costs three times the CPU, tens of MiB stall the stream
 SHARED_FRAME_BYTES = 8 << 20  # shared memory: only block numbers travel; this bounds what is copied in one go
+LANE_FRAME_BYTES = 8 << 20  # channels: two of them are in flight
 DEVICE_FRAME_BYTES = 128 << 20  # the same between GPUs: a third of a millisecond
 WAIT_INTERVAL_S = 1.0
 MAX_PARKED = 1024
@@ -56,6 +62,7 @@ class _Framing:
 
     max_bytes: int  # KV bytes of one
     mapped: bool = False  # it holds the numbers of whole blocks, which the receiver copies itself
+    in_lane: bool = False  # the payload moves by the link's channel
     late_checksums: bool = False  # they come with END: the receiver copies while we still compute them
 
 
@@ -64,6 +71,8 @@ def _framing(transport: int) -> _Framing:
         return _Framing(max_bytes=SHARED_FRAME_BYTES, mapped=True)
     if transport == pb.TRANSPORT_CUDA_IPC:
         return _Framing(max_bytes=DEVICE_FRAME_BYTES, mapped=True, late_checksums=True)
+    if transport == pb.TRANSPORT_GLOO:
+        return _Framing(max_bytes=LANE_FRAME_BYTES, in_lane=True)
     return _Framing(max_bytes=FRAME_BYTES)
 
 
@@ -84,11 +93,23 @@ class _Outgoing:
     stream: object | None = None  # the Fetch that serves it; a newer one replaces an older
     first_token_id: int | None = None
     finished: bool = False  # the answer is complete with the first token: no KV is needed
+    prefill_began_s: float | None = None  # first KV written
     prefill_ended_s: float = 0.0
     digest: bytes | None = None  # of what was sent, once END is out
     released: bool = False
     error: SplitserveError | None = None
     lease: asyncio.TimerHandle | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Apart:
+    """KV for a lane: its header waits for a turn."""
+
+    header: FrameHeader
+    payload: Tensor
+
+
+_Packed = bytes | _Apart
 
 
 class KvSender:
@@ -99,6 +120,7 @@ class KvSender:
             cancelled, lease over).
         report: called before `release` when the transfer ended in an error that the worker did not cause itself.
         layout, rank: how the worker's ranks hold the model's KV, and which of them this pool is; one rank holds all.
+        host: address that channels listen on.
         lease_s: how long KV is kept without a Fetch, or without a Commit after the stream's end.
         park_s: how long a Fetch may wait for its request.
     """
@@ -113,6 +135,7 @@ class KvSender:
         metrics: WorkerMetrics | None = None,
         layout: KvLayout | None = None,
         rank: int = 0,
+        host: str = "127.0.0.1",
         lease_s: float = 30.0,
         park_s: float = 10.0,
     ) -> None:
@@ -129,6 +152,7 @@ class KvSender:
         self._park_s = park_s
         self._raw = WireFormat(codec="none", dtype=pool.geometry.dtype)  # what a mapped pool holds
         self._loop = asyncio.get_running_loop()
+        self._lanes = Lanes(GlooRendezvous(host))
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-pack")
         self._by_request: dict[str, _Outgoing] = {}
         self._by_grant: dict[str, _Outgoing] = {}
@@ -209,6 +233,8 @@ class KvSender:
         out = self._by_request.get(request_id)
         if out is None:
             return
+        if out.prefill_began_s is None:
+            out.prefill_began_s = time.monotonic()
         due = out.progress.wrote(layer_start, layer_end, token_start, token_end)
         if due and not out.wake_pending:  # one wake-up for however many parts until the loop gets to it
             out.wake_pending = True
@@ -234,6 +260,7 @@ class KvSender:
         """Fail what is left."""
         for out in list(self._by_request.values()):
             self._end(out, Unavailable(f"prefill worker {self._identity.worker_id} is stopping"), report=True)
+        self._lanes.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # -- the service --
@@ -256,6 +283,10 @@ class KvSender:
         for transport in request.transports:
             if transport == pb.TRANSPORT_GRPC:
                 response.transport = transport
+                return response
+            if transport == pb.TRANSPORT_GLOO:
+                response.transport = transport
+                response.invitation = self._lanes.invite(request.boot_id, request.rank, request.link_epoch)
                 return response
             if (
                 transport == pb.TRANSPORT_SHARED_MEMORY
@@ -304,7 +335,11 @@ class KvSender:
             out.changed.set()
             if out.lease is not None:
                 out.lease.cancel()
-            await self._send(out, stream, context.write, _framing(request.transport))
+            framing = _framing(request.transport)
+            lane = None
+            if framing.in_lane:
+                lane = self._lanes.find(grant.decode_boot_id, grant.decode_rank, request.link_epoch)
+            await self._send(out, stream, context.write, lane, framing)
             self._sent(out)
         except SplitserveError as error:
             if out is not None and out.stream is stream:
@@ -388,7 +423,12 @@ class KvSender:
         return out
 
     async def _send(
-        self, out: _Outgoing, stream: object, write: Callable[[bytes], Awaitable[None]], framing: _Framing
+        self,
+        out: _Outgoing,
+        stream: object,
+        write: Callable[[bytes], Awaitable[None]],
+        lane: Lane | None,
+        framing: _Framing,
     ) -> None:
         """Send parts as they become ready, one packed ahead of the wire, then END.
 
@@ -398,7 +438,9 @@ class KvSender:
         out.progress.restart(self._pool.block_size if framing.mapped else GROUP_TOKENS if lossy else 1)
         digest = RunningDigest(out.grant, out.token_ids)
         sequence = num_bytes = 0
-        packed: asyncio.Future[bytes] | None = None
+        write_s = 0.0
+        packed: asyncio.Future[_Packed] | None = None
+        leaving: asyncio.Future[None] | None = None  # the payload before, in the lane
         checks: list[asyncio.Future[int]] = []
         try:
             while True:
@@ -416,15 +458,29 @@ class KvSender:
                     num_bytes += (self._bytes if framing.mapped else out.wire_bytes).part_bytes(part)
                 if frame is not None:
                     sequence += 1
+                    began_s = time.monotonic()
+                    if lane is not None and isinstance(frame, _Apart):
+                        if leaving is not None:
+                            await leaving
+                        turn, leaving = lane.send(frame.payload)
+                        frame = replace(frame.header, turn=turn).pack()
+                    assert isinstance(frame, bytes)
                     digest.add(frame[:HEADER_BYTES])
                     await write(frame)
+                    write_s += time.monotonic() - began_s
                 elif packed is None:
                     if out.first_token_id is not None and (out.finished or out.progress.all_taken):
                         break
                     if not await _is_set(out.changed, WAIT_INTERVAL_S):
                         await write(self._control(out.grant, FrameKind.WAIT, sequence))
                     out.changed.clear()
+            if leaving is not None:
+                await leaving
             checksums = [await check for check in checks]
+        except BaseException:
+            if lane is not None and leaving is not None:  # its turn may never be taken
+                lane.abort(f"{out.grant} ended before its last frame")
+            raise
         finally:
             for future in (packed, *checks):
                 if future is not None:
@@ -439,6 +495,8 @@ class KvSender:
             digest=out.digest,
             checksums=checksums,
             since_prefill_end_s=time.monotonic() - out.prefill_ended_s,
+            write_s=write_s,
+            prefill_s=out.prefill_ended_s - (out.prefill_began_s or out.prefill_ended_s),
         )
         await write(self._control(out.grant, FrameKind.END, sequence, end.SerializeToString()))
         if self._metrics is not None:
@@ -458,21 +516,28 @@ class KvSender:
         size = self._pool.block_size
         return np.asarray(table[part.token_start // size : -(-part.token_end // size)], dtype="<u4")
 
-    def _pack(self, out: _Outgoing, part: KvPart, sequence: int, framing: _Framing) -> bytes:
-        """One DATA frame; runs in a thread."""
+    def _pack(self, out: _Outgoing, part: KvPart, sequence: int, framing: _Framing) -> _Packed:
+        """One frame of KV; runs in a thread."""
         table = self._table(out, part)
         if framing.mapped:
             ids = self._block_ids(part, table)
             payload = ids.tobytes()
             value = 0 if framing.late_checksums else self._bytes.checksum(part, ids)
-            return self._header(out.grant, FrameKind.DATA, part, self._raw, sequence, len(payload), value) + payload
+            header = self._header(out.grant, FrameKind.DATA, part, self._raw, sequence, len(payload), value)
+            return header.pack() + payload
+        if framing.in_lane:
+            apart = np.empty(out.wire_bytes.part_bytes(part), dtype=np.uint8)
+            out.wire_bytes.pack(part, table, apart)
+            value = checksum(apart.data)
+            header = self._header(out.grant, FrameKind.APART, part, out.grant.wire, sequence, apart.nbytes, value)
+            return _Apart(header=header, payload=torch.from_numpy(apart))
         frame, view = new_frame(HEADER_BYTES + out.wire_bytes.part_bytes(part))
         body = view[HEADER_BYTES:]
         out.wire_bytes.pack(part, table, body)
         header = self._header(
             out.grant, FrameKind.DATA, part, out.grant.wire, sequence, body.nbytes, checksum(body.data)
         )
-        view[:HEADER_BYTES] = np.frombuffer(header, dtype=np.uint8)
+        view[:HEADER_BYTES] = np.frombuffer(header.pack(), dtype=np.uint8)
         return frame
 
     def _control(self, grant: Grant, kind: FrameKind, sequence: int, payload: bytes = b"") -> bytes:
@@ -484,11 +549,12 @@ class KvSender:
             token_start=grant.num_cached_tokens,
             token_end=grant.num_tokens,
         )
-        return self._header(grant, kind, whole, grant.wire, sequence, len(payload), checksum(payload)) + payload
+        header = self._header(grant, kind, whole, grant.wire, sequence, len(payload), checksum(payload))
+        return header.pack() + payload
 
     def _header(
         self, grant: Grant, kind: FrameKind, part: KvPart, wire: WireFormat, sequence: int, size: int, value: int
-    ) -> bytes:
+    ) -> FrameHeader:
         return FrameHeader(
             kind=kind,
             grant_id=grant.grant_id,
@@ -499,7 +565,7 @@ class KvSender:
             sequence=sequence,
             payload_bytes=size,
             checksum=value,
-        ).pack()
+        )
 
     def _woken(self, out: _Outgoing) -> None:
         out.wake_pending = False

@@ -49,6 +49,7 @@ class PrefillWorker:
             self.host.identity,
             release=self._released,
             metrics=self.host.metrics,
+            host=options.host,
             lease_s=options.lease_s,
         )
         self.sender.register(self.host.rpc.server)

@@ -31,6 +31,8 @@ class _TransportEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Transport.V
     """Bytes travel in the frames of Fetch."""
     TRANSPORT_SHARED_MEMORY: _Transport.ValueType  # 2
     """Same host: the receiver maps the sender's sealed memfd read-only and copies; the frames of Fetch carry no payload."""
+    TRANSPORT_GLOO: _Transport.ValueType  # 5
+    """Bytes travel over a gloo group of two processes; the frames of Fetch carry headers only."""
     TRANSPORT_CUDA_IPC: _Transport.ValueType  # 3
     """Same host: the receiver maps the sender's GPU memory and its copy engines move the blocks; the frames of Fetch carry
     no payload.
@@ -45,6 +47,8 @@ TRANSPORT_GRPC: Transport.ValueType  # 1
 """Bytes travel in the frames of Fetch."""
 TRANSPORT_SHARED_MEMORY: Transport.ValueType  # 2
 """Same host: the receiver maps the sender's sealed memfd read-only and copies; the frames of Fetch carry no payload."""
+TRANSPORT_GLOO: Transport.ValueType  # 5
+"""Bytes travel over a gloo group of two processes; the frames of Fetch carry headers only."""
 TRANSPORT_CUDA_IPC: Transport.ValueType  # 3
 """Same host: the receiver maps the sender's GPU memory and its copy engines move the blocks; the frames of Fetch carry
 no payload.
@@ -148,6 +152,7 @@ class ConnectRequest(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
+    LINK_EPOCH_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this protocol that the receiver speaks."""
     worker_id: _builtins.str
@@ -162,6 +167,8 @@ class ConnectRequest(_message.Message):
     """Names the receiver's host and mount namespace: shared memory works only if both sides give the same."""
     rank: _builtins.int
     """The receiver's tensor-parallel rank."""
+    link_epoch: _builtins.int
+    """Number of this link, raised with every Connect: a channel is set up for one of them and never used again."""
     @_builtins.property
     def transports(self) -> _containers.RepeatedScalarFieldContainer[Global___Transport.ValueType]:
         """Transports that the receiver would take, best first."""
@@ -182,10 +189,11 @@ class ConnectRequest(_message.Message):
         transports: _abc.Iterable[Global___Transport.ValueType] | None = ...,
         shape: Global___KvShape | None = ...,
         rank: _builtins.int = ...,
+        link_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "boot_id", b"boot_id", "geometry_digest", b"geometry_digest", "host_id", b"host_id", "protocol_version", b"protocol_version", "rank", b"rank", "shape", b"shape", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "boot_id", b"boot_id", "geometry_digest", b"geometry_digest", "host_id", b"host_id", "link_epoch", b"link_epoch", "protocol_version", b"protocol_version", "rank", b"rank", "shape", b"shape", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -273,6 +281,7 @@ class ConnectResponse(_message.Message):
     SHARED_POOL_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     DEVICE_POOL_FIELD_NUMBER: _builtins.int
+    INVITATION_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """The sender's worker id."""
     boot_id: _builtins.str
@@ -281,6 +290,8 @@ class ConnectResponse(_message.Message):
     """Chosen transport."""
     rank: _builtins.int
     """The sender's tensor-parallel rank."""
+    invitation: _builtins.bytes
+    """Set for gloo: the port of the store that sets the group up."""
     @_builtins.property
     def shared_pool(self) -> Global___SharedPool:
         """Set for shared memory."""
@@ -298,10 +309,11 @@ class ConnectResponse(_message.Message):
         shared_pool: Global___SharedPool | None = ...,
         rank: _builtins.int = ...,
         device_pool: Global___DevicePool | None = ...,
+        invitation: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device_pool", b"device_pool", "shared_pool", b"shared_pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "device_pool", b"device_pool", "rank", b"rank", "shared_pool", b"shared_pool", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "device_pool", b"device_pool", "invitation", b"invitation", "rank", b"rank", "shared_pool", b"shared_pool", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -391,8 +403,11 @@ class FetchRequest(_message.Message):
 
     GRANT_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
+    LINK_EPOCH_FIELD_NUMBER: _builtins.int
     transport: Global___Transport.ValueType
     """How its KV shall move: one that Connect offered. Unset reads as gRPC."""
+    link_epoch: _builtins.int
+    """The link_epoch of the channel, for transports that have one."""
     @_builtins.property
     def grant(self) -> Global___Grant:
         """The grant, as the router also gave it to the prefill worker."""
@@ -402,10 +417,11 @@ class FetchRequest(_message.Message):
         *,
         grant: Global___Grant | None = ...,
         transport: Global___Transport.ValueType = ...,
+        link_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant", "link_epoch", b"link_epoch", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -441,6 +457,8 @@ class TransferEnd(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     SINCE_PREFILL_END_S_FIELD_NUMBER: _builtins.int
     CHECKSUMS_FIELD_NUMBER: _builtins.int
+    WRITE_S_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
     first_token_id: _builtins.int
     """First sampled token."""
     finished: _builtins.bool
@@ -455,6 +473,10 @@ class TransferEnd(_message.Message):
     """
     since_prefill_end_s: _builtins.float
     """Seconds from the end of prefill to this frame."""
+    write_s: _builtins.float
+    """Seconds that the sender's writes took: back-pressure makes them the link's."""
+    prefill_s: _builtins.float
+    """Seconds from the first KV that prefill wrote to its end."""
     @_builtins.property
     def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """CUDA IPC: checksum of each data frame's blocks, in order; the headers hold none, so that the copy need not wait."""
@@ -469,10 +491,12 @@ class TransferEnd(_message.Message):
         digest: _builtins.bytes = ...,
         since_prefill_end_s: _builtins.float = ...,
         checksums: _abc.Iterable[_builtins.int] | None = ...,
+        write_s: _builtins.float = ...,
+        prefill_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "digest", b"digest", "finished", b"finished", "first_token_id", b"first_token_id", "num_bytes", b"num_bytes", "num_frames", b"num_frames", "since_prefill_end_s", b"since_prefill_end_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "digest", b"digest", "finished", b"finished", "first_token_id", b"first_token_id", "num_bytes", b"num_bytes", "num_frames", b"num_frames", "prefill_s", b"prefill_s", "since_prefill_end_s", b"since_prefill_end_s", "write_s", b"write_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -97,6 +97,7 @@ class WorkerInfo(_message.Message):
     KV_ADDRESS_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     MAX_STEP_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_DTYPE_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this protocol that the worker speaks."""
     worker_id: _builtins.str
@@ -123,6 +124,8 @@ class WorkerInfo(_message.Message):
     """Process id, for the operator."""
     max_step_tokens: _builtins.int
     """Most prefill tokens in one step."""
+    kv_dtype: _builtins.str
+    """Dtype of its KV pool."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """End-of-sequence token ids."""
@@ -144,10 +147,11 @@ class WorkerInfo(_message.Message):
         kv_address: _builtins.str = ...,
         pid: _builtins.int = ...,
         max_step_tokens: _builtins.int = ...,
+        kv_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "boot_id", b"boot_id", "eos_token_ids", b"eos_token_ids", "geometry_digest", b"geometry_digest", "kv_address", b"kv_address", "kv_bytes_per_token", b"kv_bytes_per_token", "max_model_len", b"max_model_len", "max_step_tokens", b"max_step_tokens", "model", b"model", "pid", b"pid", "protocol_version", b"protocol_version", "role", b"role", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "boot_id", b"boot_id", "eos_token_ids", b"eos_token_ids", "geometry_digest", b"geometry_digest", "kv_address", b"kv_address", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_dtype", b"kv_dtype", "max_model_len", b"max_model_len", "max_step_tokens", b"max_step_tokens", "model", b"model", "pid", b"pid", "protocol_version", b"protocol_version", "role", b"role", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -715,10 +719,13 @@ class RequestGrant(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     KV_ADDRESS_FIELD_NUMBER: _builtins.int
     PREFILL_BOOT_ID_FIELD_NUMBER: _builtins.int
+    PREFILL_KV_DTYPE_FIELD_NUMBER: _builtins.int
     kv_address: _builtins.str
     """host:port that the KV will be fetched from."""
     prefill_boot_id: _builtins.str
     """Boot id of that prefill worker."""
+    prefill_kv_dtype: _builtins.str
+    """Dtype of its KV pool; empty reads as the decode worker's own."""
     @_builtins.property
     def request(self) -> Global___WorkRequest:
         """The request."""
@@ -729,10 +736,11 @@ class RequestGrant(_message.Message):
         request: Global___WorkRequest | None = ...,
         kv_address: _builtins.str = ...,
         prefill_boot_id: _builtins.str = ...,
+        prefill_kv_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_address", b"kv_address", "prefill_boot_id", b"prefill_boot_id", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_address", b"kv_address", "prefill_boot_id", b"prefill_boot_id", "prefill_kv_dtype", b"prefill_kv_dtype", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

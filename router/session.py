@@ -377,6 +377,7 @@ class DecodeLink(WorkerLink):
             request=request_to_proto(request, timeout_s),
             kv_address=prefill.kv_address,
             prefill_boot_id=prefill.boot_id,
+            prefill_kv_dtype=prefill.info.kv_dtype if prefill.info is not None else "",
         )
         self._send(grant=grant)
 

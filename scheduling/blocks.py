@@ -64,11 +64,16 @@ class BlockAllocator:
     def allocate(self, num_blocks: int, *, granted: bool = False) -> list[int]:
         """Take blocks that hold nothing, evicting the least recently used cached ones; guard with `can_allocate`."""
         assert num_blocks <= self.num_available, "allocate without can_allocate"
+        owners = self._granted if granted else self._live
         taken = []
         for _ in range(num_blocks):
             block = self._free.pop() if self._free else self._evict()
-            self._own(block, 1, granted=granted)
+            owners[block] = 1  # the first, so there is no need for _own
             taken.append(block)
+        if granted:
+            self._num_granted += num_blocks
+        else:
+            self._num_live += num_blocks
         return taken
 
     def match(self, hashes: Sequence[bytes], max_tokens: int) -> list[int]:

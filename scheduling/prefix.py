@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
+from typing import Protocol
 
 from ..core.kv_geometry import PREFIX_UNIT
+from ..core.request import Request
 
 _DIGEST_BYTES = 16
 
@@ -35,3 +37,39 @@ def prefix_hashes(token_ids: Sequence[int], namespace: bytes) -> list[bytes]:
     hashes: list[bytes] = []
     extend_hashes(hashes, token_ids, namespace)
     return hashes
+
+
+class Contents(Protocol):
+    """What a scheduler reads of a request: the list of its tokens, and what stands for the prefixes of that list.
+
+    Engines have real tokens. A simulator knows only how many there are and which prompts begin alike.
+    """
+
+    def token_ids(self, request: Request) -> MutableSequence[int]:
+        """Prompt and output so far; grows as the request is answered."""
+        ...
+
+    def extend_hashes(
+        self, hashes: list[bytes], token_ids: Sequence[int], request: Request, kv_history: str = "none"
+    ) -> None:
+        """Append the hash of every further full unit of the request's `token_ids`, whose KV has that history."""
+        ...
+
+
+class TokenContents:
+    """Real tokens, hashed."""
+
+    def __init__(self, *, model_id: str, kv_dtype: str) -> None:
+        self._model_id = model_id
+        self._kv_dtype = kv_dtype
+
+    def token_ids(self, request: Request) -> MutableSequence[int]:
+        return [*request.prompt_token_ids, *request.output_token_ids]
+
+    def extend_hashes(
+        self, hashes: list[bytes], token_ids: Sequence[int], request: Request, kv_history: str = "none"
+    ) -> None:
+        namespace = prefix_namespace(
+            model_id=self._model_id, kv_dtype=self._kv_dtype, tenant=request.tenant, codec=kv_history
+        )
+        extend_hashes(hashes, token_ids, namespace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableSequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -27,8 +28,9 @@ class Sequence:
     arrival: int  # order of arrival; a preempted sequence keeps its own
     prefill_only: bool = False
     arrived_by_transfer: bool = False
+    kv_history: str = "none"  # what its KV may have lost on the way here; only sequences that accept that share it
     state: SequenceState = SequenceState.WAITING
-    token_ids: list[int] = field(default_factory=list)  # prompt and output
+    token_ids: MutableSequence[int]  # prompt and output
     block_table: list[int] = field(default_factory=list)
     prefix_hashes: list[bytes] = field(default_factory=list)
     num_computed: int = 0  # leading tokens whose KV is in the pool
@@ -40,9 +42,6 @@ class Sequence:
     complete: bool = False  # a planned step yields its last token here
     released: bool = False  # over, but a planned step still uses its blocks
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # those known, from the second prompt token on
-
-    def __post_init__(self) -> None:
-        self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]
 
     @property
     def request_id(self) -> str:

@@ -9,16 +9,16 @@ one chooses is not known then, only that there will be one: `PENDING` takes its 
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableSequence
 from dataclasses import dataclass
 
 from ..core.errors import InvalidRequest, Overloaded
 from ..core.kv_geometry import PREFIX_UNIT, blocks_for
 from ..core.request import FinishReason, Request
 from .blocks import BlockAllocator
-from .prefix import extend_hashes, prefix_namespace
+from .prefix import Contents, TokenContents
 from .sequence import PENDING, Sequence, SequenceState
 
 _RETRY_AFTER_S = 0.5
@@ -63,6 +63,17 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeRun:
+    """Decode steps with the same sequences: from one to the next only their contexts grow, each by a token."""
+
+    num_steps: int  # the last one ends a sequence, or is the last that there are blocks for
+    batch: int  # sequences
+    num_context_tokens: int  # sum over them of tokens attended to in the first step
+    num_new_blocks: int  # that all its steps take at most
+    started: tuple[Sequence, ...]  # in their first step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampledToken:
     """A token that a step appended to a sequence."""
 
@@ -78,6 +89,7 @@ class StepScheduler:
     Args:
         max_packed_tokens: no further prompt joins a step that has this many prefill tokens. Past the size from which
             a device is busy, it would be no sooner done, and would delay those before it. None: up to max_step_tokens.
+        contents: what stands for tokens and their prefixes. None: real tokens, of this model and dtype.
     """
 
     def __init__(
@@ -90,14 +102,14 @@ class StepScheduler:
         max_waiting: int,
         max_step_tokens: int,
         max_packed_tokens: int | None = None,
+        contents: Contents | None = None,
     ) -> None:
         self.blocks = blocks
-        self._model_id = model_id
-        self._kv_dtype = kv_dtype
+        self._contents = contents or TokenContents(model_id=model_id, kv_dtype=kv_dtype)
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._max_step_tokens = max_step_tokens
-        self._max_packed_tokens = max_step_tokens if max_packed_tokens is None else max_packed_tokens
+        self._max_packed_tokens = min(max_step_tokens, max_packed_tokens or max_step_tokens)
         self._sequences: dict[str, Sequence] = {}  # every one that is not finished
         self._waiting: list[Sequence] = []  # in queue order
         self._running: list[Sequence] = []  # in queue order
@@ -144,11 +156,13 @@ class StepScheduler:
                 f"{len(self._waiting):,} requests are waiting, the bound is {self._max_waiting:,}; try again later",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        insort(self._waiting, self._new_sequence(request, prefill_only=prefill_only), key=_queue_key)
+        sequence = self._new_sequence(request, self._contents.token_ids(request), prefill_only=prefill_only)
+        insort(self._waiting, sequence, key=_queue_key)
 
-    def reserve(self, request: Request, headroom_tokens: int) -> Sequence:
+    def reserve(self, request: Request, headroom_tokens: int, kv_history: str = "none") -> Sequence:
         """Take blocks for the KV that a transfer will bring, and for the first output tokens.
 
+        Args: kv_history: the codec, or the narrower dtype, that the KV goes through; "none" if it comes as it is.
         Raises: Overloaded: the batch or the pool is full, or a preempted sequence is waiting; nothing was taken.
         """
         busy = len(self._running) + len(self._waiting) + self.num_in(SequenceState.RESERVED)
@@ -158,9 +172,9 @@ class StepScheduler:
                 retry_after_s=_RETRY_AFTER_S,
             )
         hashes: list[bytes] = []
-        tokens = [*request.prompt_token_ids, *request.output_token_ids]
+        tokens = self._contents.token_ids(request)
         if self.blocks.has_prefix_cache:
-            extend_hashes(hashes, tokens, self._namespace(request))
+            self._contents.extend_hashes(hashes, tokens, request, kv_history)
         hits = self.blocks.match(hashes, len(tokens) - 1)
         remaining = request.max_tokens - len(request.output_token_ids)
         needed = blocks_for(len(tokens) + min(headroom_tokens, remaining), self.blocks.block_size) - len(hits)
@@ -172,7 +186,8 @@ class StepScheduler:
                 + "; try again later or another worker",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        sequence = self._new_sequence(request, arrived_by_transfer=True)
+        sequence = self._new_sequence(request, tokens, arrived_by_transfer=True)
+        sequence.kv_history = kv_history
         sequence.state = SequenceState.RESERVED
         sequence.prefix_hashes = hashes
         self.blocks.share(hits, granted=True)
@@ -221,7 +236,7 @@ class StepScheduler:
         parts: list[ScheduledTokens] = []
         for sequence in tuple(self._running):
             if sequence.is_decoding and sequence.can_run and sequence.state is SequenceState.RUNNING:
-                if self._must_preempt(sequence) and self._plans:
+                if self._plans and self._must_preempt(sequence):
                     return None  # the running step needs the victim's blocks, and its token is not known yet
                 if self._grow(sequence):
                     parts.append(_part(sequence, 1))
@@ -297,6 +312,61 @@ class StepScheduler:
                 self._finish(sequence)
         return tokens
 
+    def steps_until_change(self) -> DecodeRun | None:
+        """The run of decode steps that comes next if nobody else arrives or leaves; None: the next step is not one.
+
+        For simulators, which know when each answer ends: with it they pay for changes, not for tokens. `advance` takes
+        the run or its first steps. Sequences take the blocks of a run one after the other instead of in turn, so
+        that the cache may evict other blocks than it would step by step.
+        """
+        if self._plans or not self._running or self._admissible() is not None:
+            return None
+        num_steps = num_context_tokens = 0
+        started: list[Sequence] = []
+        for sequence in self._running:
+            request, num_tokens = sequence.request, sequence.num_tokens
+            num_output = num_tokens - request.num_prompt_tokens
+            if num_tokens - sequence.num_computed != 1 or not num_output or request.stop_token_ids:
+                return None  # a prefill, a first token, or an end that nobody can foresee
+            if not num_steps or request.max_tokens - num_output < num_steps:
+                num_steps = request.max_tokens - num_output
+            num_context_tokens += num_tokens
+            if not sequence.started:
+                started.append(sequence)
+        num_blocks = len(self._running) * blocks_for(num_steps, self.blocks.block_size)
+        if num_blocks > self.blocks.num_available:  # it may still do, so count
+            num_steps = bisect_right(
+                range(1, num_steps + 1), self.blocks.num_available, key=lambda steps: self._blocks_of_run(steps)
+            )
+            num_blocks = self._blocks_of_run(num_steps)
+        if num_steps == 0:
+            return None  # somebody is preempted
+        return DecodeRun(
+            num_steps=num_steps,
+            batch=len(self._running),
+            num_context_tokens=num_context_tokens,
+            num_new_blocks=num_blocks,
+            started=tuple(started),
+        )
+
+    def advance(self, num_steps: int, token_id: int) -> list[Sequence]:
+        """Account for the first steps of a run in which every token is `token_id`; returns the sequences that ended."""
+        ended: list[Sequence] = []
+        token_ids = [token_id] * num_steps
+        for sequence in tuple(self._running):
+            num_computed = sequence.num_computed + num_steps
+            needed = blocks_for(num_computed, self.blocks.block_size) - len(sequence.block_table)
+            if needed > 0:
+                sequence.block_table += self.blocks.allocate(needed)
+            sequence.token_ids.extend(token_ids)
+            sequence.num_computed = num_computed
+            sequence.started = True
+            self._publish(sequence, num_computed)
+            if num_computed + 1 - sequence.request.num_prompt_tokens >= sequence.request.max_tokens:
+                self._finish(sequence)
+                ended.append(sequence)
+        return ended
+
     def abandon(self) -> list[Sequence]:
         """The planned steps failed: forget their sequences and return those that nobody had released."""
         dropped = {part.sequence.request_id: part.sequence for plan in self._plans for part in plan.parts}
@@ -317,13 +387,19 @@ class StepScheduler:
     # --- parts of the above ---
 
     def _new_sequence(
-        self, request: Request, *, prefill_only: bool = False, arrived_by_transfer: bool = False
+        self,
+        request: Request,
+        token_ids: MutableSequence[int],
+        *,
+        prefill_only: bool = False,
+        arrived_by_transfer: bool = False,
     ) -> Sequence:
         if request.request_id in self._sequences:
             raise InvalidRequest(f"request id {request.request_id} is already live here; ids must be unique")
         self._arrivals += 1
         sequence = Sequence(
             request=request,
+            token_ids=token_ids,
             arrival=self._arrivals,
             prefill_only=prefill_only,
             arrived_by_transfer=arrived_by_transfer,
@@ -331,8 +407,8 @@ class StepScheduler:
         self._sequences[request.request_id] = sequence
         return sequence
 
-    def _admit(self, logits_left: int) -> Sequence | None:
-        """Move the first waiting sequence into the running batch with blocks for all its known tokens."""
+    def _admissible(self, logits_left: int = _MAX_PROMPT_LOGITS) -> list[int] | None:
+        """The blocks that the cache holds of the first waiting sequence; None if nobody can be admitted now."""
         self._starved = False
         if not self._waiting or len(self._running) + self.num_in(SequenceState.RESERVED) >= self._max_running:
             return None
@@ -340,14 +416,22 @@ class StepScheduler:
         if sequence.needs_prompt_logits and not logits_left:
             return None
         if self.blocks.has_prefix_cache:
-            extend_hashes(sequence.prefix_hashes, sequence.token_ids, self._namespace(sequence.request))
+            self._extend_hashes(sequence, sequence.token_ids)
         most = 0 if sequence.needs_prompt_logits else sequence.num_tokens - 1
         hits = self.blocks.match(sequence.prefix_hashes, most)
         needed = blocks_for(sequence.num_tokens, self.blocks.block_size) - len(hits)
         if not self.blocks.can_allocate(needed, hits):
             self._starved = True  # and nobody behind it may overtake, or it would wait for ever
             return None
-        self._waiting.pop(0)
+        return hits
+
+    def _admit(self, logits_left: int) -> Sequence | None:
+        """Move the first waiting sequence into the running batch with blocks for all its known tokens."""
+        hits = self._admissible(logits_left)
+        if hits is None:
+            return None
+        sequence = self._waiting.pop(0)
+        needed = blocks_for(sequence.num_tokens, self.blocks.block_size) - len(hits)
         self.blocks.share(hits)
         sequence.block_table = hits + self.blocks.allocate(needed)
         sequence.num_cached = sequence.num_computed = len(hits) * self.blocks.block_size
@@ -356,6 +440,11 @@ class StepScheduler:
         sequence.state = SequenceState.RUNNING
         insort(self._running, sequence, key=_queue_key)
         return sequence
+
+    def _blocks_of_run(self, num_steps: int) -> int:
+        """Blocks that the running sequences take for that many decode steps."""
+        size = self.blocks.block_size
+        return sum(max(0, blocks_for(s.num_computed + num_steps, size) - len(s.block_table)) for s in self._running)
 
     def _must_preempt(self, sequence: Sequence) -> bool:
         """Whether a decoding sequence needs a block for its next token that nobody has left."""
@@ -389,14 +478,15 @@ class StepScheduler:
 
     def _publish(self, sequence: Sequence, num_computed: int) -> None:
         """Enter the blocks that became full with the first `num_computed` tokens into the prefix index."""
-        full = num_computed // self.blocks.block_size
-        if full <= sequence.num_published or not self.blocks.has_prefix_cache:
+        blocks = self.blocks
+        full = num_computed // blocks.block_size
+        if full <= sequence.num_published or not blocks.has_prefix_cache:
             return
         known = sequence.token_ids[:num_computed]  # those behind may be pending
-        extend_hashes(sequence.prefix_hashes, known, self._namespace(sequence.request))
-        units = self.blocks.block_size // PREFIX_UNIT
+        self._extend_hashes(sequence, known)
+        units = blocks.block_size // PREFIX_UNIT
         for index in range(sequence.num_published, full):
-            self.blocks.publish(sequence.block_table[index], sequence.prefix_hashes[(index + 1) * units - 1])
+            blocks.publish(sequence.block_table[index], sequence.prefix_hashes[(index + 1) * units - 1])
         sequence.num_published = full
 
     def _finish(self, sequence: Sequence) -> None:
@@ -413,8 +503,8 @@ class StepScheduler:
         sequence.state = SequenceState.FINISHED
         del self._sequences[sequence.request_id]
 
-    def _namespace(self, request: Request) -> bytes:
-        return prefix_namespace(model_id=self._model_id, kv_dtype=self._kv_dtype, tenant=request.tenant)
+    def _extend_hashes(self, sequence: Sequence, token_ids: MutableSequence[int]) -> None:
+        self._contents.extend_hashes(sequence.prefix_hashes, token_ids, sequence.request, sequence.kv_history)
 
 
 def _queue_key(sequence: Sequence) -> tuple[int, int]:

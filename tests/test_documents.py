@@ -34,10 +34,10 @@ def shell_commands(text: str) -> list[list[str]]:
 
 @document
 def test_make_targets_exist(path: Path) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     text = path.read_text()
     named = {words[1] for words in shell_commands(text) if words[0] == "make"} | set(
-        re.findall(r"`make ([a-z]+)", text)
+        re.findall(r"`make ([a-z-]+)", text)
     )
     assert named <= targets
 
@@ -48,7 +48,7 @@ def test_subcommands_and_their_flags_exist(path: Path) -> None:
     for _, name, *words in commands:
         if name.startswith("-"):
             continue
-        _, command, _ = GROUP.resolve_command(typer.Context(GROUP), [name])
+        _, command, _ = GROUP.resolve_command(typer.Context(GROUP), [name, *words])
         options = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
         flags = {word.split("=")[0] for word in words if word.startswith("--")}
         assert flags <= options | {"--help"}, name

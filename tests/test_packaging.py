@@ -58,8 +58,9 @@ def test_wheel_holds_every_module_and_stub_and_nothing_else(tmp_path: Path) -> N
 
     wanted = {"splitserve/__init__.py", "splitserve/py.typed"}
     for folder in package_folders(source):
-        files = [path for path in (source / folder).iterdir() if path.suffix in {".py", ".pyi", ".proto"}]
+        files = [path for path in (source / folder).iterdir() if path.suffix in {".py", ".pyi", ".proto", ".c"}]
         wanted |= {f"splitserve/{path.relative_to(source)}" for path in files}
+    wanted |= {f"splitserve/planner/data/{path.name}" for path in (source / "planner" / "data").iterdir()}
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == wanted
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -75,7 +76,7 @@ def test_every_requirement_is_pinned_inside_its_range() -> None:
     pins = {canonicalize_name(name): pin for name, pin in (line.split("==") for line in lines if line[0] != "#")}
     project = PYPROJECT["project"]
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *extras["serve"], *extras["http"], *extras["dev"]]
+    lines = [*project["dependencies"], *extras["serve"], *extras["http"], *extras["plot"], *extras["dev"]]
     for requirement in map(Requirement, lines):
         if requirement.name != "splitserve":
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement

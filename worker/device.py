@@ -113,12 +113,23 @@ class NvmlReader:
             return None
 
 
-def open_devices(device: torch.device) -> DeviceReader:
-    """A reader of that device; without NVML one that reads nothing, and a warning."""
+class _Several:
+    """The devices of all ranks that share a model."""
+
+    def __init__(self, readers: Sequence[DeviceReader]) -> None:
+        self._readers = readers
+
+    def read(self) -> Sequence[DeviceState]:
+        return tuple(state for reader in self._readers for state in reader.read())
+
+
+def open_devices(device: torch.device, num_devices: int = 1) -> DeviceReader:
+    """A reader of that device and those behind it; without NVML one that reads nothing, and a warning."""
     if device.type != "cuda":
         return NoDevices()
+    first = device.index or 0
     try:
-        return NvmlReader(device)
+        return _Several([NvmlReader(torch.device("cuda", first + i)) for i in range(num_devices)])
     except ImportError:
         logger.warning("GPU health is not watched: nvidia-ml-py is missing; run: pip install 'splitserve[gpu]'")
     except OSError as error:

@@ -20,6 +20,7 @@ from ..engine.attention import KvWritten
 from ..engine.engine import Engine, StepOutput
 from ..engine.loading import load_model
 from ..engine.loop import DeviceLoop
+from ..engine.parallel.ranks import start_ranks
 from ..kv_transfer.identity import WorkerIdentity, current_host_id
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.convert import PROTOCOL_VERSION
@@ -84,9 +85,17 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self.recorder = Recorder(self.identity.worker_id, options.trace_dir)
         self.registry = new_registry()
         self.metrics = WorkerMetrics(self.registry, options.role)
-        self.model = load_model(options.engine)
-        self.engine = Engine(self.model, options.engine, recorder=self.recorder, kv_written=kv_written)
-        self.devices: DeviceReader = open_devices(self.model.model.device)
+        self._ranks = start_ranks(options.engine)
+        try:
+            self.model = load_model(options.engine, None if self._ranks is None else self._ranks.group)
+            self.engine = Engine(
+                self.model, options.engine, recorder=self.recorder, kv_written=kv_written, others=self._ranks
+            )
+        except BaseException:
+            if self._ranks is not None:
+                self._ranks.close()
+            raise
+        self.devices: DeviceReader = open_devices(self.model.model.device, options.engine.tensor_parallel)
         self.fault = ""  # why this worker is out of service; what is broken stays broken until somebody restarts it
         self.draining = False
         self.num_runs = 0
@@ -140,6 +149,8 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             task.cancel()
         await self.rpc.stop()
         await asyncio.to_thread(self._device.stop)
+        if self._ranks is not None:
+            await asyncio.to_thread(self._ranks.close)
         self.recorder.close()
 
     def wake(self) -> None:
@@ -196,6 +207,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             kv_address=self.rpc.address,
             pid=os.getpid(),
             max_step_tokens=self.options.engine.max_step_tokens,
+            kv_dtype=geometry.dtype,
         )
 
     def status(self) -> worker_pb2.WorkerStatus:

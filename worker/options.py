@@ -23,6 +23,7 @@ class WorkerOptions:
     metrics_port: int = 0
     worker_id: str = ""  # unique in the cluster; empty makes one
     transports: tuple[str, ...] = ("cuda_ipc", "shared_memory", "grpc")  # how KV may move, best first
+    kv_codec: Literal["none", "fp8", "int8", "auto"] = "none"  # of KV that a decode worker fetches
     trace_dir: Path | None = None
     drain_timeout_s: float = 30.0  # how long SIGTERM waits for running requests
     lease_s: float = 30.0  # finished KV is held this long without a sign of life from its receiver

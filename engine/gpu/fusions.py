@@ -2,6 +2,12 @@
 
 Nothing is matched by the model's name. Each candidate is recognised by its structure, run beside the original on random
 input, and replaced only where the two agree, so that an architecture that computes something else keeps its own code.
+
+Ours rather than torch.compile or liger-kernel, because it is the fastest at every length and the only one that pays for
+short prompts, where a step is bound by what the host launches. Llama-3.1-8B shape on an H100, ms for a prompt of 512 /
+2,048 / 8,192 tokens, no graphs: transformers' own 50.3 / 64.5 / 263.9, torch.compile of each layer 98.6 / 97.9 / 222.8
+(its guards, before and behind our attention), liger-kernel 57.4 / 58.6 / 220.1, this 33.7 / 50.6 / 219.2
+(`python -m splitserve.benchmarks.engine --device cuda --compare-fusions`).
 """
 
 from __future__ import annotations

@@ -22,8 +22,9 @@ from ...scheduling.steps import ScheduledTokens, StepPlan
 from ..attention import KvWritten
 from ..logprobs import StepLogprobs, prompt_rows
 from ..output_format import OutputFormats
+from ..parallel.group import RankGroup
 from ..pool import KvPool
-from ..runner import SequenceTokens, StepResult, is_plain, sample_inputs, sampled_rows, step_result
+from ..runner import SequenceTokens, StepMode, StepResult, is_plain, sample_inputs, sampled_rows, step_result
 from ..sampler import adjust, uniform
 from .attention_kernels import prefill_tiles
 from .batch import CUDNN_FROM_TOKENS, DecodeRows, GpuBatch, PrefillRows, SplitMemory, cudnn_length, layer_views
@@ -78,8 +79,11 @@ class GpuRunner:
         num_query_heads: int,
         formats: OutputFormats,
         kv_written: KvWritten | None = None,
+        group: RankGroup | None = None,
     ) -> None:
         self._model = model
+        self._group = group
+        self._leads = group is None or group.leads
         self._pool = pool
         self._formats = formats
         self._device = model.device
@@ -103,7 +107,7 @@ class GpuRunner:
         self._slots: dict[RunningSequence, _Slot] = {}
         self._free_slots = list(range(num_slots))
         self._tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=self._device)
-        self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
+        self._last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=self._device)  # the last: nobody's
         # Static inputs of the captured steps; each graph uses the first rows.
         num_rows = max(max_running, MAX_SEQUENCES)
         self._rows = torch.zeros(num_rows, FIELDS, dtype=torch.int32, device=self._device)
@@ -144,6 +148,14 @@ class GpuRunner:
         self._prefill.capture(self._stream, memory, self._max_step_tokens)
         return time.monotonic() - began_s
 
+    @property
+    def captured(self) -> bool:
+        return bool(self._graphs)
+
+    def close(self) -> None:
+        self._stream.synchronize()
+        self.drop_graphs()
+
     def drop_graphs(self) -> None:
         self._graphs.clear()
         self._prefill.drop()
@@ -178,23 +190,35 @@ class GpuRunner:
         self._sample(logits, self._rows[:batch])
 
     def _sample(self, logits: Tensor, rows: Tensor) -> None:
-        sample_rows(
-            logits, rows[:, 4:], rows[:, 1], last_tokens=self._last_tokens, chosen=self._chosen[: logits.shape[0]]
-        )
+        chosen = self._chosen[: logits.shape[0]]
+        if self._leads:
+            sample_rows(logits, rows[:, 4:], rows[:, 1], last_tokens=self._last_tokens, chosen=chosen)
+        if self._group is not None:
+            self._group.copy_from_leader(chosen)
+            if not self._leads:
+                slots = rows[:, 1].long()
+                slots = torch.where(slots < 0, self._last_tokens.shape[0] - 1, slots)
+                self._last_tokens.scatter_(0, slots, chosen)
 
     # --- steps ---
 
+    def mode(self, plan: StepPlan) -> StepMode:
+        if self._graphs and all(_can_be_captured(part) for part in plan.parts):
+            return StepMode.DECODE
+        return StepMode.CAPTURED if all(is_plain(part) for part in plan.parts) else StepMode.PACKED
+
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> None:
+    def launch(self, plan: StepPlan, mode: StepMode | None = None) -> None:
+        mode = self.mode(plan) if mode is None else mode
         with torch.cuda.stream(self._stream):
             parts = sorted(plan.parts, key=lambda part: part.num_tokens > 1)
             sampling, rows = sampled_rows(parts)
             likelihoods: StepLogprobs | None = None
             failed: dict[str, SplitserveError] = {}
-            if self._graphs and all(_can_be_captured(part) for part in parts):
+            if mode is StepMode.DECODE:
                 self._launch_captured(parts)
             else:
-                likelihoods, failed = self._launch_packed(parts, sampling, rows)
+                likelihoods, failed = self._launch_packed(parts, sampling, rows, mode)
             received = self._received[0]
             self._received.rotate(-1)
             received[: len(sampling)].copy_(self._chosen[: len(sampling)], non_blocking=True)
@@ -299,7 +323,7 @@ class GpuRunner:
             self._free_slots.append(self._slots.pop(sequence).index)
 
     def _launch_packed(
-        self, parts: Sequence[ScheduledTokens], sampling: Sequence[ScheduledTokens], rows: list[int]
+        self, parts: Sequence[ScheduledTokens], sampling: Sequence[ScheduledTokens], rows: list[int], mode: StepMode
     ) -> tuple[StepLogprobs | None, dict[str, SplitserveError]]:
         """Any mix of chunks and single tokens, each kernel launched by itself.
 
@@ -314,7 +338,6 @@ class GpuRunner:
             )
             for part in parts
         ]
-        plain = all(is_plain(part) for part in parts)
         # Tokens that the step before this one is still choosing.
         waiting = [i for i, s in enumerate(sequences) if s.token_ids[-1] == PENDING]
         pending = None
@@ -323,7 +346,7 @@ class GpuRunner:
             at = to_device(np.array([waiting, slots]), self._device)
             pending = torch.stack((at[0], self._last_tokens[at[1]]))
         written = None if self._announcer is None else self._announcer.of_step(parts, self._stream)
-        captured = self._prefill.find(sequences) if plain else None
+        captured = self._prefill.find(sequences) if mode is StepMode.CAPTURED else None
         if captured is not None:
             self._send(sampling, MAX_SEQUENCES, captured=False)
             self._prefill.launch(captured, sequences, self._pool.block_size, rows, pending, written)
@@ -341,9 +364,9 @@ class GpuRunner:
             input_ids[pending[0]] = pending[1]
         wanted = to_device(np.array(rows + prompt_rows(parts), np.int64), self._device)
         logits = run(self._model, step, input_ids, position_ids, wanted)
-        if plain:
+        if mode is StepMode.CAPTURED or not self._leads:
             if sampling:
-                self._sample(logits, sent)
+                self._sample(logits[: len(sampling)], sent)
             return None, {}
         inputs, failed = sample_inputs(sampling, self._formats)
         if sampling:

@@ -39,6 +39,8 @@ def start_on_gpu(
     others = max(0, others - torch.cuda.memory_reserved(device))  # CUDA's own, and other processes
     left = budget - others - weights - step - graphs - _SLACK_BYTES
     num_blocks = options.num_kv_blocks or left // row_bytes
+    if model.group is not None:
+        num_blocks = model.group.least(num_blocks)  # ranks share block numbers
     logger.info(
         "device memory: %.2f GiB of %.2f GiB may be used: weights %.2f, largest step %.2f, graphs %.2f, CUDA and other "
         "processes %.2f, slack %.2f, KV pool %.2f (%d blocks of %d tokens)",
@@ -60,7 +62,7 @@ def start_on_gpu(
         )
     pool = KvPool(model.geometry, num_blocks=num_blocks, block_size=size, device=device)
     runner = _runner(model, pool, options, max_model_len, kv_written)
-    if options.cuda_graphs and (seconds := _capture(runner)) is not None:
+    if options.cuda_graphs and (seconds := _capture(runner, model)) is not None:
         logger.info("captured the decode step for batches of up to %d in %.1f s", runner.max_running, seconds)
     return pool, runner
 
@@ -77,21 +79,33 @@ def _runner(
         num_query_heads=int(model.model.config.get_text_config().num_attention_heads),
         formats=OutputFormats(model.path, model.vocab_size, model.eos_token_ids),
         kv_written=kv_written,
+        group=model.group,
     )
 
 
-def _capture(runner: GpuRunner) -> float | None:
-    """Seconds that it took; None when the model's layers do what a graph cannot hold, such as asking the host."""
-    try:
-        return runner.capture()
-    except RuntimeError as error:
+def _capture(runner: GpuRunner, model: LoadedModel) -> float | None:
+    """Seconds that it took; None when the model's layers do what a graph cannot hold, such as asking the host.
+
+    Mixtures of experts do so in other dtypes than bfloat16, whose grouped product alone runs without the host.
+    """
+    mixture = any(parameter.dim() == 3 for parameter in model.model.parameters())
+    seconds, reason = None, "experts are computed without the host in bfloat16 only"
+    if not mixture or model.model.dtype == torch.bfloat16 or model.group is None:
+        try:
+            seconds = runner.capture()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+    # Else not even tried: a capture that fails halfway would leave the ranks in the middle of a collective.
+    if model.group is not None and not model.group.least(seconds is not None):  # ranks run the same steps
+        seconds = None
+    if seconds is None:
         runner.drop_graphs()
         logger.warning(
             "steps are not captured as CUDA graphs, so each kernel is launched by itself, which is slow for small "
             "batches: %s",
-            str(error).splitlines()[0],
+            reason,
         )
-        return None
+    return seconds
 
 
 def _measure(model: LoadedModel, options: EngineOptions, max_model_len: int) -> tuple[int, int]:
@@ -125,7 +139,7 @@ def _measure(model: LoadedModel, options: EngineOptions, max_model_len: int) -> 
     if options.cuda_graphs:
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
-        _capture(runner)
+        _capture(runner, model)
         graphs = max(0, free - torch.cuda.mem_get_info(device)[0])
     del runner, pool, plan, scheduler
     gc.collect()

@@ -61,6 +61,12 @@ def test_version() -> None:
         (["generat"], "Did you mean 'generate'?"),
         (["generate", "a", "--max-tokens", "many"], "--max-tokens"),
         (["generate", "a", "--no-such-flag"], "--no-such-flag"),
+        (["prefill-worker", "--port", "70000"], "--port"),  # gRPC would listen on 4464
+        (["decode-worker", "--port", "-1"], "--port"),
+        (["router", "--metrics-port", "65536"], "--metrics-port"),
+        (["prefill-worker", "--threads", "0"], "--threads"),
+        (["router", "--port", "0", "--prefill", "nowhere"], "a worker's address is 'nowhere'; it must be HOST:PORT"),
+        (["router", "--port", "0", "--decode", "127.0.0.1:70000"], "'127.0.0.1:70000'; it must be HOST:PORT"),
     ],
 )
 def test_a_wrong_flag_exits_2(args: list[str], message: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from splitserve.core.errors import ModelUnsupported
 from splitserve.engine import attention, loading, testing
 from splitserve.engine.attention import AttentionRules, DecodeBatch
+from splitserve.engine.cpu_attention import DecodeKernel
 from splitserve.engine.loading import load_model
 from splitserve.engine.options import EngineOptions
 from splitserve.engine.pool import KvPool
@@ -69,10 +70,21 @@ def test_a_mixture_whose_rounding_chooses_another_expert_is_accepted(
 
 
 def _sees_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = DecodeKernel.attend
+
+    def padded(kernel: DecodeKernel, query: Tensor, pool: KvPool, *arguments: Any, **rules: Any) -> Tensor:
+        layer, tables, positions = arguments
+        return attend(kernel, query, pool, layer, tables, positions // pool.block_size * pool.block_size + 15, **rules)
+
+    monkeypatch.setattr(DecodeKernel, "attend", padded)
+
+
+def _sees_padding_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def mask(batch: DecodeBatch, _: int | None, dtype: torch.dtype, block_size: int) -> Tensor:
         return torch.zeros(batch.num_sequences, 1, 1, batch.block_tables.shape[1] * block_size, dtype=dtype)
 
     monkeypatch.setattr(DecodeBatch, "mask", mask)
+    monkeypatch.setattr(attention, "decode_kernel", lambda: None)
 
 
 def _swaps_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +97,26 @@ def _is_not_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_attend", lambda *arguments: attend(*arguments) * float("nan"))
 
 
-@pytest.mark.parametrize("break_it", [_sees_padding, _swaps_blocks, _is_not_a_number])
+def _swaps_blocks_in_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = DecodeKernel.attend
+
+    def swapped(kernel: DecodeKernel, query: Tensor, pool: KvPool, *arguments: Any, **rules: Any) -> Tensor:
+        layer, tables, positions = arguments
+        return attend(kernel, query, pool, layer, tables.flip(1), positions, **rules)
+
+    monkeypatch.setattr(DecodeKernel, "attend", swapped)
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        _sees_padding,
+        _sees_padding_without_the_kernel,
+        _swaps_blocks,
+        _swaps_blocks_in_the_kernel,
+        _is_not_a_number,
+    ],
+)
 def test_wrong_paging_is_noticed(
     break_it: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

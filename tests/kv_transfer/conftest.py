@@ -6,9 +6,12 @@ import asyncio
 import fcntl
 import mmap
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -19,11 +22,12 @@ from splitserve.core.metrics import WorkerMetrics, new_registry
 from splitserve.core.request import Request
 from splitserve.kv_transfer.codecs import CodecName
 from splitserve.kv_transfer.frames import SERVICE
-from splitserve.kv_transfer.grants import Grant
+from splitserve.kv_transfer.grants import Grant, KvSource
 from splitserve.kv_transfer.identity import WorkerIdentity, current_host_id
 from splitserve.kv_transfer.receiver import KvReceiver, Received
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.proto import kv_transfer_pb2
+from splitserve.proto.rpc import SERVER_OPTIONS
 
 # Layers differ in everything that may differ; prime sizes show every mixed-up stride.
 GEOMETRY = KvGeometry(
@@ -100,15 +104,18 @@ class Pair:
         tokens = tuple(range(1, num_tokens + 1))
         return Request(request_id=request_id, prompt_token_ids=tokens, max_tokens=4, attempt=attempt)
 
-    def grant(self, request: Request, num_cached_tokens: int = 0, codec: CodecName = "none") -> Grant:
-        return self.receiver.make_grant(
-            request,
-            self.address,
-            "prefill-boot",
-            num_cached_tokens,
-            codec=codec,
-            prefill_dtype=self.source.geometry.dtype,
-        )
+    def grant(
+        self,
+        request: Request,
+        num_cached_tokens: int = 0,
+        *,
+        codec: CodecName = "none",
+        address: str | None = None,
+        boot_id: str = "prefill-boot",
+    ) -> Grant:
+        source = KvSource(address=address or self.address, boot_id=boot_id, dtype=self.source.geometry.dtype)
+        wire = replace(self.receiver.choose_wire(source, request.num_tokens), codec=codec)
+        return self.receiver.make_grant(request, source, wire, num_cached_tokens)
 
     def offer(self, grant: Grant, request: Request) -> None:
         self.sender.offer(grant, request.prompt_token_ids, lambda _: self.source_table)
@@ -145,6 +152,72 @@ def tiny() -> KvGeometry:
     return GEOMETRY
 
 
+class ChildProcess:
+    """One side in a process of its own; its script says what it does."""
+
+    def __init__(self, script: str, *arguments: str) -> None:
+        command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.pid = self._process.pid
+        self.address = ""
+
+    def say(self, line: str) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def sender_process() -> Iterator[Callable[..., ChildProcess]]:
+    """`sender_process(boot_id)` starts a prefill side that can be killed."""
+    started = []
+
+    def start(boot_id: str, port: int = 0) -> ChildProcess:
+        process = ChildProcess("sender_process.py", boot_id, str(port))
+        started.append(process)
+        process.address = process.say("address")
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def receiver_process() -> Iterator[Callable[..., ChildProcess]]:
+    """`receiver_process(address, transport, num_tokens)` starts a decode side that can be killed."""
+    started = []
+
+    def start(address: str, transport: str, num_tokens: int) -> ChildProcess:
+        started.append(ChildProcess("receiver_process.py", address, transport, str(num_tokens)))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def same_pool() -> Iterator[TinyPool]:
+    """What sender_process.py holds."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        pool = TinyPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def tiny_pool() -> type[TinyPool]:
+    return TinyPool
+
+
 PairFactory = Callable[..., Any]
 
 
@@ -162,6 +235,7 @@ def pair() -> PairFactory:
         geometry: KvGeometry = GEOMETRY,
         target_geometry: KvGeometry | None = None,
         source_blocks: int = 24,
+        sender_type: type[KvSender] = KvSender,
     ) -> AsyncIterator[Pair]:
         source = TinyPool(source_block_size, source_blocks, geometry=geometry)
         target = TinyPool(target_block_size, geometry=target_geometry or geometry)
@@ -175,7 +249,7 @@ def pair() -> PairFactory:
 
         metrics = [WorkerMetrics(new_registry(), role) for role in ("prefill", "decode")]
         host = current_host_id()
-        sender = KvSender(
+        sender = sender_type(
             source,
             WorkerIdentity(worker_id="p", boot_id="prefill-boot", host_id=host),
             release=release,
@@ -190,7 +264,7 @@ def pair() -> PairFactory:
             metrics=metrics[1],
             **receiver_options or {},
         )
-        server = grpc.aio.server()
+        server = grpc.aio.server(options=SERVER_OPTIONS)
         sender.register(server)
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -90,6 +91,25 @@ async def test_a_set_up_that_nobody_joins_ends_at_its_deadline() -> None:
     for lane in lanes:
         with pytest.raises(TransferFailed, match="set up"):
             await lane.ready()
+
+
+async def test_lanes_that_were_given_up_leave_no_connection_open() -> None:
+    def num_open() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    async def open_and_give_up() -> None:
+        async with joined(GlooRendezvous()) as (sender, receiver):
+            moving = await receiver.recv(0, torch.empty(8, dtype=torch.uint8))
+        with pytest.raises(TransferFailed):
+            await moving
+        for lane in (sender, receiver):
+            await asyncio.to_thread(lane._thread.shutdown, wait=True)
+
+    await open_and_give_up()  # what the process opens once
+    before = num_open()
+    for _ in range(10):
+        await open_and_give_up()
+    assert num_open() <= before + 20  # a lane has eight; stores are closed by the collector
 
 
 def peer_process(invitation: bytes) -> subprocess.Popen[bytes]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -169,49 +167,27 @@ async def test_nobody_listening_is_a_failed_transfer(pair) -> None:
             await p.receiver.receive(p.grant(request), address, request.prompt_token_ids, p.target_table)
 
 
-class SenderProcess:
-    """A real prefill side that can be killed; `sender_process.py` says what it does."""
-
-    def __init__(self) -> None:
-        script = Path(__file__).with_name("sender_process.py")
-        self._process = subprocess.Popen(
-            [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.address = self.say("address")
-
-    def say(self, line: str) -> str:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-        return self._process.stdout.readline().strip()
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
 def is_mapped(inode: str) -> bool:
     """Whether this process maps the file, told by its inode."""
     return any(line.split()[4] == inode for line in Path("/proc/self/maps").read_text().splitlines())
 
 
 @pytest.mark.parametrize("transport", ["grpc", "shared_memory"])
-async def test_killed_sender_fails_the_transfer_and_is_unmapped(pair, transport: str) -> None:
+async def test_killed_sender_fails_the_transfer_and_is_unmapped(pair, sender_process, transport: str) -> None:
     async with pair(transport, "grpc") as p:
-        process = SenderProcess()
+        process = sender_process("prefill-boot")
         try:
             request = p.request(100)
             tokens = request.prompt_token_ids
-            whole = p.receiver.make_grant(request, process.address, "prefill-boot", 0)
-            process.say(f"all {whole.grant_id} {whole.epoch}")
+            whole = p.grant(request, address=process.address)
+            process.say(f"all {whole.to_proto().SerializeToString().hex()}")
             received = await p.receiver.receive(whole, process.address, tokens, p.target_table)
             assert received.transport == transport
             pool_inode = process.say("inode")
             assert is_mapped(pool_inode) == (transport == "shared_memory")
-            half = p.receiver.make_grant(request, process.address, "prefill-boot", 0)
+            half = p.grant(request, address=process.address)
             receiving = asyncio.ensure_future(p.receiver.receive(half, process.address, tokens, p.target_table))
-            assert await asyncio.to_thread(process.say, f"half {half.grant_id} {half.epoch}") == "ok"
+            assert await asyncio.to_thread(process.say, f"half {half.to_proto().SerializeToString().hex()}") == "ok"
         finally:
             process.kill()
         with pytest.raises(TransferFailed):
@@ -229,7 +205,7 @@ async def test_killed_sender_fails_the_transfer_and_is_unmapped(pair, transport:
 async def test_a_grant_of_another_boot_keeps_the_link(pair) -> None:
     async with pair() as p:
         request = p.request(40)
-        stale = p.receiver.make_grant(request, p.address, "boot before", 0)
+        stale = p.grant(request, boot_id="boot before")
         grant = p.grant(request)
         receiving = asyncio.ensure_future(p.receive(grant, request))
         with pytest.raises(StaleMessage, match="boot before"):

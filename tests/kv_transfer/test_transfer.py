@@ -21,7 +21,7 @@ from splitserve.core.errors import (
 )
 from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
 
-TRANSPORTS = ["grpc", "shared_memory"]
+TRANSPORTS = ["grpc", "shared_memory", "gloo"]
 both = pytest.mark.parametrize("transport", TRANSPORTS)
 
 

@@ -77,6 +77,15 @@ def test_no_prompt_joins_a_step_that_is_busy_enough() -> None:
     assert steps == [["a", "b"], ["c", "long"], ["d"]]
 
 
+def test_a_step_that_is_never_busy_enough_still_ends_at_its_budget() -> None:
+    scheduler = make_scheduler(max_step_tokens=24, max_packed_tokens=512)
+    for seed, length in enumerate((10, 14, 12)):
+        scheduler.add(make_request(str(seed), length, seed=seed))
+    plan, _ = run_step(scheduler)
+    assert plan is not None
+    assert [part.num_tokens for part in plan.parts] == [10, 14]
+
+
 def test_decodes_go_on_beside_a_prefill_and_do_not_use_its_budget() -> None:
     scheduler = make_scheduler(max_step_tokens=32)
     scheduler.add(make_request("a", 20, seed=1))
@@ -298,6 +307,22 @@ def test_a_reservation_pins_what_the_cache_holds() -> None:
     sequence = scheduler.reserve(make_request("b", 48), headroom_tokens=0)
     assert sequence.num_cached == 32
     assert scheduler.blocks.counts().granted == 3
+
+
+def test_kv_that_lost_precision_on_the_way_never_serves_a_request_that_asked_for_none() -> None:
+    scheduler = make_scheduler()
+    scheduler.reserve(make_request("a", 48, max_tokens=20), headroom_tokens=8, kv_history="int8")
+    scheduler.start_reserved("a", 1)
+    run_all(scheduler)  # publishes the prompt's blocks and those that decode filled
+    cached = {}
+    for history in ("int8", "none", "fp8", "bfloat16"):
+        sequence = scheduler.reserve(make_request(history, 48), headroom_tokens=0, kv_history=history)
+        cached[history] = sequence.num_cached
+        scheduler.release(history)
+    assert cached == {"int8": 32, "none": 0, "fp8": 0, "bfloat16": 0}
+    scheduler.add(make_request("local", 48))
+    run_step(scheduler)
+    assert scheduler.get("local").num_cached == 0
 
 
 def test_a_reservation_that_does_not_fit_takes_nothing() -> None:

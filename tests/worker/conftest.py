@@ -69,7 +69,12 @@ class Pair:
         return self.prefill.worker.host.engine.usage(), self.decode.worker.host.engine.usage()
 
     async def ask_grant(self, request: Request, **changes: str) -> None:
-        place = {"kv_address": self.prefill_info.kv_address, "prefill_boot_id": self.prefill_info.boot_id, **changes}
+        place = {
+            "kv_address": self.prefill_info.kv_address,
+            "prefill_boot_id": self.prefill_info.boot_id,
+            "prefill_kv_dtype": self.prefill_info.kv_dtype,
+            **changes,
+        }
         work = request_to_proto(request, request.timeout_s)
         await self.decode_end.send(grant=worker_pb2.RequestGrant(request=work, **place))
 
@@ -124,7 +129,13 @@ OpenPair = Callable[..., Awaitable[Pair]]
 async def open_pair(model_dir: Path) -> AsyncIterator[OpenPair]:
     async with AsyncExitStack() as stack:
 
-        async def open_(*, decode_model: Path | None = None, num_decode_blocks: int = 64, **changes: Any) -> Pair:
+        async def open_(
+            *,
+            decode_model: Path | None = None,
+            num_decode_blocks: int = 64,
+            decode_engine: dict[str, Any] | None = None,
+            **changes: Any,
+        ) -> Pair:
             engine = EngineOptions(
                 model=str(model_dir),
                 dtype="float32",
@@ -137,6 +148,7 @@ async def open_pair(model_dir: Path) -> AsyncIterator[OpenPair]:
             prefill = PrefillServer(WorkerOptions(engine=engine, role="prefill", **changes))
             stack.push_async_callback(prefill.worker.stop)
             other = replace(engine, model=str(decode_model or model_dir), num_kv_blocks=num_decode_blocks)
+            other = replace(other, **decode_engine or {})
             decode = DecodeServer(WorkerOptions(engine=other, role="decode", **changes))
             stack.push_async_callback(decode.worker.stop)
             prefill_end, prefill_info = await session(stack, prefill)

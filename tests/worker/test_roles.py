@@ -22,7 +22,7 @@ from splitserve.proto.rpc import from_rpc_error
 from .conftest import OpenPair, Pair, connect, until
 
 PROMPT = tuple(3 + (7 * i) % 200 for i in range(100))
-TRANSPORTS = [("shared_memory",), ("grpc",)]
+TRANSPORTS = [("shared_memory",), ("grpc",), ("gloo",)]
 
 
 def request(request_id: str = "r", prompt: tuple[int, ...] = PROMPT, **changes: object) -> Request:
@@ -216,6 +216,41 @@ async def test_workers_of_different_models_refuse_to_pair(open_pair: OpenPair, t
     await pair.prefill_run(work, grant)
     assert (await pair.prefill_end.next("failed")).failure.code == "geometry_mismatch"
     assert (await pair.decode_end.next("failed")).failure.code == "geometry_mismatch"
+    await pair.idle()
+
+
+async def test_coded_kv_is_smaller_and_serves_only_requests_of_its_codec(open_pair: OpenPair) -> None:
+    pair = await open_pair(transports=("grpc",), kv_codec="int8")
+    plain = pair.prefill_info.kv_bytes_per_token * len(PROMPT)
+    cached = []
+    for number in (1, 2):
+        work = request(f"r{number}")
+        grant = await pair.grant(work)
+        assert grant.codec == "int8"
+        await pair.prefill_run(work, grant)
+        await pair.prefill_end.next("first_token")
+        done = await pair.decode_end.next("transfer_done")
+        await pair.rest(1)
+        cached.append(grant.num_cached_tokens)
+        assert done.num_bytes < plain * 0.5
+    assert cached[0] == 0
+    assert cached[1] > 0  # the same codec: reused
+    await pair.decode_end.send(run=worker_pb2.RunLocal(request=request_to_proto(request("local"), 60.0)))
+    await pair.rest(0)
+    assert pair.decode.worker.host.engine.cached_tokens == 0  # a local prefill is never built on coded KV
+    await pair.idle()
+
+
+async def test_a_pair_of_two_kv_dtypes_and_block_sizes_serves(open_pair: OpenPair) -> None:
+    pair = await open_pair(decode_engine={"dtype": "bfloat16", "block_size": 32})
+    work = request()
+    grant = await pair.grant(work)
+    assert grant.wire_dtype == "bfloat16"
+    await pair.prefill_run(work, grant)
+    await pair.prefill_end.next("first_token")
+    done = await pair.decode_end.next("transfer_done")
+    assert done.num_bytes * 2 == pair.prefill_info.kv_bytes_per_token * len(PROMPT)
+    assert len(await pair.rest(1)) == work.max_tokens - 1
     await pair.idle()
 
 

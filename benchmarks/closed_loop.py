@@ -1,0 +1,247 @@
+"""Is the plan right? Calibrate a 1P1D cluster on this machine, predict, then measure what was predicted.
+
+python -m splitserve.benchmarks.closed_loop
+
+Predictions are on disk before the first measured request is sent. They are of the same arrivals that are then sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import tempfile
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..client import AsyncClient, RequestOptions
+from ..client.load import NO_RETRY, RequestRecord, percentile, run_load
+from ..client.workload import poisson_arrivals, random_workload
+from ..core.config import load_config
+from ..planner.calibration import Calibration, calibrate, merge_calibrations
+from ..planner.closed_form import estimate
+from ..planner.gpus import link_bandwidth
+from ..planner.load import Load
+from ..planner.probe import Probed, probe_worker
+from ..planner.simulator import simulate
+from ..planner.types import ClusterSpec, PoolSpec, SimRequest, WorkerSpec
+from .processes import ProcessCluster, process_cluster
+from .report import write_json
+
+_BOUNDS = {50: 0.15, 90: 0.25}  # relative error that a percentile may have
+_WARM_UP = 8  # requests, one after the other: they also tell what the router adds
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Model to serve.")] = "smollm2-135m",
+    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 96,
+    output_len: Annotated[int, typer.Option(min=2, help="Answer tokens.")] = 24,
+    num_requests: Annotated[int, typer.Option(min=10, help="Requests at each rate.")] = 100,
+    utilisations: Annotated[
+        list[float] | None, typer.Option("--utilisation", help="Of the busier pool.", show_default="0.3, 0.5, 0.7")
+    ] = None,
+    calibrate_s: Annotated[float, typer.Option(min=1, help="Seconds to drive each worker.")] = 45.0,
+    seed: Annotated[int, typer.Option(help="Of arrivals and prompts.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
+) -> None:
+    """Exit code 1 if a percentile is further off than 15 % (p50) or 25 % (p90)."""
+    wanted = utilisations or [0.3, 0.5, 0.7]
+    raise typer.Exit(
+        asyncio.run(_main(model, input_len, output_len, num_requests, wanted, calibrate_s, seed, json_file))
+    )
+
+
+async def _main(
+    model: str,
+    input_len: int,
+    output_len: int,
+    num_requests: int,
+    utilisations: list[float],
+    calibrate_s: float,
+    seed: int,
+    json_file: Path | None,
+) -> int:
+    config = load_config(None, {"model": model, "engine.prefix_cache": False, "engine.self_check": False})
+    predictions_file = Path(tempfile.mkdtemp()) / "predictions.json"
+    with tempfile.TemporaryDirectory() as logs:
+        async with process_cluster(config, Path(logs)) as cluster:
+            # Both at once, as they will serve: they share this machine's memory and power.
+            prefill, decode = await asyncio.gather(
+                *(
+                    probe_worker(cluster.workers[name].address, seconds=calibrate_s, seed=seed)
+                    for name in ("prefill-0", "decode-0")
+                )
+            )
+            calibration = _calibration(prefill, decode)
+            async with AsyncClient(cluster.router.address, retry=NO_RETRY) as client:
+                router_s = await _router_seconds(client, input_len, calibration)
+                spec = _cluster_spec(cluster, prefill, decode, calibration, router_s)
+                rates = _rates(spec, input_len, output_len, utilisations)
+                predicted = {rate: _predict(spec, rate, input_len, output_len, num_requests, seed) for rate in rates}
+                predictions_file.write_text(json.dumps(predicted, indent=1))
+                measured = {
+                    rate: await _measure(client, rate, input_len, output_len, num_requests, seed) for rate in rates
+                }
+    rows = _compare(rates, utilisations, predicted, measured)
+    _print(rows, calibration, router_s, predictions_file)
+    if json_file is not None:
+        figures: dict[str, Any] = {
+            "model": model,
+            "input_len": input_len,
+            "output_len": output_len,
+            "num_requests": num_requests,
+            "seed": seed,
+            "router_s": router_s,
+            "calibration": asdict(calibration),
+            "rows": rows,
+        }
+        write_json(json_file, figures)
+    return int(any(abs(row["error"]) > _BOUNDS[row["percentile"]] for row in rows))
+
+
+def _calibration(prefill: Probed, decode: Probed) -> Calibration:
+    """Prefill as the prefill worker does it, decode as the decode worker does."""
+    kinds = (("prefill", prefill), ("decode", decode))
+    return merge_calibrations(
+        [
+            calibrate([record for record in probed.records if record.kind == kind], source=probed.info.worker_id)
+            for kind, probed in kinds
+        ]
+    )
+
+
+async def _router_seconds(client: AsyncClient, input_len: int, calibration: Calibration) -> float:
+    """What router, RPCs and client add to the first token of a request that is alone."""
+    model = (await client.models())[0]
+    added = []
+    arrivals = iter([0.0] * _WARM_UP)
+    workload = random_workload(arrivals, num_requests=_WARM_UP, input_len=input_len, output_len=4, seed=987)
+    records = await run_load(client, workload.make(model), _options(), concurrency=1)
+    alone_s = calibration.latency.prompt_s(input_len, input_len)
+    for record in records[2:]:
+        assert record.ttft_s is not None, record.message
+        added.append(record.ttft_s - alone_s)
+    return max(0.0, statistics.median(added))
+
+
+def _cluster_spec(
+    cluster: ProcessCluster, prefill: Probed, decode: Probed, calibration: Calibration, router_s: float
+) -> ClusterSpec:
+    def pool(probed: Probed) -> PoolSpec:
+        worker = WorkerSpec(
+            latency=calibration.latency,
+            num_blocks=probed.status.num_blocks,
+            block_size=probed.info.block_size,
+            max_step_tokens=probed.info.max_step_tokens,
+            max_running=64,
+        )
+        return PoolSpec(worker=worker, num_workers=1)
+
+    bandwidth, latency_s = link_bandwidth("shared-memory")
+    return ClusterSpec(
+        prefill=pool(prefill),
+        decode=pool(decode),
+        kv_bytes_per_token=prefill.info.kv_bytes_per_token,
+        link_bytes_per_s=bandwidth,
+        link_latency_s=latency_s,
+        router_s=router_s,
+        prefix_cache=False,
+    )
+
+
+def _rates(spec: ClusterSpec, input_len: int, output_len: int, utilisations: list[float]) -> list[float]:
+    """Requests/s at which the busier pool has each utilisation."""
+    at_one = Load.of(_requests([0.0, 1.0], input_len, output_len), prefix_cache=False)
+    rates = []
+    for wanted in utilisations:
+        low, high = 0.0, 1000.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            found = estimate(spec, at_one.at(middle))
+            busy = max(found.utilisation.values())
+            low, high = (middle, high) if busy < wanted and not found.binding else (low, middle)
+        rates.append(round(low, 3))
+    return rates
+
+
+def _requests(arrivals: list[float], input_len: int, output_len: int) -> list[SimRequest]:
+    return [SimRequest(arrival_s=at_s, isl=input_len, osl=output_len) for at_s in arrivals]
+
+
+def _predict(
+    spec: ClusterSpec, rate: float, input_len: int, output_len: int, num_requests: int, seed: int
+) -> dict[str, dict[int, float]]:
+    arrivals = list(islice(poisson_arrivals(rate, seed), num_requests))
+    result = simulate(spec, _requests(arrivals, input_len, output_len), seed=seed)
+    return {name: {p: result.percentile(name, p) for p in _BOUNDS} for name in ("ttft", "tpot")}
+
+
+async def _measure(
+    client: AsyncClient, rate: float, input_len: int, output_len: int, num_requests: int, seed: int
+) -> list[RequestRecord]:
+    model = (await client.models())[0]
+    workload = random_workload(
+        poisson_arrivals(rate, seed), num_requests=num_requests, input_len=input_len, output_len=output_len, seed=seed
+    )
+    return await run_load(client, workload.make(model), _options())
+
+
+def _options() -> RequestOptions:
+    return {"timeout_s": 600.0}
+
+
+def _compare(
+    rates: list[float],
+    utilisations: list[float],
+    predicted: dict[float, dict[str, dict[int, float]]],
+    measured: dict[float, list[RequestRecord]],
+) -> list[dict[str, Any]]:
+    rows = []
+    for rate, utilisation in zip(rates, utilisations, strict=True):
+        finished = [record for record in measured[rate] if record.error is None]
+        for name in ("ttft", "tpot"):
+            values = [value for record in finished if (value := getattr(record, f"{name}_s")) is not None]
+            for p in _BOUNDS:
+                foreseen, seen = predicted[rate][name][p], percentile(values, p)
+                rows.append(
+                    {
+                        "rate": rate,
+                        "utilisation": utilisation,
+                        "quantity": name,
+                        "percentile": p,
+                        "predicted_s": foreseen,
+                        "measured_s": seen,
+                        "error": foreseen / seen - 1,
+                        "finished": len(finished),
+                    }
+                )
+    return rows
+
+
+def _print(rows: list[dict[str, Any]], calibration: Calibration, router_s: float, predictions: Path) -> None:
+    console = Console()
+    table = Table(title="Predicted and measured, ms", title_justify="left", header_style="bold")
+    for name in ("requests/s", "utilisation", "", "predicted", "measured", "error", "bound"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row['rate']:.2f}",
+            f"{row['utilisation']:.0%}",
+            f"{row['quantity'].upper()} p{row['percentile']}",
+            f"{row['predicted_s'] * 1e3:,.1f}",
+            f"{row['measured_s'] * 1e3:,.1f}",
+            f"{row['error']:+.1%}",
+            f"{_BOUNDS[row['percentile']]:.0%}",
+        )
+    console.print(table)
+    console.print(f"{calibration.provenance}; the router adds {router_s * 1e3:.1f} ms; predictions in {predictions}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,198 @@
+"""`splitserve plan`: how many prefill and decode workers serve a traffic, and whether to split at all."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from ..core.errors import ConfigError
+from ..planner import Plan, plan
+from ..planner.calibration import merge_calibrations, read_calibration
+from ..planner.document import cluster_yaml, write_candidates, write_json
+from ..planner.gpus import GpuSpec, load_gpu
+from ..planner.models import KvCacheDtype, WeightDtype
+from ..planner.plots import plot
+from ..planner.report import render
+from .traffic import read_traffic
+
+INFEASIBLE = 3  # exit code
+
+
+def command(
+    model: Annotated[str, typer.Option(help="Built-in name, config.json or a directory that holds one.")],
+    gpu: Annotated[list[str], typer.Option(help="Device of both pools, or FILE.yaml:NAME; several are tried.")],
+    isl: Annotated[
+        str | None, typer.Option(help="Prompt tokens: 4000, mean:CV as 4000:0.5, or p50=2000,p90=8000.")
+    ] = None,
+    osl: Annotated[str | None, typer.Option(help="Answer tokens, in the same forms.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests a second; a trace is sped up or slowed down to it.")
+    ] = None,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            help="Trace instead: Mooncake .jsonl, Azure or timestamp,isl,osl .csv; or mooncake, azure: alike."
+        ),
+    ] = None,
+    arrival_cv: Annotated[float, typer.Option(help="Burstiness of arrivals; 1 is Poisson.")] = 1.0,
+    num_requests: Annotated[
+        int | None, typer.Option(min=2, help="Requests to simulate.", show_default="1000, or the whole trace")
+    ] = None,
+    decode_gpu: Annotated[
+        list[str] | None, typer.Option(help="Device of the decode pool.", show_default="as --gpu")
+    ] = None,
+    ttft_ms: Annotated[float | None, typer.Option(help="Limit on the time to first token.")] = None,
+    tpot_ms: Annotated[float | None, typer.Option(help="Limit on the time per output token.")] = None,
+    itl_ms: Annotated[float | None, typer.Option(help="Limit on each gap between two tokens.")] = None,
+    percentile: Annotated[float, typer.Option(help="Of the requests that must meet the limits.")] = 90.0,
+    max_gpus: Annotated[int, typer.Option(help="Most devices.")] = 64,
+    objective: Annotated[
+        Literal["cost", "goodput"], typer.Option(help="Least $/h for the rate, or most goodput for --max-gpus.")
+    ] = "cost",
+    price: Annotated[list[str] | None, typer.Option(help="$ an hour of a device: 3.1, or h200=3.1.")] = None,
+    dtype: Annotated[
+        WeightDtype | None, typer.Option(help="Of the weights.", show_default="the checkpoint's, or bfloat16")
+    ] = None,
+    kv_dtype: Annotated[KvCacheDtype, typer.Option(help="Of the KV cache.")] = "bfloat16",
+    tp: Annotated[
+        list[int] | None, typer.Option(help="Tensor-parallel degree to try.", show_default="powers of two")
+    ] = None,
+    headroom: Annotated[float, typer.Option(help="Plan for this much more traffic; 0.2 is 20 %.")] = 0.0,
+    n_plus_one: Annotated[bool, typer.Option("--n-plus-one", help="One spare worker in each pool.")] = False,
+    link: Annotated[
+        str, typer.Option(help="Between the pools: nvlink, ib400, eth100, eth25, eth10, shared-memory or GB/s.")
+    ] = "ib400",
+    chunk: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prefill tokens of a step.", show_default="8192; colocated: the best of some"),
+    ] = None,
+    max_running: Annotated[int | None, typer.Option(min=1, help="Sequences a worker runs.", show_default="256")] = None,
+    num_kv_blocks: Annotated[
+        int | None, typer.Option(min=1, help="KV blocks of a worker.", show_default="what its memory holds")
+    ] = None,
+    prefix_cache: Annotated[bool, typer.Option(help="Reuse KV of prompts that begin alike.")] = False,
+    engine: Annotated[
+        str, typer.Option(help="Whose measured coefficients: splitserve, vllm, trtllm, sglang, or roofline.")
+    ] = "splitserve",
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="File of `splitserve calibrate` instead; one for each pool.")
+    ] = None,
+    router_ms: Annotated[float, typer.Option(min=0, help="What router and RPCs add to a first token.")] = 2.0,
+    seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
+    fast: Annotated[bool, typer.Option("--fast", help="Judge by formulas alone, without simulation.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan here (docs/planner.md).")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write all candidates here.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw it here, as PNG.")] = None,
+    write_cluster: Annotated[
+        Path | None, typer.Option(help="Write the chosen cluster here, for `splitserve up --config`.")
+    ] = None,
+) -> None:
+    """Find the cheapest cluster that meets service levels, split and colocated, and say which to take.
+
+    Exit code 3: nothing within the limits would do; the binding constraint is told.
+
+    $ splitserve plan --model llama-3.1-8b --gpu h200 --isl 4000 --osl 500 --rate 10 --ttft-ms 600 --tpot-ms 25
+
+    $ splitserve plan --model qwen3-32b --gpu h100 --decode-gpu h200 --isl 4000:0.5 --osl 500 --rate 20
+    --ttft-ms 1000 --tpot-ms 25 --headroom 0.2 --n-plus-one --json plan.json --write-cluster cluster.yaml
+
+    $ splitserve plan verify run.json --plan plan.json
+
+    $ splitserve plan --model llama-3.1-70b --gpu h100 --trace mooncake.jsonl --prefix-cache --ttft-ms 4000 --tpot-ms 50
+    """
+    for file in (json_file, csv_file, plot_file, write_cluster):
+        if file is not None and not os.access(file.absolute().parent, os.W_OK):
+            raise ConfigError(f"{file}: its directory does not exist or cannot be written")
+    if plot_file is not None:
+        importlib.import_module("matplotlib")  # before the search: its absence should not cost a minute
+    requests, notes, flags = read_traffic(trace, isl, osl, rate, arrival_cv, num_requests, seed)
+    prices = _prices(price or [])
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        tasks = {name: progress.add_task(name, total=None, visible=False) for name in _PARTS}
+
+        def show(part: str, number: int, of: int) -> None:
+            progress.update(tasks[part], completed=number, total=of, visible=True)
+
+        found = plan(
+            model,
+            [_priced(name, prices) for name in gpu],
+            decode_gpu=[_priced(name, prices) for name in decode_gpu or gpu],
+            requests=requests,
+            notes=notes,
+            traffic_flags=flags,
+            ttft_s=_seconds(ttft_ms),
+            tpot_s=_seconds(tpot_ms),
+            itl_s=_seconds(itl_ms),
+            percentile=percentile,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            tp=tp or (),
+            max_gpus=max_gpus,
+            objective=objective,
+            headroom=headroom,
+            n_plus_one=n_plus_one,
+            link=link,
+            chunk=chunk,
+            max_running=max_running,
+            num_kv_blocks=num_kv_blocks,
+            prefix_cache=prefix_cache,
+            router_s=router_ms / 1e3,
+            engine=engine,
+            calibration=merge_calibrations([read_calibration(path) for path in calibration]) if calibration else None,
+            seed=seed,
+            fast=fast,
+            on_progress=show,
+        )
+    Console().print(render(found))
+    _write(found, json_file=json_file, csv_file=csv_file, plot_file=plot_file, cluster_file=write_cluster)
+    if found.verdict == "infeasible":
+        raise typer.Exit(INFEASIBLE)
+
+
+_PARTS = ("disaggregated", "colocated", "sensitivity")
+
+
+def _write(
+    found: Plan, *, json_file: Path | None, csv_file: Path | None, plot_file: Path | None, cluster_file: Path | None
+) -> None:
+    if json_file is not None:
+        write_json(json_file, found, command=["splitserve", *sys.argv[1:]])
+    if csv_file is not None:
+        write_candidates(csv_file, found)
+    if plot_file is not None:
+        plot(found, plot_file)
+    if cluster_file is not None and found.chosen is not None:
+        cluster_file.write_text(cluster_yaml(found), encoding="utf-8")
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3
+
+
+def _prices(given: list[str]) -> dict[str, float]:
+    """Device -> $ an hour; the empty name stands for every device."""
+    found = {}
+    for text in given:
+        name, _, number = text.rpartition("=")
+        try:
+            found[name.lower()] = float(number)
+        except ValueError:
+            raise ConfigError(f"--price: {text!r} is neither a number nor GPU=NUMBER, such as h200=3.1") from None
+        if not 0 <= found[name.lower()] < float("inf"):
+            raise ConfigError(f"--price: {text}; it must not be negative")
+    return found
+
+
+def _priced(name: str, prices: dict[str, float]) -> GpuSpec:
+    gpu = load_gpu(name)
+    price = prices.get(gpu.name, prices.get(""))
+    return gpu if price is None else replace(gpu, price_per_hour=price)

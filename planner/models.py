@@ -1,0 +1,313 @@
+"""What a model weighs: parameters, weight bytes, KV bytes and arithmetic, from a name, a config.json or numbers."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ..core.errors import ConfigError, ModelUnsupported
+
+WeightDtype = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4", "fp4"]
+KvCacheDtype = Literal["float32", "bfloat16", "float16", "fp8", "int8"]
+
+# Bytes of one element, the scales that quantised weights carry included: one of 16 bits for each 128 elements, for fp4
+# one of 8 bits for each 16.
+WEIGHT_BYTES: Mapping[str, float] = {
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "fp8": 1.016,
+    "int8": 1.016,
+    "int4": 0.516,
+    "fp4": 0.563,
+}
+KV_BYTES: Mapping[str, float] = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek): keys and values are kept as one compressed vector a token."""
+
+    query_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """Mixture of experts: every token goes through `num_active` of `num_experts`, and through the shared ones."""
+
+    num_experts: int
+    num_active: int
+    intermediate_size: int
+    num_shared: int = 0
+    num_dense_layers: int = 0  # first layers, which have one plain feed-forward instead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A decoder-only transformer, as far as time and memory depend on it."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_model_len: int
+    tied_embeddings: bool = False
+    gated: bool = True  # SwiGLU and its like: three matrices in a feed-forward, else two
+    latent: LatentAttention | None = None
+    experts: Experts | None = None
+    sliding_window: int | None = None  # tokens
+    num_sliding_layers: int = 0
+    quantization: WeightDtype | None = None  # what the checkpoint itself is stored in
+    source: str = ""  # what a worker loads: hub id or directory
+
+    # --- parameters ---
+
+    @property
+    def attention_parameters(self) -> int:
+        """Of one layer."""
+        hidden, heads = self.hidden_size, self.num_heads
+        if (latent := self.latent) is None:
+            return hidden * self.head_dim * (2 * heads + 2 * self.num_kv_heads)
+        query_out = heads * (latent.nope_dim + latent.rope_dim)
+        rank = latent.query_rank
+        query = hidden * query_out if rank is None else rank * (hidden + query_out)
+        keys_and_values = hidden * (latent.kv_rank + latent.rope_dim)
+        keys_and_values += latent.kv_rank * heads * (latent.nope_dim + latent.value_dim)
+        return query + keys_and_values + heads * latent.value_dim * hidden
+
+    @property
+    def _feed_forward(self) -> int:
+        """Parameters of a feed-forward for each unit of its intermediate size."""
+        return (3 if self.gated else 2) * self.hidden_size
+
+    @property
+    def dense_parameters(self) -> int:
+        """Of all layers, without routed experts: every token goes through all of them."""
+        total = self.num_layers * self.attention_parameters
+        if (experts := self.experts) is None:
+            return total + self.num_layers * self._feed_forward * self.intermediate_size
+        total += experts.num_dense_layers * self._feed_forward * self.intermediate_size
+        shared = experts.num_shared * experts.intermediate_size * self._feed_forward
+        return total + self.num_expert_layers * (shared + self.hidden_size * experts.num_experts)
+
+    @property
+    def num_expert_layers(self) -> int:
+        return 0 if self.experts is None else self.num_layers - self.experts.num_dense_layers
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of all routed experts of all layers."""
+        if (experts := self.experts) is None:
+            return 0
+        return self.num_expert_layers * experts.num_experts * self._feed_forward * experts.intermediate_size
+
+    @property
+    def head_parameters(self) -> int:
+        """Of the matrix that turns hidden states into logits."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        embeddings = self.head_parameters * (1 if self.tied_embeddings else 2)
+        return self.dense_parameters + self.expert_parameters + embeddings
+
+    @property
+    def active_parameters(self) -> int:
+        """That one token is multiplied with in the layers; without embeddings and head."""
+        if (experts := self.experts) is None:
+            return self.dense_parameters
+        return self.dense_parameters + self.expert_parameters * experts.num_active // experts.num_experts
+
+    # --- bytes ---
+
+    def weight_bytes(self, dtype: WeightDtype) -> float:
+        """Memory of the weights; embeddings and head stay in 16 bits where the rest is quantised."""
+        per_layer = (self.dense_parameters + self.expert_parameters) * WEIGHT_BYTES[dtype]
+        return per_layer + (self.num_parameters - self.dense_parameters - self.expert_parameters) * head_bytes(dtype)
+
+    @property
+    def kv_elements_per_layer(self) -> int:
+        """Elements of one token's KV at one layer; the compressed form where attention is latent."""
+        if self.latent is not None:
+            return self.latent.kv_rank + self.latent.rope_dim
+        return 2 * self.num_kv_heads * self.head_dim
+
+    def kv_bytes_per_token(self, dtype: KvCacheDtype) -> float:
+        """Of all layers. Sliding-window layers keep every token here, as a paged pool does."""
+        return self.num_layers * self.kv_elements_per_layer * KV_BYTES[dtype]
+
+    def kv_copies(self, tp: int) -> int:
+        """How often the ranks of a tensor-parallel group hold the same KV: once each for what cannot be split."""
+        if self.latent is not None:
+            return tp
+        return max(1, tp // self.num_kv_heads)
+
+    # --- arithmetic ---
+
+    @property
+    def attention_flops_per_pair(self) -> float:
+        """Floating-point operations of one query token with one key token, all heads and layers."""
+        if self.latent is not None:
+            dims = self.latent.nope_dim + self.latent.rope_dim + self.latent.value_dim
+        else:
+            dims = 2 * self.head_dim
+        return 2.0 * self.num_layers * self.num_heads * dims
+
+    def refuse_tp(self, tp: int) -> str | None:
+        """Why the model cannot be split over `tp` ranks; None if it can."""
+        if self.num_heads % tp:
+            return f"{self.num_heads} attention heads do not divide by {tp}"
+        if self.latent is None and self.num_kv_heads % tp and tp % self.num_kv_heads:
+            return f"{self.num_kv_heads} KV heads neither divide by {tp} nor {tp} by them"
+        return None
+
+
+def head_bytes(dtype: WeightDtype) -> float:
+    """Bytes of an element of embeddings and head."""
+    return 4 if dtype == "float32" else 2
+
+
+def load_model(name: str) -> ModelSpec:
+    """The spec of a built-in name, of a config.json, or of a directory that holds one.
+
+    Raises: ConfigError: neither. ModelUnsupported: the config describes something else than a decoder-only transformer.
+    """
+    table = _built_in()
+    if (row := table.get(name.lower())) is not None:
+        source = next(
+            (alias for alias in row["aliases"] if "/" in alias and row["name"] != "smollm2-135m"), row["name"]
+        )
+        return replace(model_from_config(row["name"], row), source=source)
+    path = Path(name)
+    if path.is_dir():
+        path /= "config.json"
+    if path.is_file():
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"--model: {path} is not JSON: {error}") from error
+        spec = model_from_config(path.parent.name or str(path), config)
+        return replace(spec, source=str(path.parent))
+    near = difflib.get_close_matches(name.lower(), table, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(model_names())}"
+    raise ConfigError(f"--model: {name!r} is neither a built-in model nor a config.json; {hint}")
+
+
+def model_names() -> list[str]:
+    """Built-in names, without their aliases."""
+    return sorted({row["name"] for row in _built_in().values()})
+
+
+@cache
+def _built_in() -> dict[str, dict[str, Any]]:
+    text = resources.files(__package__).joinpath("data/models.yaml").read_text(encoding="utf-8")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    table: dict[str, dict[str, Any]] = {}
+    for name, row in yaml.load(text, Loader=loader).items():
+        for alias in (name, *row["aliases"]):
+            table[alias.lower()] = {**row, "name": name}
+    return table
+
+
+def model_from_config(name: str, config: Mapping[str, Any]) -> ModelSpec:
+    """A spec from the fields of a config.json. Raises: ConfigError, ModelUnsupported."""
+    config = {**config, **config.get("text_config", {})}
+    if config.get("is_encoder_decoder"):
+        raise ModelUnsupported(f"{name} is an encoder-decoder; the planner knows decoder-only models")
+
+    def number(*keys: str, default: int | None = None) -> int:
+        for key in keys:
+            if config.get(key) is not None:
+                value = config[key]
+                if not isinstance(value, int) or value < 0:
+                    raise ConfigError(f"{name}: {key} is {value!r}; it must be a whole number")
+                return value
+        if default is None:
+            raise ConfigError(f"{name}: its config has no {keys[0]}; the planner needs it")
+        return default
+
+    hidden, heads = number("hidden_size", "n_embd"), number("num_attention_heads", "n_head")
+    if heads == 0 or hidden == 0:
+        raise ConfigError(f"{name}: hidden_size {hidden} and {heads} attention heads; both must be above 0")
+    latent = None
+    if config.get("kv_lora_rank"):
+        latent = LatentAttention(
+            query_rank=config.get("q_lora_rank"),
+            kv_rank=number("kv_lora_rank"),
+            nope_dim=number("qk_nope_head_dim"),
+            rope_dim=number("qk_rope_head_dim"),
+            value_dim=number("v_head_dim"),
+        )
+    experts = None
+    num_experts = number("num_local_experts", "num_experts", "n_routed_experts", default=0)
+    if num_experts > 1:
+        experts = Experts(
+            num_experts=num_experts,
+            num_active=number("num_experts_per_tok", "num_experts_per_token"),
+            intermediate_size=number("moe_intermediate_size", "intermediate_size"),
+            num_shared=number("n_shared_experts", default=0),
+            num_dense_layers=number("first_k_dense_replace", default=0),
+        )
+    num_layers = number("num_hidden_layers", "n_layer")
+    return ModelSpec(
+        name=name,
+        num_layers=num_layers,
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=number("num_key_value_heads", default=heads),
+        head_dim=number("head_dim", default=hidden // heads),
+        intermediate_size=number("intermediate_size", "n_inner", default=4 * hidden),
+        vocab_size=number("vocab_size"),
+        max_model_len=number("max_position_embeddings", "n_positions", default=131_072),
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        gated=bool(config.get("gated", True)),
+        latent=latent,
+        experts=experts,
+        sliding_window=config.get("sliding_window"),
+        num_sliding_layers=_sliding_layers(config, num_layers),
+        quantization=_quantization(config),
+    )
+
+
+def _sliding_layers(config: Mapping[str, Any], num_layers: int) -> int:
+    """Layers that attend to a window only; a window that no layer is said to use counts for none."""
+    if config.get("sliding_window") is None:
+        return 0
+    if (stated := config.get("sliding_layers")) is not None:
+        return int(stated)
+    if kinds := config.get("layer_types"):
+        return sum(kind == "sliding_attention" for kind in kinds)
+    if (pattern := config.get("sliding_window_pattern")) is not None:
+        return num_layers - num_layers // int(pattern)
+    return 0 if "use_sliding_window" in config and not config["use_sliding_window"] else num_layers
+
+
+def _quantization(config: Mapping[str, Any]) -> WeightDtype | None:
+    """The number type of a quantised checkpoint's weights."""
+    section = config.get("quantization_config")
+    if not section:
+        return None
+    method, bits = str(section.get("quant_method", "")).lower(), section.get("bits")
+    if method in ("fp8", "fbgemm_fp8"):
+        return "fp8"
+    if method == "mxfp4":
+        return "fp4"
+    if bits == 8:
+        return "int8"
+    return "int4" if bits == 4 or method in ("awq", "gptq") else None
