@@ -84,6 +84,8 @@ class FrontDoor:
                     self._dispatcher.finish(job)
                 yield _tokens(index, token_ids[:used], text, self._logprobs(job, index, used))
                 index += used
+                if answer.stopped:
+                    break  # tokens that came while the above was sent are no part of the answer
             if tail := answer.flush():
                 yield _tokens(index, (), tail)
             yield _finished(job.answer.finish_reason, work, index, job.timeline, job.num_failures + 1)

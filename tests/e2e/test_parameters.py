@@ -126,9 +126,10 @@ async def test_each_combination_answers_alike_split_colocated_alone_and_preempte
     colocated = await start_cluster(prefill=0, decode=0, colocated=1)
     alone = [await answer(colocated, row, seed) for seed, row in enumerate(ROWS)]
     # So few blocks that sequences are preempted and computed again in the middle of their answers.
-    scarce = await start_cluster(prefill=0, decode=0, colocated=1, decode_blocks=24)
+    scarce = await start_cluster(prefill=0, decode=0, colocated=1, decode_blocks=16)
     preempted = await answers(scarce)
-    assert scarce.engines[0].preemptions > 0
+    while scarce.engines[0].preemptions == 0:  # they came too slowly to meet
+        preempted = await answers(scarce)
     for ours, theirs, others in zip(together, alone, preempted, strict=True):
         same(ours, theirs)
         same(ours, others)
@@ -171,7 +172,7 @@ async def test_received_tokens_that_do_not_fit_the_format_are_an_error(start_clu
     cluster = await start_cluster()
     with pytest.raises(InvalidRequest, match="the regex cannot be followed") as caught:
         await cluster.client.generate("a", regex="[0-9]+", received_token_ids=[66], max_tokens=8)
-    assert caught.value.field is None or caught.value.field == "output_format"
+    assert caught.value.field == "output_format"
     await cluster.idle()
 
 

@@ -137,6 +137,20 @@ async def test_each_chunks_logprobs_are_those_of_its_tokens_up_to_a_stop_string(
     assert [i for chunk in chunks for i in chunk.token_ids] == TEXT[:7]
 
 
+async def test_tokens_that_come_while_the_prompts_logprobs_are_sent_do_not_outlive_a_stop_string(
+    start_scene: StartScene,
+) -> None:
+    scene = await start_scene()
+    task = ask(scene, logprobs=0, prompt_logprobs=20, stop=["a"])
+    prefill, work = await granted(scene)
+    first_token(prefill, work, TEXT[0])
+    scene.decode.transfer_done(work, TEXT[0])
+    tokens(scene.decode, work, 1, TEXT[1:])
+    result = await end_of(task)
+    assert list(result.token_ids) == TEXT[:1]
+    assert result.text == ""
+
+
 async def test_a_text_is_tokenised_once_whatever_becomes_of_the_request(start_scene: StartScene) -> None:
     scene = await start_scene(prefill=2)
     count = scene.router.metrics.tokenizations._value
