@@ -5,8 +5,8 @@ python -m splitserve.benchmarks.disaggregation --colocated --json colocated.json
 python -m splitserve.benchmarks.disaggregation --model smollm2-135m --device cpu --rows 256/32/1 --seconds 20
 
 Starts a router and two workers, one on each GPU, and loads them through the router's public API with Poisson arrivals.
-The ideal queue replays the same arrivals through one server whose service time is the bare prefill, measured idle in
-the same run.
+The ideal queue replays the same arrivals through one server whose service time is the bare prefill, measured in the
+same run with one prompt after the other.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .processes import process_cluster
 from .report import write_json
 
 ROWS = "2048/256/8,2048/256/16,2048/512/16,8192/128/3,8192/128/4"
-_IDLE_PROMPTS = 8
+_BARE_PROMPTS = 12
 _CLIENT_START_S = 6.0
 _DRAIN_S = 40.0
 
@@ -49,7 +49,8 @@ class Row:
     rate: float
     num_requests: int
     num_failed: int
-    prefill_ms: float  # bare: idle, as the worker measures it
+    prefill_ms: float  # bare: one prompt after the other without a pause, as the worker measures it
+    idle_prefill_ms: float  # with pauses, in which the device cools and clocks up
     ttft_p50_ms: float
     ttft_p99_ms: float
     ideal_p50_ms: float
@@ -119,9 +120,10 @@ async def _measure(
     measured = []
     async with process_cluster(config, log_dir, gpus=gpus) as cluster:
         for load in loads:
-            prefill_s = await _bare_prefill_s(cluster.router.address, load[0])
+            idle_s = await _bare_prefill_s(cluster.router.address, load[0], in_flight=1)
+            prefill_s = await _bare_prefill_s(cluster.router.address, load[0], in_flight=3)
             requests = await _load(cluster.router.address, load, warmup_s + seconds, clients, seed)
-            measured.append(_row(load, requests, prefill_s, warmup_s, seconds))
+            measured.append(_row(load, requests, prefill_s, idle_s, warmup_s, seconds))
             print(measured[-1], file=sys.stderr, flush=True)
             if json_file is not None:  # after each row: a run of many minutes may be cut short
                 figures = {
@@ -134,17 +136,25 @@ async def _measure(
     return measured
 
 
-async def _bare_prefill_s(address: str, input_len: int) -> float:
-    """Median over prompts that come one by one, as the worker measures it."""
-    times = []
+async def _bare_prefill_s(address: str, input_len: int, *, in_flight: int) -> float:
+    """Median of what the worker measures from a prompt's first step to its first token.
+
+    `in_flight` 1 leaves pauses between the prompts; 3 keep both workers of a colocated pair busy.
+    """
     async with AsyncClient(address) as client:
         await client.generate([1, 2, 3], max_tokens=1)  # the router waits for its workers
         (model,) = await client.models()
-        for number in range(_IDLE_PROMPTS + 2):
-            prompt = [(7919 * number + 31 * i) % (model.vocab_size - 1) for i in range(input_len)]
-            result = await client.generate(prompt, max_tokens=2, ignore_eos=True, timeout_s=120.0)
-            times.append(result.timing.prefill_s)
-    return statistics.median(times[2:])
+        turn = asyncio.Semaphore(in_flight)
+
+        async def one(number: int) -> float:
+            async with turn:
+                prompt = [(7919 * number + 31 * i) % (model.vocab_size - 1) for i in range(input_len)]
+                result = await client.generate(prompt, max_tokens=2, ignore_eos=True, timeout_s=120.0)
+                return result.timing.prefill_s
+
+        count = _BARE_PROMPTS * in_flight
+        times = await asyncio.gather(*(one(number) for number in range(count)))
+    return statistics.median(times[count // 2 :])
 
 
 async def _load(
@@ -187,7 +197,12 @@ def ideal_ttft_s(arrivals_s: Sequence[float], service_s: float) -> list[float]:
 
 
 def _row(
-    load: tuple[int, int, float], requests: list[dict[str, Any]], prefill_s: float, warmup_s: float, seconds: float
+    load: tuple[int, int, float],
+    requests: list[dict[str, Any]],
+    prefill_s: float,
+    idle_s: float,
+    warmup_s: float,
+    seconds: float,
 ) -> Row:
     input_len, output_len, rate = load
     ideal = ideal_ttft_s([row["scheduled_s"] for row in requests], prefill_s)
@@ -212,6 +227,7 @@ def _row(
         num_requests=len(counted),
         num_failed=len(counted) - len(answered),
         prefill_ms=1e3 * prefill_s,
+        idle_prefill_ms=1e3 * idle_s,
         ttft_p50_ms=ms(ttft, 50),
         ttft_p99_ms=ms(ttft, 99),
         ideal_p50_ms=ms(best, 50),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import grpc.aio
 
 from ..core.errors import SplitserveError
 from ..proto import worker_pb2, worker_pb2_grpc
-from ..proto.server import Ready
+from ..proto.server import Ready, run
 from ..worker.edge import open_session, sequence_from_proto
 from ..worker.options import WorkerOptions
 from .worker import DecodeWorker, RouterSession
@@ -82,4 +81,4 @@ async def serve_async(options: WorkerOptions, ready: Callable[[Ready], None] | N
 
 def serve(options: WorkerOptions, ready: Callable[[Ready], None] | None = None) -> None:
     """Run a decode or colocated worker in this process. Raises: SplitserveError: it cannot start."""
-    asyncio.run(serve_async(options, ready))
+    run(serve_async(options, ready))

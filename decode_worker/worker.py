@@ -154,7 +154,13 @@ class DecodeWorker:
         token_ids = request.prompt_token_ids + request.output_token_ids
         adopted = False
         try:
-            received = await self.receiver.receive(grant, kv_address, token_ids, reservation.block_ids)
+            received = await self.receiver.receive(
+                grant,
+                kv_address,
+                token_ids,
+                reservation.block_ids,
+                on_covered=lambda: self.host.engine.expect_reserved(request.request_id),
+            )
             self._record(run, Event.TRANSFER_STARTED, received.started_at_s)
             self._record(run, Event.TRANSFER_FINISHED)
             if not received.finished:
@@ -210,7 +216,9 @@ class DecodeWorker:
             if (run := self._runs.get(sequence)) is not None:
                 self._record(run, Event.RESUMED)
         by_session: defaultdict[RouterSession, list[worker_pb2.SequenceTokens]] = defaultdict(list)
-        for token in output.tokens:
+        # The newest sequence first: it has waited longest for this token, through its transfer, and a router takes
+        # milliseconds to hand out the tokens of a large batch.
+        for token in reversed(output.tokens):
             if (run := self._runs.get(token.request_id)) is not None:
                 by_session[run.session].append(self._sequence_tokens(run, token))
         for session, sequences in by_session.items():

@@ -27,6 +27,7 @@ from .runner import CpuRunner, StepResult, StepRunner, needs_history
 
 _GPU_PACKED_TOKENS = 512  # from here on a prefill step is bound by arithmetic
 _RECENT = 4  # steps that tell how long the next one takes
+_HOLD = 0.2  # of a step that the next one waits for a sequence whose transfer is about to end
 _SLACK_S = 3e-4  # between the launch of a step and the end of the one before it
 
 
@@ -117,6 +118,8 @@ class Engine:
         self._recorder = recorder
         self._kv_written = kv_written
         self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)
+        self._due: set[str] = set()  # reservations whose transfers are about to end
         on_cpu = model.model.device.type == "cpu"
         self._scheduler = StepScheduler(
             BlockAllocator(num_blocks, options.block_size, prefix_cache=options.prefix_cache),
@@ -172,6 +175,22 @@ class Engine:
         """
         with self._lock:
             self._scheduler.start_reserved(request_id, first_token_id)
+            self._no_longer_due(request_id)
+
+    def expect_reserved(self, request_id: str) -> None:
+        """`start_reserved` or `release` will follow within a millisecond or two: the next step may wait for it."""
+        with self._lock:
+            if self._scheduler.is_reserved(request_id):  # else it was released meanwhile, and nobody would take it out
+                self._due.add(request_id)
+
+    @property
+    def num_expected(self) -> int:
+        """Reservations that a step may wait for."""
+        return len(self._due)
+
+    def _no_longer_due(self, request_id: str) -> None:
+        self._due.discard(request_id)
+        self._arrived.notify_all()
 
     def release(self, request_id: str) -> bool:
         """Forget a request in whatever state and free its blocks, after the running step if that uses them.
@@ -179,6 +198,7 @@ class Engine:
         Returns False if there is no such request (any more).
         """
         with self._lock:
+            self._no_longer_due(request_id)
             return self._scheduler.release(request_id)
 
     def block_table(self, request_id: str) -> tuple[int, ...]:
@@ -246,7 +266,7 @@ class Engine:
                 break
             if self._launched and any(needs_history(part) for part in plan.parts):
                 output = self._finish_step()  # it chooses tokens that this one's sampling looks at
-            self._launch(plan)
+            self._launch(plan, began_s)
             self._prepare_s.append(time.monotonic() - began_s)
         if output is None and self._launched:
             output = self._finish_step()
@@ -264,15 +284,18 @@ class Engine:
         wait_s = expected_end_s - max(self._prepare_s) - _SLACK_S - time.monotonic()
         if wait_s > 0:
             time.sleep(wait_s)
+        if self._due:  # for a fraction of a step, which everybody else's token waits too
+            with self._lock:
+                self._arrived.wait_for(lambda: not self._due, timeout=_HOLD * min(self._decode_s))
 
-    def _launch(self, plan: StepPlan) -> None:
+    def _launch(self, plan: StepPlan, planned_s: float) -> None:
         if self._kv_written is not None:
             for sequence in plan.started:
                 if sequence.prefill_only and sequence.num_cached:
                     self._kv_written(sequence.request_id, 0, self.geometry.num_layers, 0, sequence.num_cached)
         began_s = time.monotonic()
         self._runner.launch(plan)
-        self._launched.append(_Launched(plan=plan, scheduled_s=began_s - self._step_began_s, at_s=began_s))
+        self._launched.append(_Launched(plan=plan, scheduled_s=began_s - planned_s, at_s=began_s))
 
     def _finish_step(self) -> StepOutput:
         result = self._runner.collect()

@@ -16,7 +16,7 @@ import torch
 from ..core.errors import KvCorrupted, TransferFailed
 from ..proto import kv_transfer_pb2
 from .cuda import cuda_runtime
-from .device_layout import DevicePoolBytes
+from .device_layout import HIGH_PRIORITY, DevicePoolBytes
 from .frames import KvPart
 from .layout import Ids, PoolBytes
 
@@ -52,10 +52,10 @@ class PeerDevicePool:
         if shared.row_bytes != own.row_bytes or shared.block_size != own.block_size:
             raise ValueError(f"the peer's rows have {shared.row_bytes} bytes, ours {own.row_bytes}")
         self._num_blocks = shared.num_blocks
-        self._device = own.device
+        self._own = own
         with torch.cuda.device(own.device):
             self._base = cuda_runtime().open(shared.handle)
-            self._stream = torch.cuda.Stream(own.device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(own.device, HIGH_PRIORITY)  # type: ignore[no-untyped-call]
         self._rows = self._base + shared.offset
         self._lock = threading.Lock()
         self._num_copies = 0
@@ -82,20 +82,21 @@ class PeerDevicePool:
                 raise TransferFailed("the prefill worker went away; its memory was unmapped")
             self._num_copies += 1
         try:
-            self._copy(own, own.row_range(part), source_ids.astype(np.int64), block_ids.astype(np.int64))
+            return self._copy(part, source_ids.astype(np.int64), block_ids.astype(np.int64))
         except OSError as error:
             raise TransferFailed(f"copying from the prefill worker's memory failed: {error}") from error
         finally:
             with self._lock:
                 self._num_copies -= 1
                 self._unmap_if_unused()
-        return own.checksum(part, block_ids)
 
-    def _copy(self, own: PoolBytes, span: slice, source_ids: Ids, block_ids: Ids) -> None:
-        runtime, width, row = cuda_runtime(), span.stop - span.start, own.row_bytes
+    def _copy(self, part: KvPart, source_ids: Ids, block_ids: Ids) -> int:
+        own, runtime, span = self._own, cuda_runtime(), self._own.row_range(part)
+        width, row = span.stop - span.start, own.row_bytes
         sources = self._rows + span.start + source_ids * row
         targets = own.rows.data_ptr() + span.start + block_ids * row
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(own.device), torch.cuda.stream(self._stream):
+            on_device = own.on_device(block_ids)  # before the copies: nothing then stands between them and the checksum
             single = np.ones(len(sources), dtype=bool)
             for start, end in pairwise(_run_starts(source_ids, block_ids)):
                 if end - start >= _MIN_RECTANGLE:
@@ -107,11 +108,11 @@ class PeerDevicePool:
                 runtime.copy_pieces(
                     targets[single].astype(np.uint64), sources[single].astype(np.uint64), width, self._stream
                 )
-            self._stream.synchronize()
+            return own.checksum_here(part, on_device)
 
     def _unmap_if_unused(self) -> None:
         if self._closed and self._num_copies == 0:
-            with torch.cuda.device(self._device):
+            with torch.cuda.device(self._own.device):
                 cuda_runtime().close(self._base)
 
 

@@ -14,9 +14,11 @@ from .frames import KvPart
 from .layout import Ids, PoolBytes
 from .pool import KvPool
 
+HIGH_PRIORITY = -1  # a kernel of microseconds goes before the next wave of a step's large ones
+
 
 class DevicePoolBytes(PoolBytes):
-    """Works on streams of its own, so that it never waits for a step, and blocks until the result is there.
+    """Works on a stream of its own, so that it never waits for a step, and blocks until the result is there.
 
     Its callers are threads of transfers: each call makes the pool's device theirs.
     """
@@ -24,17 +26,24 @@ class DevicePoolBytes(PoolBytes):
     def __init__(self, pool: KvPool, first_heads: Sequence[int] | None = None) -> None:
         self.device = pool.keys(0).device
         super().__init__(pool, first_heads)
-        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(self.device, HIGH_PRIORITY)  # type: ignore[no-untyped-call]
 
     def _array(self, view: Tensor) -> Any:
         return view
 
     def checksum(self, part: KvPart, block_ids: Ids) -> int:
-        span = self.row_range(part)
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            ids = torch.from_numpy(block_ids.astype(np.int32)).to(self.device)
-            value = device_checksum(self.rows, ids, span.start, span.stop - span.start)
-            return int(value.item()) & (2**64 - 1)
+            return self.checksum_here(part, self.on_device(block_ids))
+
+    def on_device(self, block_ids: Ids) -> Tensor:
+        """[n] int32, copied on the current stream."""
+        return torch.from_numpy(block_ids.astype(np.int32)).to(self.device)
+
+    def checksum_here(self, part: KvPart, block_ids: Tensor) -> int:
+        """The checksum, behind whatever the current stream has to do."""
+        span = self.row_range(part)
+        value = device_checksum(self.rows, block_ids, span.start, span.stop - span.start)
+        return int(value.item()) & (2**64 - 1)
 
     def pack(self, part: KvPart, block_table: Sequence[int], out: Any) -> None:
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):

@@ -165,5 +165,9 @@ class RunningDigest:
     def add(self, header: bytes | memoryview) -> None:
         self._hash.update(header)
 
+    def add_checksums(self, values: Sequence[int]) -> None:
+        """Those that came after the headers."""
+        self._hash.update(array("Q", values).tobytes())
+
     def digest(self) -> bytes:
         return self._hash.digest()

@@ -63,13 +63,23 @@ class Incoming:
         self.num_frames += 1
         self._digest.add(frame[:HEADER_BYTES])
 
-    def accept_end(self, header: FrameHeader, payload: memoryview) -> kv_transfer_pb2.TransferEnd:
-        """Raises: KvCorrupted: what was announced is not what arrived."""
+    @property
+    def is_covered(self) -> bool:
+        """All KV was announced; only END is to come."""
+        return all(covered == self._grant.num_tokens for covered in self._covered)
+
+    def accept_end(
+        self, header: FrameHeader, payload: memoryview, checksums: Sequence[int] = ()
+    ) -> kv_transfer_pb2.TransferEnd:
+        """Args: checksums: of the data frames, in order, where they come late.
+
+        Raises: KvCorrupted: what was announced is not what arrived.
+        """
         self._check_sequence(header)
         if checksum(payload) != header.checksum:
             raise KvCorrupted(f"{self._grant}: the checksum of the last frame is wrong")
         end = kv_transfer_pb2.TransferEnd.FromString(bytes(payload))
-        if not end.finished and any(covered != self._grant.num_tokens for covered in self._covered):
+        if not end.finished and not self.is_covered:
             raise KvCorrupted(
                 f"{self._grant}: the transfer ended with {min(self._covered)} of {self._grant.num_tokens} tokens"
             )
@@ -78,6 +88,9 @@ class Incoming:
                 f"{self._grant}: {self.num_frames} frames with {self.num_bytes} bytes arrived, "
                 f"{end.num_frames} with {end.num_bytes} were sent"
             )
+        if list(end.checksums) != list(checksums):
+            raise KvCorrupted(f"{self._grant}: a checksum is wrong; the KV was damaged on its way")
+        self._digest.add_checksums(checksums)
         if end.digest != self.digest:
             raise KvCorrupted(f"{self._grant}: the digest is wrong; the KV is of another prompt or was damaged")
         return end

@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -127,9 +127,16 @@ class KvReceiver:
         )
 
     async def receive(
-        self, grant: Grant, kv_address: str, token_ids: Sequence[int], block_ids: Sequence[int]
+        self,
+        grant: Grant,
+        kv_address: str,
+        token_ids: Sequence[int],
+        block_ids: Sequence[int],
+        on_covered: Callable[[], None] = lambda: None,
     ) -> Received:
         """Pull the KV of `token_ids` into `block_ids`; all of it is verified when this returns, not yet committed.
+
+        `on_covered` is called when all KV was announced: what is left takes a millisecond or two.
 
         When it returns, raises or is cancelled, nothing writes to the blocks any more.
         Raises: TransferFailed, KvCorrupted, LeaseExpired, StaleMessage, GeometryMismatch, or the error that the
@@ -137,7 +144,7 @@ class KvReceiver:
         """
         try:
             async with self._peers.use(kv_address, grant.prefill_boot_id) as peer:
-                return await self._fetch(peer, grant, token_ids, block_ids)
+                return await self._fetch(peer, grant, token_ids, block_ids, on_covered)
         except grpc.aio.AioRpcError as error:
             self._failed(kv_address)
             raise _typed(error, kv_address) from error
@@ -162,9 +169,17 @@ class KvReceiver:
         await self._peers.close()
         self._threads.shutdown(wait=True)
 
-    async def _fetch(self, peer: Peer, grant: Grant, token_ids: Sequence[int], block_ids: Sequence[int]) -> Received:
+    async def _fetch(
+        self,
+        peer: Peer,
+        grant: Grant,
+        token_ids: Sequence[int],
+        block_ids: Sequence[int],
+        on_covered: Callable[[], None],
+    ) -> Received:
         started_s: float | None = None
-        copying: asyncio.Future[None] | None = None  # one copy runs while the next frame arrives
+        copying: asyncio.Future[int] | None = None  # one copy runs while the next frame arrives
+        late: list[int] = []  # checksums to compare with those that come with END
         # A peer's mapped pool is copied by whole blocks; a prefix hit that ends inside a block cannot be added to.
         whole = grant.num_cached_tokens % self._pool.block_size == 0
         transport = peer.transport if whole else pb.TRANSPORT_GRPC
@@ -186,13 +201,16 @@ class KvReceiver:
                 elif header.kind is FrameKind.DATA:
                     started_s = time.monotonic() if started_s is None else started_s
                     incoming.accept_data(header, frame)
+                    if incoming.is_covered:
+                        on_covered()
                     if copying is not None:
-                        await _done(copying)
+                        late.append(await _done(copying))
                     copying = self._copy(peer, wire_bytes, header, frame, block_ids, mapped=mapped)
             ended_s = time.monotonic()
             if copying is not None:
-                await _done(copying)
-            end = incoming.accept_end(header, memoryview(frame)[HEADER_BYTES:])
+                late.append(await _done(copying))
+            checksums = late if transport == pb.TRANSPORT_CUDA_IPC else ()
+            end = incoming.accept_end(header, memoryview(frame)[HEADER_BYTES:], checksums)
         finally:
             call.cancel()
             if copying is not None:
@@ -234,25 +252,28 @@ class KvReceiver:
         block_ids: Sequence[int],
         *,
         mapped: bool,
-    ) -> asyncio.Future[None]:
-        """Start copying one frame's KV into our blocks, in a thread."""
+    ) -> asyncio.Future[int]:
+        """Start copying one frame's KV into our blocks, in a thread; its result is the checksum of what arrived."""
         part, size = header.part, self._pool.block_size
 
-        def from_frame() -> None:
+        def from_frame() -> int:
             payload = memoryview(frame)[HEADER_BYTES:]
             if len(payload) != wire_bytes.part_bytes(part):
                 raise KvCorrupted(f"frame {header.sequence} has {len(payload)} bytes for {part}")
             if checksum(payload) != header.checksum:
                 raise KvCorrupted(f"the checksum of frame {header.sequence} is wrong")
             wire_bytes.unpack(part, block_ids, np.frombuffer(payload, dtype=np.uint8))
+            return header.checksum
 
-        def from_peer() -> None:
+        def from_peer() -> int:
             if part.token_start % size or peer.pool is None or header.payload_bytes % 4:
                 raise KvCorrupted(f"frame {header.sequence} does not hold the numbers of whole blocks")
             source = np.frombuffer(frame, dtype="<u4", offset=HEADER_BYTES)
             target = np.asarray(block_ids[part.token_start // size : -(-part.token_end // size)], dtype=np.intp)
-            if peer.pool.copy(part, source, self._bytes, target) != header.checksum:
+            found = peer.pool.copy(part, source, self._bytes, target)
+            if peer.transport != pb.TRANSPORT_CUDA_IPC and found != header.checksum:
                 raise KvCorrupted(f"the checksum of frame {header.sequence} is wrong")
+            return found
 
         job = from_peer if mapped else from_frame
         return asyncio.get_running_loop().run_in_executor(self._threads, job)
@@ -267,13 +288,13 @@ class KvReceiver:
             self._metrics.stale_messages.inc()
 
 
-async def _done(copying: asyncio.Future[None]) -> None:
-    """Wait for a copy and raise its error. Cancelling the waiter does not disown the copy."""
+async def _done(copying: asyncio.Future[int]) -> int:
+    """Wait for a copy's checksum, or raise its error. Cancelling the waiter does not disown the copy."""
     await asyncio.wait({copying})
-    copying.result()
+    return copying.result()
 
 
-async def _quiet(copying: asyncio.Future[None]) -> None:
+async def _quiet(copying: asyncio.Future[int]) -> None:
     """Wait until a copy is over, through any number of cancellations; its error has been or will not be asked for."""
     cancelled: asyncio.CancelledError | None = None
     while not copying.done():

@@ -34,7 +34,7 @@ from .codecs import CODEC_NAMES, GROUP_TOKENS, WireFormat, narrower
 from .frames import HEADER_BYTES, SERVICE, FrameHeader, FrameKind, KvPart, RunningDigest, checksum, new_frame
 from .grants import Grant
 from .identity import WorkerIdentity
-from .layout import pool_bytes
+from .layout import Ids, pool_bytes
 from .pool import KvPool
 from .progress import KvProgress
 from .ranges import KvLayout, check_pair, route
@@ -49,11 +49,23 @@ WAIT_INTERVAL_S = 1.0
 MAX_PARKED = 1024
 MAX_ENDED = 4096
 
-# KV bytes of a frame, and whether it holds the numbers of whole blocks, which the receiver copies itself.
-_FRAMES: dict[int, tuple[int, bool]] = {
-    pb.TRANSPORT_SHARED_MEMORY: (SHARED_FRAME_BYTES, True),
-    pb.TRANSPORT_CUDA_IPC: (DEVICE_FRAME_BYTES, True),
-}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Framing:
+    """What the frames of a transport are like."""
+
+    max_bytes: int  # KV bytes of one
+    mapped: bool = False  # it holds the numbers of whole blocks, which the receiver copies itself
+    late_checksums: bool = False  # they come with END: the receiver copies while we still compute them
+
+
+def _framing(transport: int) -> _Framing:
+    if transport == pb.TRANSPORT_SHARED_MEMORY:
+        return _Framing(max_bytes=SHARED_FRAME_BYTES, mapped=True)
+    if transport == pb.TRANSPORT_CUDA_IPC:
+        return _Framing(max_bytes=DEVICE_FRAME_BYTES, mapped=True, late_checksums=True)
+    return _Framing(max_bytes=FRAME_BYTES)
+
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -292,7 +304,7 @@ class KvSender:
             out.changed.set()
             if out.lease is not None:
                 out.lease.cancel()
-            await self._send(out, stream, context.write, _FRAMES.get(request.transport, (FRAME_BYTES, False)))
+            await self._send(out, stream, context.write, _framing(request.transport))
             self._sent(out)
         except SplitserveError as error:
             if out is not None and out.stream is stream:
@@ -376,19 +388,18 @@ class KvSender:
         return out
 
     async def _send(
-        self, out: _Outgoing, stream: object, write: Callable[[bytes], Awaitable[None]], frames: tuple[int, bool]
+        self, out: _Outgoing, stream: object, write: Callable[[bytes], Awaitable[None]], framing: _Framing
     ) -> None:
         """Send parts as they become ready, one packed ahead of the wire, then END.
 
-        Args: frames: KV bytes of a frame, and whether it holds the numbers of whole blocks instead of KV.
         Raises: StaleMessage: a newer Fetch took over. The error that the request ended with.
         """
-        max_bytes, mapped = frames
-        lossy = not mapped and out.grant.wire.is_lossy
-        out.progress.restart(self._pool.block_size if mapped else GROUP_TOKENS if lossy else 1)
+        lossy = not framing.mapped and out.grant.wire.is_lossy
+        out.progress.restart(self._pool.block_size if framing.mapped else GROUP_TOKENS if lossy else 1)
         digest = RunningDigest(out.grant, out.token_ids)
         sequence = num_bytes = 0
         packed: asyncio.Future[bytes] | None = None
+        checks: list[asyncio.Future[int]] = []
         try:
             while True:
                 if out.error is not None:
@@ -397,10 +408,12 @@ class KvSender:
                     raise self._stale(f"{out.grant}: a newer Fetch replaced this one")
                 frame = await packed if packed is not None else None
                 packed = None
-                if not out.finished and (part := out.progress.take(max_bytes)) is not None:
+                if not out.finished and (part := out.progress.take(framing.max_bytes)) is not None:
                     number = sequence + (frame is not None)
-                    packed = self._loop.run_in_executor(self._threads, self._pack, out, part, number, mapped)
-                    num_bytes += (self._bytes if mapped else out.wire_bytes).part_bytes(part)
+                    packed = self._loop.run_in_executor(self._threads, self._pack, out, part, number, framing)
+                    if framing.late_checksums:
+                        checks.append(self._loop.run_in_executor(self._threads, self._check, out, part))
+                    num_bytes += (self._bytes if framing.mapped else out.wire_bytes).part_bytes(part)
                 if frame is not None:
                     sequence += 1
                     digest.add(frame[:HEADER_BYTES])
@@ -411,9 +424,12 @@ class KvSender:
                     if not await _is_set(out.changed, WAIT_INTERVAL_S):
                         await write(self._control(out.grant, FrameKind.WAIT, sequence))
                     out.changed.clear()
+            checksums = [await check for check in checks]
         finally:
-            if packed is not None:
-                packed.cancel()
+            for future in (packed, *checks):
+                if future is not None:
+                    future.cancel()
+        digest.add_checksums(checksums)
         out.digest = digest.digest()
         end = pb.TransferEnd(
             first_token_id=out.first_token_id,
@@ -421,21 +437,34 @@ class KvSender:
             num_frames=sequence,
             num_bytes=num_bytes,
             digest=out.digest,
+            checksums=checksums,
             since_prefill_end_s=time.monotonic() - out.prefill_ended_s,
         )
         await write(self._control(out.grant, FrameKind.END, sequence, end.SerializeToString()))
         if self._metrics is not None:
             self._metrics.transfer_bytes.inc(num_bytes)
 
-    def _pack(self, out: _Outgoing, part: KvPart, sequence: int, mapped: bool) -> bytes:
-        """One DATA frame; runs in a thread."""
-        table = out.block_table(out.grant.request_id)
-        size = self._pool.block_size
+    def _check(self, out: _Outgoing, part: KvPart) -> int:
+        """Checksum of a part's blocks; runs in a thread."""
+        return self._bytes.checksum(part, self._block_ids(part, self._table(out, part)))
+
+    def _table(self, out: _Outgoing, part: KvPart) -> Sequence[int]:
+        table, size = out.block_table(out.grant.request_id), self._pool.block_size
         if len(table) * size < part.token_end:
             raise TransferFailed(f"{out.grant}: its blocks hold {len(table) * size} tokens, not {part.token_end}")
-        if mapped:
-            ids = np.asarray(table[part.token_start // size : -(-part.token_end // size)], dtype="<u4")
-            payload, value = ids.tobytes(), self._bytes.checksum(part, ids)
+        return table
+
+    def _block_ids(self, part: KvPart, table: Sequence[int]) -> Ids:
+        size = self._pool.block_size
+        return np.asarray(table[part.token_start // size : -(-part.token_end // size)], dtype="<u4")
+
+    def _pack(self, out: _Outgoing, part: KvPart, sequence: int, framing: _Framing) -> bytes:
+        """One DATA frame; runs in a thread."""
+        table = self._table(out, part)
+        if framing.mapped:
+            ids = self._block_ids(part, table)
+            payload = ids.tobytes()
+            value = 0 if framing.late_checksums else self._bytes.checksum(part, ids)
             return self._header(out.grant, FrameKind.DATA, part, self._raw, sequence, len(payload), value) + payload
         frame, view = new_frame(HEADER_BYTES + out.wire_bytes.part_bytes(part))
         body = view[HEADER_BYTES:]

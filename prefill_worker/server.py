@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ import grpc.aio
 from ..core.errors import SplitserveError
 from ..kv_transfer.grants import Grant
 from ..proto import worker_pb2, worker_pb2_grpc
-from ..proto.server import Ready
+from ..proto.server import Ready, run
 from ..worker.edge import open_session, sequence_from_proto
 from ..worker.options import WorkerOptions
 from .worker import PrefillWorker, RouterSession
@@ -74,4 +73,4 @@ async def serve_async(options: WorkerOptions, ready: Callable[[Ready], None] | N
 
 def serve(options: WorkerOptions, ready: Callable[[Ready], None] | None = None) -> None:
     """Run a prefill worker in this process. Raises: SplitserveError: it cannot start."""
-    asyncio.run(serve_async(options, ready))
+    run(serve_async(options, ready))

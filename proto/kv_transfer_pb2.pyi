@@ -440,6 +440,7 @@ class TransferEnd(_message.Message):
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     SINCE_PREFILL_END_S_FIELD_NUMBER: _builtins.int
+    CHECKSUMS_FIELD_NUMBER: _builtins.int
     first_token_id: _builtins.int
     """First sampled token."""
     finished: _builtins.bool
@@ -449,9 +450,15 @@ class TransferEnd(_message.Message):
     num_bytes: _builtins.int
     """KV bytes sent."""
     digest: _builtins.bytes
-    """xxh3_128 over the geometry digest, all token ids and the headers (checksums included) of all data frames."""
+    """xxh3_128 over the geometry digest, all token ids the headers (checksums included) of all data frames and the
+    checksums below.
+    """
     since_prefill_end_s: _builtins.float
     """Seconds from the end of prefill to this frame."""
+    @_builtins.property
+    def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """CUDA IPC: checksum of each data frame's blocks, in order; the headers hold none, so that the copy need not wait."""
+
     def __init__(
         self,
         *,
@@ -461,10 +468,11 @@ class TransferEnd(_message.Message):
         num_bytes: _builtins.int = ...,
         digest: _builtins.bytes = ...,
         since_prefill_end_s: _builtins.float = ...,
+        checksums: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "finished", b"finished", "first_token_id", b"first_token_id", "num_bytes", b"num_bytes", "num_frames", b"num_frames", "since_prefill_end_s", b"since_prefill_end_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "digest", b"digest", "finished", b"finished", "first_token_id", b"first_token_id", "num_bytes", b"num_bytes", "num_frames", b"num_frames", "since_prefill_end_s", b"since_prefill_end_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,7 +17,7 @@ from ..core.errors import Unavailable
 from ..core.events import Recorder
 from ..core.metrics import RouterMetrics
 from ..engine.model_files import resolve_model
-from ..proto.server import Ready, RpcServer
+from ..proto.server import Ready, RpcServer, run
 from ..scheduling.admission import Admission
 from .dispatch import Dispatcher
 from .front_door import FrontDoor
@@ -168,4 +168,4 @@ async def serve_async(options: RouterOptions, ready: Callable[[Ready], None] | N
 
 def serve(options: RouterOptions, ready: Callable[[Ready], None] | None = None) -> None:
     """Run a router in this process. Raises: SplitserveError: it cannot start."""
-    asyncio.run(serve_async(options, ready))
+    run(serve_async(options, ready))

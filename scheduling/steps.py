@@ -186,9 +186,9 @@ class StepScheduler:
 
         Raises: InvalidRequest: no such reservation, or its first token is also its last.
         """
-        sequence = self._sequences.get(request_id)
-        if sequence is None or sequence.state is not SequenceState.RESERVED:
+        if not self.is_reserved(request_id):
             raise InvalidRequest(f"request {request_id} has no reservation here; reserve before start_reserved")
+        sequence = self._sequences[request_id]
         sequence.token_ids.append(first_token_id)
         if sequence.finish_reason(sequence.num_tokens - 1) is not None:
             sequence.token_ids.pop()
@@ -198,6 +198,10 @@ class StepScheduler:
         sequence.state = SequenceState.RUNNING
         self._publish(sequence, sequence.num_computed)
         insort(self._running, sequence, key=_queue_key)
+
+    def is_reserved(self, request_id: str) -> bool:
+        sequence = self._sequences.get(request_id)
+        return sequence is not None and sequence.state is SequenceState.RESERVED
 
     def release(self, request_id: str) -> bool:
         """Forget a sequence in whatever state; blocks that a running step uses are freed when it ends."""

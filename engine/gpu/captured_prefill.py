@@ -25,6 +25,7 @@ MAX_SEQUENCES = 16
 _MIXED_BUCKETS = (*range(64, 513, 64), *range(640, 1025, 128))
 _WHOLE_BUCKETS = tuple(range(640, 2049, 128))
 _PIECE_LAYERS = 8
+_LAST_PIECE_LAYERS = 2  # what is left to send when the step ends
 
 
 @dataclass(slots=True)
@@ -95,7 +96,8 @@ class CapturedPrefill:
 
         def layer_written(layer: int) -> None:
             nonlocal current
-            if whole and (layer + 1) % _PIECE_LAYERS == 0 and layer + 1 < len(self._layers):
+            end, last = layer + 1, len(self._layers) - _LAST_PIECE_LAYERS
+            if whole and (end == last or (end % _PIECE_LAYERS == 0 and end < last)):
                 current.__exit__(None, None, None)
                 captured.layer_ends.append(layer + 1)
                 current = piece()

@@ -290,7 +290,7 @@ class GpuRunner:
         """Bring the device's block table up to date, but for the newest block, which the step itself enters."""
         slot, table = self._slots[sequence], sequence.block_table
         if slot.table is not table or len(table) > slot.num_blocks + 1:
-            self._tables[slot.index, : len(table)].copy_(torch.tensor(table, dtype=torch.int32))
+            self._tables[slot.index, : len(table)] = to_device(np.array(table, np.int32), self._device)
             slot.table = table
         slot.num_blocks = len(table)
 

@@ -66,7 +66,8 @@ def test_defaults_are_those_of_the_roles_own_options() -> None:
 
 def test_every_option_of_the_engine_and_the_router_can_be_set() -> None:
     keys = {key.rpartition(".")[2] for role in ROLES for key in role_keys(role)}
-    own = {"kv_memory_bytes", "num_threads", "shared_pool", "kv_dtype", "model_name"}  # derived, or a flag of its own
+    # Derived, or a flag of its own.
+    own = {"kv_memory_bytes", "num_threads", "shared_pool", "kv_dtype", "model_name", "max_packed_tokens"}
     for options in (EngineOptions, RouterOptions):
         names = {field.name for field in dataclasses.fields(options)} - own
         assert names - keys <= {"prefill", "decode", "metrics_port", "router_id"}

@@ -97,8 +97,8 @@ async def test_the_first_token_does_not_wait_for_the_transfer(start_cluster: Sta
     receiver = cluster.workers["decode-0"].worker.receiver
     receive = receiver.receive
 
-    async def late(*args: object) -> object:
-        received = await receive(*args)
+    async def late(*args: object, **options: object) -> object:
+        received = await receive(*args, **options)
         await held.wait()
         return received
 
