@@ -39,6 +39,8 @@ class Completions:
         self._prompts = _prompts(body)
         self._n = body.n or 1
         self._made = max(body.best_of or 0, self._n)  # answers to each prompt, of which n are returned
+        if body.suffix:
+            raise InvalidRequest("suffix is not supported: the models served do not fill in the middle", field="suffix")
         if body.best_of is not None and body.best_of < self._n:
             raise InvalidRequest(f"best_of is {body.best_of}, less than n {self._n}", field="best_of")
         if body.stream and self._made > self._n:
