@@ -134,8 +134,12 @@ def request_from_proto(message: worker_pb2.WorkRequest) -> Request:
 
 
 def failure_to_proto(error: SplitserveError) -> worker_pb2.Failure:
-    return worker_pb2.Failure(code=error.code, message=error.message, retry_after_s=error.retry_after_s or 0.0)
+    return worker_pb2.Failure(
+        code=error.code, message=error.message, retry_after_s=error.retry_after_s or 0.0, field=error.field or ""
+    )
 
 
 def failure_from_proto(failure: worker_pb2.Failure) -> SplitserveError:
-    return from_code(failure.code, failure.message, retry_after_s=failure.retry_after_s or None)
+    return from_code(
+        failure.code, failure.message, retry_after_s=failure.retry_after_s or None, field=failure.field or None
+    )

@@ -31,7 +31,7 @@ def run(engine: Engine) -> tuple[dict[str, list[TokenOutput]], dict[str, Excepti
     while engine.has_work():
         step = engine.step()
         assert step is not None
-        assert engine.usage().blocks_orphaned == 0
+        assert engine.num_orphaned_blocks() == 0
         failed.update(step.failed)
         for token in step.tokens:
             outputs.setdefault(token.request_id, []).append(token)

@@ -105,7 +105,7 @@ def test_a_protocol_of_the_future_is_refused_and_the_past_is_not() -> None:
 
 @pytest.mark.parametrize("code", BY_CODE)
 def test_failures_keep_their_type(code: str) -> None:
-    error = BY_CODE[code]("why", retry_after_s=2.0)
+    error = BY_CODE[code]("why", retry_after_s=2.0, field="prompt")
     again = failure_from_proto(failure_to_proto(error))
     assert type(again) is type(error)
-    assert (again.message, again.retry_after_s) == ("why", 2.0)
+    assert (again.message, again.retry_after_s, again.field) == ("why", 2.0, "prompt")
