@@ -62,6 +62,7 @@ async def _main(
             process_cluster(whole, Path(directory) / "whole") as one,
             process_cluster(split, Path(directory) / "split") as two,
             bare_worker(one.workers["colocated-0"].address) as bare,
+            http_calls(two.router.http_address, model) as http,
             AsyncClient(one.router.address) as one_client,
             AsyncClient(two.router.address) as two_client,
         ):
@@ -69,7 +70,7 @@ async def _main(
                 "bare worker": bare,
                 "router, gRPC, colocated": grpc_call(one_client),
                 "router, gRPC, split": grpc_call(two_client),
-                "router, HTTP, split": http_call(two.router.http_address, model),
+                "router, HTTP, split": http,
             }
             prompts = await visible_prompts(one_client, num_requests + WARMUP, prompt_tokens, random.Random(seed))
             times = await measure(calls, prompts, output_tokens)
@@ -87,7 +88,8 @@ async def visible_prompts(client: AsyncClient, count: int, prompt_tokens: int, r
     prompts: list[list[int]] = []
     while len(prompts) < count:
         prompt = [rng.randrange(5, 200) for _ in range(prompt_tokens)]
-        if (await client.generate(prompt, max_tokens=1, ignore_eos=True)).text.isascii():
+        text = (await client.generate(prompt, max_tokens=1, ignore_eos=True)).text
+        if text and text.isascii():
             prompts.append(prompt)
     return prompts
 
@@ -155,26 +157,29 @@ def grpc_call(client: AsyncClient) -> Call:
     return call
 
 
-def http_call(address: str, model: str) -> Call:
-    """Server-sent events over a plain socket: an HTTP library would be measured too."""
+@asynccontextmanager
+async def http_calls(address: str, model: str) -> AsyncIterator[Call]:
+    """Server-sent events over one plain socket: an HTTP library would be measured too."""
     host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
 
     async def call(prompt: list[int], output_tokens: int) -> tuple[float, float]:
         body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": output_tokens, "temperature": 0}
         data = json.dumps({**body, "ignore_eos": True, "stream": True}).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\ncontent-length: {len(data)}\r\n"
-        )
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: {address}\r\ncontent-length: {len(data)}\r\n\r\n"
         began_s, times = time.perf_counter(), list[float]()
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + data)
+        writer.write(head.encode() + data)
         async for line in reader:
             if line.startswith(b"data: {"):
                 times.append(time.perf_counter() - began_s)
-        writer.close()
+            elif line.startswith(b"data: [DONE]"):
+                break
         return times[0], times[-1]
 
-    return call
+    try:
+        yield call
+    finally:
+        writer.close()
 
 
 def _table(

@@ -47,6 +47,9 @@ def command(
         int | None,
         typer.Option(help="Port of the first router's OpenAI API; 0 takes a free one, -1 none.", show_default="8000"),
     ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with one API key a line, asked of every caller.", show_default="none")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of each worker.", show_default="cores divided by workers")
     ] = None,
@@ -93,6 +96,7 @@ def command(
         "router.host": host,
         "router.port": port,
         "router.http_port": http_port,
+        "router.api_key_file": api_key_file,
         **{f"{pool}.threads": threads for pool in ("prefill", "decode", "colocated")},
         "engine.dtype": dtype,
         "engine.max_model_len": max_model_len,

@@ -246,7 +246,7 @@ class KvSender:
         if out is None:
             return
         out.first_token_id, out.finished, out.prefill_ended_s = first_token_id, final, time.monotonic()
-        if final:
+        if final and out.stream is None:  # else something may be reading its blocks: the stream's end frees them
             self._release_once(out)
         out.changed.set()
 
@@ -507,7 +507,10 @@ class KvSender:
         return self._bytes.checksum(part, self._block_ids(part, self._table(out, part)))
 
     def _table(self, out: _Outgoing, part: KvPart) -> Sequence[int]:
-        table, size = out.block_table(out.grant.request_id), self._pool.block_size
+        try:
+            table, size = out.block_table(out.grant.request_id), self._pool.block_size
+        except KeyError:
+            raise TransferFailed(f"{out.grant}: its blocks were freed while they were sent") from None
         if len(table) * size < part.token_end:
             raise TransferFailed(f"{out.grant}: its blocks hold {len(table) * size} tokens, not {part.token_end}")
         return table

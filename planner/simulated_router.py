@@ -62,15 +62,17 @@ class _Member:
 class _PrefillMember(_Member):
     def __init__(self, worker: SimulatedWorker) -> None:
         super().__init__(worker)
-        self._outstanding_tokens = 0  # sent there and without a first token
+        self._outstanding_tokens = self._outstanding_prompts = 0  # sent there and without a first token
         self._load: PrefillLoad | None = None  # None: it has changed
 
     def attach(self, num_tokens: int) -> None:
         self._outstanding_tokens += num_tokens
+        self._outstanding_prompts += 1
         self._load = None
 
     def prefilled(self, num_tokens: int) -> None:
         self._outstanding_tokens -= num_tokens
+        self._outstanding_prompts -= 1
         self._load = None
         self.full = False
 
@@ -80,6 +82,7 @@ class _PrefillMember(_Member):
             self._load = PrefillLoad(
                 worker=self.worker.name,
                 outstanding_tokens=self._outstanding_tokens,
+                outstanding_prompts=self._outstanding_prompts,
                 tokens_per_s=self.worker.prefill_tokens_per_s,
             )
         return self._load

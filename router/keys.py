@@ -39,7 +39,9 @@ class ApiKeys:
         """Args: authorization: as HTTP's header of this name. Raises: Unauthenticated."""
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key:
-            raise Unauthenticated("there is no API key; send it as `Authorization: Bearer KEY`")
+            raise Unauthenticated(
+                "there is no API key; send `Authorization: Bearer KEY` (the SDK: api_key, or SPLITSERVE_API_KEY)"
+            )
         digest = _digest(key.strip())
         if not sum(hmac.compare_digest(digest, known) for known in self._digests):
             raise Unauthenticated("the API key is not valid; check it, or ask the operator for one")

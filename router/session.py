@@ -270,8 +270,9 @@ class PrefillLink(WorkerLink):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._own_tokens = 0  # of our runs without a first token
-        self._others_tokens = 0  # of other routers' runs, as of the last status
+        # Of our runs without a first token, and of other routers' as of the last status.
+        self._own_tokens = self._own_prompts = 0
+        self._others_tokens = self._others_prompts = 0
 
     @property
     def boot_id(self) -> str:
@@ -286,21 +287,27 @@ class PrefillLink(WorkerLink):
         return PrefillLoad(
             worker=self.address,
             outstanding_tokens=self._own_tokens + self._others_tokens,
+            outstanding_prompts=self._own_prompts + self._others_prompts,
             tokens_per_s=self.status.prefill_tokens_per_s,
         )
 
     def attach(self, request_id: str, load: int) -> None:
         self._own_tokens += load
+        self._own_prompts += load > 0
         super().attach(request_id, load)
 
     def detach(self, request_id: str) -> None:
-        self._own_tokens -= self.runs.get(request_id, 0)
+        self._computed(self.runs.get(request_id, 0))
         super().detach(request_id)
 
     def prefilled(self, request_id: str) -> None:
         """The run computes no more; it only holds KV until that has moved."""
-        self._own_tokens -= self.runs.get(request_id, 0)
+        self._computed(self.runs.get(request_id, 0))
         self.runs[request_id] = 0
+
+    def _computed(self, load: int) -> None:
+        self._own_tokens -= load
+        self._own_prompts -= load > 0
 
     def run(self, request: Request, timeout_s: float, grant: kv_transfer_pb2.Grant) -> None:
         work = request_to_proto(request, timeout_s)
@@ -310,11 +317,12 @@ class PrefillLink(WorkerLink):
         self._outbox.put_nowait(worker_pb2.PrefillSessionRequest(**message))
 
     def _open(self, channel: grpc.aio.Channel, requests: AsyncIterator[Any]) -> Any:
-        self._own_tokens = self._others_tokens = 0
+        self._own_tokens = self._own_prompts = self._others_tokens = self._others_prompts = 0
         return worker_pb2_grpc.PrefillWorkerStub(channel).PrefillSession(requests)
 
     def _status(self, status: worker_pb2.WorkerStatus) -> None:
         self._others_tokens = max(0, status.num_outstanding_prefill_tokens - self._own_tokens)
+        self._others_prompts = max(0, status.num_running + status.num_waiting - self._own_prompts)
         super()._status(status)
 
     def _received(self, kind: str, message: Any) -> None:

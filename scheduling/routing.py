@@ -14,12 +14,18 @@ class PrefillLoad:
 
     worker: str  # its address
     outstanding_tokens: int  # accepted or on their way, not computed yet
+    outstanding_prompts: int  # with tokens among them
     tokens_per_s: float = 0.0  # 0 when unknown
 
     @property
     def wait_s(self) -> float:
         """Time until a new prompt would start."""
         return self.outstanding_tokens / (self.tokens_per_s or UNKNOWN_PREFILL_TOKENS_PER_S)
+
+    def is_open(self, bound_s: float) -> bool:
+        """Whether it may be sent another prompt. One always waits behind the one being computed, however long that is,
+        or the worker would stand still for a round trip after each."""
+        return self.outstanding_prompts < 2 or self.wait_s <= bound_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +56,9 @@ def place(
 ) -> Placement | None:
     """The pair for the next request, or None: it stays queued, holding nothing.
 
-    Prefill: the shortest wait, if it is within `prefill_bound_s`; more would only queue in the worker, out of reach of
-    a better choice. Decode: most available KV, then fewest sequences. While no prefill worker is alive, a colocated
-    worker runs the request by itself. Workers in `avoid` are taken only if there is no other.
+    Prefill: the shortest wait of those within `prefill_bound_s` or about to run dry; more would only queue in the
+    worker, out of reach of a better choice. Decode: most available KV, then fewest sequences. While no prefill worker
+    is alive, a colocated worker runs the request by itself. Workers in `avoid` are taken only if there is no other.
     """
     local = not any_prefill_alive
     candidates = [load for load in decodes if load.colocated] if local else decodes
@@ -65,6 +71,6 @@ def place(
         return None
     if local:
         return Placement(prefill=None, decode=decode.worker)
-    open_prefills = [load for load in prefills if load.wait_s <= prefill_bound_s]
+    open_prefills = [load for load in prefills if load.is_open(prefill_bound_s)]
     prefill = min(open_prefills, key=lambda load: (load.worker in avoid, load.wait_s), default=None)
     return Placement(prefill=prefill.worker, decode=decode.worker) if prefill is not None else None

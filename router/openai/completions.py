@@ -21,7 +21,7 @@ from .connection import open_stream, while_connected
 from .errors import json_response
 from .logprobs import CompletionTokens
 from .requests import CompletionRequest
-from .responses import Completion, CompletionChoice, CompletionLogprobs, FinishText
+from .responses import Completion, CompletionChoice, CompletionLogprobs, FinishText, Usage
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -39,6 +39,8 @@ class Completions:
         self._prompts = _prompts(body)
         self._n = body.n or 1
         self._made = max(body.best_of or 0, self._n)  # answers to each prompt, of which n are returned
+        if body.suffix:
+            raise InvalidRequest("suffix is not supported: the models served do not fill in the middle", field="suffix")
         if body.best_of is not None and body.best_of < self._n:
             raise InvalidRequest(f"best_of is {body.best_of}, less than n {self._n}", field="best_of")
         if body.stream and self._made > self._n:
@@ -56,23 +58,20 @@ class Completions:
         """Raises: SplitserveError."""
         answers = await collect(self._door.answer, await self._requests(), self._body.timeout_s)
         choices: list[CompletionChoice] = []
-        for number, prompt in enumerate(await self._echoed()):
+        for number, prompt in enumerate(self._echoed()):
             made = answers[number * self._made : (number + 1) * self._made]
             if self._made > self._n:
                 made = sorted(made, key=lambda answer: answer.mean_logprob, reverse=True)
             choices += [
                 self._choice(len(choices) + rank, prompt, answer) for rank, answer in enumerate(made[: self._n])
             ]
-        if self._scores_only:
-            for answer in answers:
-                answer.finished.usage.num_output_tokens = 0
-        return {**self._head(choices), "usage": usage_of(answers, len(self._prompts))}
+        return {**self._head(choices), "usage": self._usage(answers)}
 
     async def chunks(self) -> AsyncGenerator[Completion]:
         """Raises: SplitserveError."""
         body = self._body
         requests = await self._requests()
-        prompts = [prompt for prompt in await self._echoed() for _ in range(self._n)]
+        prompts = [prompt for prompt in self._echoed() for _ in range(self._n)]
         answers = [Answer() for _ in requests]
         tokens = [CompletionTokens(body.logprobs or 0) for _ in requests]
         async with aclosing(merged(self._door.answer, requests, body.timeout_s)) as messages:
@@ -96,7 +95,7 @@ class Completions:
                 if kind == "finished":
                     yield self._chunk(_choice(index, "", None, finish_text(message.finished)))
         if body.stream_options is not None and body.stream_options.include_usage:
-            yield {**self._head([]), "usage": usage_of(answers, len(self._prompts))}
+            yield {**self._head([]), "usage": self._usage(answers)}
 
     async def _requests(self) -> list[pb.GenerateRequest]:
         """One for each answer. A prompt with several is tokenised here, once."""
@@ -118,7 +117,7 @@ class Completions:
             made += choices_of(request, self._made)
         return made
 
-    async def _echoed(self) -> Sequence[str]:
+    def _echoed(self) -> Sequence[str]:
         """For each prompt the text that its choices begin with."""
         if not self._body.echo:
             return [""] * len(self._prompts)
@@ -126,6 +125,12 @@ class Completions:
             prompt if isinstance(prompt, str) else self._door.detokenize(pb.DetokenizeRequest(token_ids=prompt)).text
             for prompt in self._prompts
         ]
+
+    def _usage(self, answers: Sequence[Answer]) -> Usage:
+        if self._scores_only:  # the one token that the router makes at least is nobody's
+            for answer in answers:
+                answer.finished.usage.num_output_tokens = 0
+        return usage_of(answers, len(self._prompts))
 
     def _choice(self, index: int, prompt: str, answer: Answer) -> CompletionChoice:
         shown = None

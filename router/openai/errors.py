@@ -24,7 +24,6 @@ _PARAMS: Mapping[str, str] = {
     "prompt_logprobs": "logprobs",
     "text": "prompt",
     "input": "prompt",
-    "idempotency_key": "model",
 }
 
 
@@ -80,7 +79,9 @@ async def on_bug(request: Request, error: Exception) -> Response:
 
 def invalid_body(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
     """The first complaint, with the field's name as OpenAI writes it: messages[0].content."""
-    row = error.errors(include_url=False, include_context=False)[0]
+    rows = error.errors(include_url=False, include_context=False)
+    # A union complains once for each member; the one that got furthest is the one that was meant.
+    row = max((other for other in rows if other["loc"][:1] == rows[0]["loc"][:1]), key=lambda other: len(other["loc"]))
     field, kind = _path(row["loc"]), row["type"]
     if kind == "json_invalid":
         return InvalidRequest(f"the body is not JSON: {row['msg'].removeprefix('Invalid JSON: ')}")
@@ -92,8 +93,12 @@ def invalid_body(error: ValidationError, model: type[BaseModel]) -> InvalidReque
         return InvalidRequest(f"unrecognized request argument: {field}{hint}", field=field)
     if kind == "missing":
         return InvalidRequest(f"{field} is missing", field=field)
-    wanted = row["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return InvalidRequest(f"{field}: got {_shown(row['input'])}, wanted {wanted}", field=field)
+    if kind == "union_tag_invalid":
+        return InvalidRequest(f"{field}: {row['msg']}", field=field)
+    wanted = [other["msg"].removeprefix("Input should be ") for other in rows if _path(other["loc"]) == field]
+    return InvalidRequest(
+        f"{field}: got {_shown(row['input'])}, wanted {' or '.join(dict.fromkeys(wanted))}", field=field
+    )
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -102,10 +107,10 @@ def _path(location: tuple[int | str, ...]) -> str:
     for part in location:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part.isidentifier() and part not in _UNION_MEMBERS:
-            text += f".{part}" if text else part
         elif not text:
-            text = part[:_SHOWN_CHARS]  # an unknown field whose name is no identifier
+            text = part[:_SHOWN_CHARS]
+        elif part.isidentifier() and part not in _UNION_MEMBERS:
+            text += f".{part}"
     return text
 
 

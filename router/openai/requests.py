@@ -130,7 +130,7 @@ class CompletionRequest(GenerationRequest):
         default=None, ge=1, le=MAX_ANSWERS, description="Make so many answers, return the n likeliest; not with stream"
     )
     logprobs: TopLogprobs | None = Field(default=None, description="So many likeliest tokens beside each token")
-    suffix: None = Field(default=None, description="Not supported: the models served do not fill in the middle")
+    suffix: str | None = Field(default=None, description="Refused: the models served do not fill in the middle")
 
 
 class FunctionCall(_Body):

@@ -78,8 +78,8 @@ class ToolText:
     names: Collection[str]
     calls: list[ToolCall] = field(default_factory=list)
     parallel: bool = True
-    _held: str = ""
-    _began: bool = False  # some text went out, so the whole is no call
+    _held: str = field(default="", init=False)
+    _began: bool = field(default=False, init=False)  # some text went out, so the whole is no call
 
     def push(self, text: str) -> str:
         """Text that is certain to be no call; calls are added to `calls` once they are whole."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -103,6 +105,11 @@ def test_a_detached_cluster_serves_until_it_is_taken_down(environment: dict[str,
         result = client.generate([5, 6, 7], max_tokens=4, ignore_eos=True)
     assert len(result.token_ids) == 4
     assert result.timing.transport == "shared_memory"
+
+    http = re.search(r"OpenAI API at (http://\S+)/v1", up.stdout)
+    assert http is not None
+    with urllib.request.urlopen(f"{http[1]}/v1/models") as answer:
+        assert json.load(answer)["data"][0]["id"] == str(model)
 
     again = splitserve(environment, "up", *flags)
     assert again.returncode == 2

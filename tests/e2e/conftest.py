@@ -71,6 +71,8 @@ async def served(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
     """A split cluster of real processes that serves the tiny model to every test of the session."""
     config = load_config(None, {"model": str(tiny), "engine.num_kv_blocks": 1024, "engine.self_check": False})
     async with process_cluster(config, tmp_path_factory.mktemp("served")) as cluster:
+        async with AsyncClient(cluster.router.address) as client:
+            await client.generate([5], max_tokens=1)  # returns once the router has sessions with both workers
         yield cluster
 
 

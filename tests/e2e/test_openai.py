@@ -323,6 +323,18 @@ def test_echo_with_logprobs_scores_the_prompt(complete: Any) -> None:
     assert shown.usage.completion_tokens == 0
 
 
+def test_a_streamed_score_is_the_whole_one(client: openai.OpenAI, complete: Any, model: str) -> None:
+    options: dict[str, Any] = {"max_tokens": 0, "echo": True, "logprobs": 1}
+    whole = complete("hello", **options)
+    *chunks, last = client.completions.create(
+        model=model, prompt="hello", stream=True, stream_options={"include_usage": True}, **options
+    )
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "hello"
+    told = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
+    assert [row.tokens for row in told] == [whole.choices[0].logprobs.tokens]
+    assert last.usage.completion_tokens == 0
+
+
 def test_chat_logprobs_have_their_documented_shape(chat: Any) -> None:
     choice = chat(logprobs=True, top_logprobs=2, extra_body={"ignore_eos": True}).choices[0]
     assert len(choice.logprobs.content) == 8
@@ -596,6 +608,9 @@ def test_a_choice_of_no_tool_is_refused(chat: Any) -> None:
         ({"logprobs": 21}, "logprobs"),
         ({"extra_body": {"min_p": 7}}, "min_p"),
         ({"extra_body": {"temprature": 1}}, "temprature"),
+        ({"extra_body": {"user": 5}}, "user"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": ["a", 5]}, "prompt[1]"),
         ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": [99_999]}, "prompt"),

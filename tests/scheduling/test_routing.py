@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 from splitserve.scheduling.routing import DecodeLoad, Placement, PrefillLoad, place
 
-FAST = PrefillLoad(worker="p-fast", outstanding_tokens=100, tokens_per_s=10_000.0)
-SLOW = PrefillLoad(worker="p-slow", outstanding_tokens=90, tokens_per_s=1_000.0)
+FAST = PrefillLoad(worker="p-fast", outstanding_tokens=100, outstanding_prompts=2, tokens_per_s=10_000.0)
+SLOW = PrefillLoad(worker="p-slow", outstanding_tokens=90, outstanding_prompts=2, tokens_per_s=1_000.0)
 ROOMY = DecodeLoad(worker="d-roomy", available_blocks=50, num_sequences=9)
 FULL = DecodeLoad(worker="d-full", available_blocks=5, num_sequences=1)
 BOTH = DecodeLoad(worker="c", available_blocks=1, num_sequences=0, colocated=True)
@@ -56,17 +57,29 @@ def test_busy_prefill_workers_are_not_dead_ones() -> None:
     assert choose([], [ROOMY, BOTH], alive=True) is None
 
 
+def test_a_prompt_waits_behind_the_running_one_however_long_that_is() -> None:
+    running = replace(SLOW, outstanding_tokens=8_192, outstanding_prompts=1)
+    assert choose([running], [ROOMY]) == Placement(prefill="p-slow", decode="d-roomy")
+    assert choose([replace(running, outstanding_prompts=2)], [ROOMY]) is None
+
+
 loads = st.builds(
-    PrefillLoad, worker=st.uuids().map(str), outstanding_tokens=st.integers(0, 5000), tokens_per_s=st.floats(0, 1e5)
+    PrefillLoad,
+    worker=st.uuids().map(str),
+    outstanding_tokens=st.integers(0, 5000),
+    outstanding_prompts=st.integers(0, 4),
+    tokens_per_s=st.floats(0, 1e5),
 )
 
 
 @given(st.lists(loads, max_size=6), st.floats(0.01, 2.0))
-def test_no_request_is_ever_sent_past_the_bound(prefills: list[PrefillLoad], bound_s: float) -> None:
-    waits = {load.worker: load.wait_s for load in prefills}
+def test_no_request_is_sent_past_the_bound_but_to_a_worker_about_to_run_dry(
+    prefills: list[PrefillLoad], bound_s: float
+) -> None:
+    usable = {p.worker: p.wait_s for p in prefills if p.wait_s <= bound_s or p.outstanding_prompts < 2}
     placed = choose(prefills, [ROOMY], bound_s=bound_s)
     if placed is None:
-        assert all(wait_s > bound_s for wait_s in waits.values())
+        assert not usable
     else:
         assert placed.prefill is not None
-        assert waits[placed.prefill] == min(waits.values()) <= bound_s
+        assert usable[placed.prefill] == min(usable.values())
