@@ -286,12 +286,16 @@ def _parse(text: str) -> tuple[int, int, float]:
 
 
 def _write_shape(name: str, folder: Path) -> str:
-    """A model directory without weights: config, and a tokenizer for whatever tokens come out."""
-    from ..engine.testing import save_tokenizer
+    """A model directory without weights: config, and a tokenizer that has a word for every token that may come out."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
     from .gpu_engine import shapes
 
-    shapes()[name].save_pretrained(folder)
-    save_tokenizer(folder)
+    config = shapes()[name]
+    config.save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(config.vocab_size)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
     return str(folder)
 
 
