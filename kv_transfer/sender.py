@@ -6,10 +6,11 @@ import asyncio
 import logging
 import os
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import grpc
@@ -38,6 +39,7 @@ from .frames import HEADER_BYTES, SERVICE, FrameHeader, FrameKind, KvPart, Runni
 from .gloo import GlooRendezvous
 from .grants import Grant
 from .identity import WorkerIdentity
+from .in_flight import InFlight
 from .lanes import Lanes
 from .layout import Ids, pool_bytes
 from .pool import KvPool
@@ -51,6 +53,7 @@ FRAME_BYTES = 2 << 20  # gRPC: 64 KiB costs three times the CPU, tens of MiB sta
 SHARED_FRAME_BYTES = 8 << 20  # shared memory: only block numbers travel; this bounds what is copied in one go
 LANE_FRAME_BYTES = 8 << 20  # channels: two of them are in flight
 DEVICE_FRAME_BYTES = 128 << 20  # the same between GPUs: a third of a millisecond
+MAX_LINK_BYTES, MAX_BYTES = 32 << 20, 256 << 20  # packed and not handed over, to one receiver and to all
 WAIT_INTERVAL_S = 1.0
 MAX_PARKED = 1024
 MAX_ENDED = 4096
@@ -152,6 +155,7 @@ class KvSender:
         self._park_s = park_s
         self._raw = WireFormat(codec="none", dtype=pool.geometry.dtype)  # what a mapped pool holds
         self._loop = asyncio.get_running_loop()
+        self._in_flight = InFlight(link_bytes=MAX_LINK_BYTES, total_bytes=MAX_BYTES)
         self._lanes = Lanes(GlooRendezvous(host))
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-pack")
         self._by_request: dict[str, _Outgoing] = {}
@@ -442,6 +446,8 @@ class KvSender:
         packed: asyncio.Future[_Packed] | None = None
         leaving: asyncio.Future[None] | None = None  # the payload before, in the lane
         checks: list[asyncio.Future[int]] = []
+        link = f"{out.grant.decode_boot_id}/{out.grant.decode_rank}"
+        held: deque[int] = deque()  # bytes of the pieces that count as in flight, oldest first
         try:
             while True:
                 if out.error is not None:
@@ -450,7 +456,13 @@ class KvSender:
                     raise self._stale(f"{out.grant}: a newer Fetch replaced this one")
                 frame = await packed if packed is not None else None
                 packed = None
-                if not out.finished and (part := out.progress.take(framing.max_bytes)) is not None:
+                # Packed ahead only where there is room at once: who waits for room must hold nothing.
+                may_pack = framing.mapped or frame is None or self._in_flight.has_room(link, framing.max_bytes)
+                if not out.finished and may_pack and (part := out.progress.take(framing.max_bytes)) is not None:
+                    if not framing.mapped:
+                        size = out.wire_bytes.part_bytes(part)
+                        await self._in_flight.take(link, size)
+                        held.append(size)
                     number = sequence + (frame is not None)
                     packed = self._loop.run_in_executor(self._threads, self._pack, out, part, number, framing)
                     if framing.late_checksums:
@@ -463,10 +475,13 @@ class KvSender:
                         if leaving is not None:
                             await leaving
                         turn, leaving = lane.send(frame.payload)
+                        leaving.add_done_callback(partial(self._left, link, held.popleft()))
                         frame = replace(frame.header, turn=turn).pack()
                     assert isinstance(frame, bytes)
                     digest.add(frame[:HEADER_BYTES])
                     await write(frame)
+                    if lane is None and held:
+                        self._in_flight.give(link, held.popleft())
                     write_s += time.monotonic() - began_s
                 elif packed is None:
                     if out.first_token_id is not None and (out.finished or out.progress.all_taken):
@@ -485,6 +500,8 @@ class KvSender:
             for future in (packed, *checks):
                 if future is not None:
                     future.cancel()
+            for size in held:
+                self._in_flight.give(link, size)
         digest.add_checksums(checksums)
         out.digest = digest.digest()
         end = pb.TransferEnd(
@@ -501,6 +518,10 @@ class KvSender:
         await write(self._control(out.grant, FrameKind.END, sequence, end.SerializeToString()))
         if self._metrics is not None:
             self._metrics.transfer_bytes.inc(num_bytes)
+
+    def _left(self, link: str, size: int, _: asyncio.Future[None]) -> None:
+        """A lane has moved a payload, or failed to."""
+        self._in_flight.give(link, size)
 
     def _check(self, out: _Outgoing, part: KvPart) -> int:
         """Checksum of a part's blocks; runs in a thread."""

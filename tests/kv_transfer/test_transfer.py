@@ -345,3 +345,29 @@ async def test_closing_the_sender_ends_its_streams_typed(pair) -> None:
         with pytest.raises(Unavailable, match="stopping"):
             await receiving
         assert p.released == ["r1"]
+
+
+@pytest.mark.parametrize("transport", ["grpc", "gloo"])
+async def test_bytes_in_flight_are_bounded_over_all_transfers_of_a_link(pair, monkeypatch, transport: str) -> None:
+    for name in ("FRAME_BYTES", "LANE_FRAME_BYTES"):
+        monkeypatch.setattr(f"splitserve.kv_transfer.sender.{name}", 3000)
+    monkeypatch.setattr("splitserve.kv_transfer.sender.MAX_LINK_BYTES", 10_000)
+    async with pair(transport) as p:
+        seen = []
+        pack = p.sender._pack
+
+        def counting(*arguments):
+            seen.append(p.sender._in_flight.num_bytes)
+            return pack(*arguments)
+
+        monkeypatch.setattr(p.sender, "_pack", counting)
+        receiving = []
+        for number in range(8):
+            request = p.request(100, f"r{number}")
+            grant = p.grant(request)
+            p.complete(grant, request)
+            receiving.append(p.receive(grant, request))
+        await asyncio.gather(*receiving)
+        assert len(seen) > 8
+        assert 3000 < max(seen) <= 10_000
+        assert p.sender._in_flight.num_bytes == 0
