@@ -46,7 +46,10 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("engine: {max_running: many}", r"engine\.max_running: got 'many', wanted: a valid integer"),
         ("engine: {max_running: 0}", r"engine\.max_running: got 0, wanted: greater than or equal to 1"),
         ("engine: {kv_memory: 12 parsecs}", r"engine\.kv_memory: got '12 parsecs', wanted: a size"),
-        ("transport: pigeon", r"transport: got 'pigeon', wanted: 'auto', 'grpc', 'shared-memory', 'cuda-ipc' or"),
+        (
+            "transport: pigeon",
+            r"transport: got 'pigeon', wanted: 'auto', 'grpc', 'shared-memory', 'cuda-ipc' or 'gloo'",
+        ),
         ("decode: {replicas: 0}", r"1 prefill, 0 decode and 0 colocated workers cannot serve"),
         ("prefill: {replicas: 0}", r"0 prefill, 1 decode and 0 colocated workers cannot serve"),
         ("[1, 2]", r"got list, wanted keys and values"),
