@@ -105,7 +105,9 @@ class RouterConfig(_Section):
     max_queued: int = Field(default=256, ge=1, description="Requests waiting for dispatch; more are refused")
     max_live: int = Field(default=8_192, ge=1, description="Requests not ended, queued ones included; more are refused")
     prefill_bound_s: float = Field(
-        default=0.2, gt=0, description="Seconds of prefill work that a prefill worker may have outstanding"
+        default=0.2,
+        gt=0,
+        description="Seconds of prefill work that a prefill worker may have outstanding; a second prompt always may",
     )
     max_attempts: int = Field(default=3, ge=1, description="Attempts at a request before its error goes to the client")
     default_timeout_s: float = Field(

@@ -23,9 +23,12 @@ class PrefillLoad:
         return self.outstanding_tokens / (self.tokens_per_s or UNKNOWN_PREFILL_TOKENS_PER_S)
 
     def is_open(self, bound_s: float) -> bool:
-        """Whether it may be sent another prompt. One always waits behind the one being computed, however long that is,
-        or the worker would stand still for a round trip after each."""
-        return self.outstanding_prompts < 2 or self.wait_s <= bound_s
+        """Whether it may be sent another prompt.
+
+        One always waits behind the one being computed, however long that is, or the worker would stand still for a
+        round trip after each; with a bound of 0 all wait in the router.
+        """
+        return (bound_s > 0 and self.outstanding_prompts < 2) or self.wait_s <= bound_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,6 +61,7 @@ def test_a_prompt_waits_behind_the_running_one_however_long_that_is() -> None:
     running = replace(SLOW, outstanding_tokens=8_192, outstanding_prompts=1)
     assert choose([running], [ROOMY]) == Placement(prefill="p-slow", decode="d-roomy")
     assert choose([replace(running, outstanding_prompts=2)], [ROOMY]) is None
+    assert choose([running], [ROOMY], bound_s=0.0) is None
 
 
 loads = st.builds(
