@@ -41,6 +41,7 @@ from .report import write_json
 
 _BOUNDS = {50: 0.15, 90: 0.25}  # relative error that a percentile may have
 _CALIBRATED_AT = 0.5  # utilisation
+_NO_QUEUE_S = 0.001
 
 
 def main(
@@ -150,9 +151,18 @@ async def _send_mixed(
 
 
 def _router_seconds(spec: ClusterSpec, sent: list[SimRequest], records: list[RequestRecord]) -> float:
-    """What router, RPCs and client add to a first token: what the simulated steps leave unexplained."""
-    measured = [record.ttft_s for record in records if record.ttft_s is not None]
-    return max(0.0, statistics.median(measured) - simulate(spec, sent).percentile("ttft", 50))
+    """What router, RPCs and client add to a first token.
+
+    Of requests that waited for nobody, what their prefill leaves unexplained. Those that waited would tell how the
+    waiting differs from the simulated, which grows with the load and is no constant.
+    """
+    simulated = simulate(spec, sent)
+    unexplained = [
+        record.ttft_s - ttft_s
+        for record, ttft_s, queue_s in zip(records, simulated.ttft_s, simulated.queue_s, strict=True)
+        if record.ttft_s is not None and queue_s < _NO_QUEUE_S
+    ]
+    return max(0.0, statistics.median(unexplained))
 
 
 def _cluster_spec(prefill: Probed, decode: Probed, calibration: Calibration, router_s: float) -> ClusterSpec:
