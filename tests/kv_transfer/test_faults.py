@@ -167,6 +167,50 @@ async def test_nobody_listening_is_a_failed_transfer(pair) -> None:
             await p.receiver.receive(p.grant(request), address, request.prompt_token_ids, p.target_table)
 
 
+@asynccontextmanager
+async def deaf_to_the_first(address: str, num_deaf: int) -> AsyncIterator[str]:
+    """In front of `address`: its first connections are accepted and then hear nothing."""
+    num_accepted = 0
+
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_accepted
+        num_accepted += 1
+        if num_accepted <= num_deaf:
+            await reader.read()
+        else:
+            back = await asyncio.open_connection(*address.split(":"))
+            await asyncio.gather(pipe(reader, back[1]), pipe(back[0], writer))
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    try:
+        yield "{}:{}".format(*server.sockets[0].getsockname())
+    finally:
+        server.close()
+
+
+async def test_a_connection_that_hangs_is_made_anew(pair, monkeypatch) -> None:
+    monkeypatch.setattr("splitserve.kv_transfer.peer.CONNECT_TRIES_S", (0.2, 30.0))
+    async with pair() as p, deaf_to_the_first(p.address, 1) as address:
+        request = p.request(40)
+        grant = p.grant(request)
+        p.complete(grant, request)
+        await p.receiver.receive(grant, address, request.prompt_token_ids, p.target_table)
+
+
+async def test_a_peer_that_never_answers_is_a_failed_transfer(pair, monkeypatch) -> None:
+    monkeypatch.setattr("splitserve.kv_transfer.peer.CONNECT_TRIES_S", (0.05, 0.1))
+    async with pair() as p, deaf_to_the_first(p.address, 2) as address:
+        request = p.request(40)
+        with pytest.raises(TransferFailed, match="did not answer within"):
+            await p.receiver.receive(p.grant(request), address, request.prompt_token_ids, p.target_table)
+
+
 def is_mapped(inode: str) -> bool:
     """Whether this process maps the file, told by its inode."""
     return any(line.split()[4] == inode for line in Path("/proc/self/maps").read_text().splitlines())
