@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +38,7 @@ class LoadedModel:
     model_id: str  # model type and digest of the weights: equal on every host that has the same files
     path: Path  # directory with the tokenizer's files
     group: RankGroup | None = None  # the ranks that hold the model together; `geometry` is this rank's share
+    whole: KvGeometry  # of all ranks together
 
 
 def load_model(options: EngineOptions, group: RankGroup | None = None, *, fused: bool = True) -> LoadedModel:
@@ -71,14 +72,17 @@ def load_model(options: EngineOptions, group: RankGroup | None = None, *, fused:
     else:
         model = _load_weights(path, config, TORCH_DTYPES[dtype])
         digest = _digest(path) if group is None or group.leads else ""  # the others compute no prefix hashes
+    whole = None
     if group is not None:
+        if group.leads:  # the others are told
+            whole = _probe_layers(model)
         split(model, group)
     model = model.to(device)  # type: ignore[arg-type]
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels are launched there, whatever the tensors say
     if group is not None:
         group.connect(device)
-    return prepare_model(model, options, path, f"{config.model_type}@{digest}", group, fused=fused)
+    return prepare_model(model, options, path, f"{config.model_type}@{digest}", group, whole, fused=fused)
 
 
 def _random_weights(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -98,6 +102,7 @@ def prepare_model(
     path: Path,
     model_id: str,
     group: RankGroup | None = None,
+    whole: tuple[LayerGeometry, ...] | None = None,
     *,
     fused: bool = True,
 ) -> LoadedModel:
@@ -131,6 +136,7 @@ def prepare_model(
         model_id=geometry.model_id,
         path=path,
         group=group,
+        whole=geometry if whole is None else replace(geometry, layers=whole),
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
-from ..core.errors import ConfigError, KvCorrupted, SplitserveError, TransferFailed
+from ..core.errors import ConfigError, GeometryMismatch, KvCorrupted, SplitserveError, TransferFailed
 from ..core.kv_geometry import KvDtype
 from ..core.request import Request
 from .codecs import WireFormat
@@ -112,6 +112,9 @@ class RankSender:
             for share in shares.ids:
                 self._sender.finish(share, first_token_id, final=final)
 
+    def forget(self, request_id: str) -> None:
+        """Nothing is kept of a released request."""
+
     def fail(self, request_id: str, error: SplitserveError) -> None:
         """Give up every share. Idempotent."""
         if (shares := self._requests.get(request_id)) is not None:
@@ -141,33 +144,128 @@ class RankSender:
         self.fail(request_id, TransferFailed(f"another rank's share of {request_id} failed: {error}"))
 
 
+class SourceRank(Protocol):
+    """A source rank as the prefill worker sees it: in this process, or behind whatever leads to another one."""
+
+    def offer(
+        self,
+        request_id: str,
+        grants: Sequence[Grant],
+        token_ids: Sequence[int],
+        block_table: Callable[[str], Sequence[int]],
+    ) -> None: ...
+
+    def finish(self, request_id: str, first_token_id: int, *, final: bool) -> None: ...
+
+    def fail(self, request_id: str, error: SplitserveError) -> None: ...
+
+    def forget(self, request_id: str) -> None:
+        """No rank needs the request's KV any longer."""
+        ...
+
+
+class SenderGroup:
+    """All source ranks of a prefill worker: a request's KV stays until the last of them needs it no longer.
+
+    Args: release: called once per offered request, when its KV is needed no longer.
+    """
+
+    def __init__(self, layout: KvLayout, *, release: Callable[[str], None]) -> None:
+        self._layout = layout
+        self._release = release
+        self._ranks: list[SourceRank] = []
+        self._open: dict[str, set[int]] = {}  # request id -> ranks that still hold it
+
+    def add(self, rank: SourceRank) -> None:
+        """The next rank, from 0. It calls `released` and `failed` with that number."""
+        self._ranks.append(rank)
+
+    def offer(
+        self,
+        request_id: str,
+        grants: Sequence[Grant],
+        token_ids: Sequence[int],
+        block_table: Callable[[str], Sequence[int]],
+    ) -> None:
+        """Take responsibility for a request's KV, before its prefill starts.
+
+        Raises: StaleMessage, GeometryMismatch: a grant is not for this worker; nothing is offered then.
+        """
+        by_rank: dict[int, list[Grant]] = {}
+        for grant in grants:
+            if grant.prefill_ranks != self._layout.num_ranks or grant.prefill_rank >= self._layout.num_ranks:
+                raise GeometryMismatch(
+                    f"{grant} is for rank {grant.prefill_rank} of {grant.prefill_ranks}, this worker has "
+                    f"{self._layout.num_ranks}"
+                )
+            by_rank.setdefault(grant.prefill_rank, []).append(grant)
+        self._open[request_id] = set(by_rank)
+        for rank in sorted(by_rank):
+            try:
+                self._ranks[rank].offer(request_id, by_rank[rank], token_ids, block_table)
+            except SplitserveError as error:
+                del self._open[request_id]
+                for offered in sorted(by_rank):
+                    if offered < rank:
+                        self._ranks[offered].fail(request_id, error)
+                raise
+
+    def finish(self, request_id: str, first_token_id: int, *, final: bool) -> None:
+        """Prefill is done. `final`: the answer is complete with its first token, so nobody needs the KV."""
+        for rank in sorted(self._open.get(request_id, ())):
+            self._ranks[rank].finish(request_id, first_token_id, final=final)
+
+    def fail(self, request_id: str, error: SplitserveError) -> None:
+        """Give up a request on every rank. Idempotent."""
+        for rank in sorted(self._open.get(request_id, ())):
+            self._ranks[rank].fail(request_id, error)
+
+    def released(self, rank: int, request_id: str) -> None:
+        """A rank needs the request's KV no longer."""
+        holding = self._open.get(request_id)
+        if holding is None:
+            return
+        holding.discard(rank)
+        if not holding:
+            del self._open[request_id]
+            for each in self._ranks:
+                each.forget(request_id)
+            self._release(request_id)
+
+    def failed(self, rank: int, request_id: str) -> None:
+        """A rank's share failed, so the others' are of no use."""
+        self.fail(request_id, TransferFailed(f"the share of rank {rank} of {request_id} failed"))
+
+
 class RankReceiver:
     """One target rank: pulls its heads from every source rank that sends it some."""
 
-    def __init__(self, receiver: KvReceiver, layout: KvLayout, rank: int) -> None:
+    def __init__(self, receiver: KvReceiver) -> None:
         self._receiver = receiver
-        self._layout = layout
-        self._rank = rank
-
-    def grants(self, request: Request, source: Endpoint, wire: WireFormat, num_cached_tokens: int) -> list[Grant]:
-        """One grant for each source rank that this rank needs to hear from.
-
-        Raises: GeometryMismatch: the two workers' ranks cannot divide the heads.
-        """
-        share = replace(request, request_id=share_id(request.request_id, self._rank))
-        layout = KvLayout(geometry=self._layout.geometry, num_ranks=len(source.addresses))
-        return [
-            self._receiver.make_grant(share, source.source(rank), wire, num_cached_tokens)
-            for rank in sources_of(layout, self._layout, self._rank)
-        ]
 
     async def receive(
-        self, grants: Sequence[Grant], source: Endpoint, token_ids: Sequence[int], block_ids: Sequence[int]
+        self,
+        grants: Sequence[Grant],
+        source: Endpoint,
+        token_ids: Sequence[int],
+        block_ids: Sequence[int],
+        on_covered: Callable[[], None] = lambda: None,
     ) -> list[Received]:
-        """Pull all shares at once; when this returns or raises, nothing writes to the blocks any more."""
+        """Pull all shares at once; when this returns or raises, nothing writes to the blocks any more.
+
+        `on_covered` is called when the last share was announced whole.
+        """
+        num_open = len(grants)
+
+        def covered() -> None:
+            nonlocal num_open
+            num_open -= 1
+            if num_open == 0:
+                on_covered()
+
         return await _all_or_none(
             [
-                self._receiver.receive(grant, source.addresses[grant.prefill_rank], token_ids, block_ids)
+                self._receiver.receive(grant, source.addresses[grant.prefill_rank], token_ids, block_ids, covered)
                 for grant in grants
             ]
         )
@@ -185,39 +283,101 @@ class TargetRank(Protocol):
     """A target rank as the decode worker sees it: in this process, or behind whatever leads to another one."""
 
     async def receive(
-        self, grants: Sequence[Grant], source: Endpoint, token_ids: Sequence[int], block_ids: Sequence[int]
+        self,
+        grants: Sequence[Grant],
+        source: Endpoint,
+        token_ids: Sequence[int],
+        block_ids: Sequence[int],
+        on_covered: Callable[[], None] = lambda: None,
     ) -> list[Received]: ...
 
     async def commit(self, grants: Sequence[Grant], source: Endpoint, received: Sequence[Received]) -> None: ...
 
 
-async def hand_over(
-    ranks: Sequence[TargetRank],
-    grants: Sequence[Sequence[Grant]],
-    source: Endpoint,
-    token_ids: Sequence[int],
-    block_ids: Sequence[int],
-) -> Received:
-    """Receive a request's KV on every rank, and commit only when every rank has verified its own.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrived:
+    """A request's KV on every rank, verified, not committed."""
 
-    Returns the sum of the shares. Raises: what the first rank that failed raised, when all are quiet.
+    shares: list[list[Received]]  # by target rank
+
+    @property
+    def whole(self) -> Received:
+        """The sum of the shares."""
+        parts = [part for share in self.shares for part in share]
+        return replace(
+            parts[0],
+            num_bytes=sum(part.num_bytes for part in parts),
+            transfer_s=max(part.transfer_s for part in parts),
+            transfer_exposed_s=max(part.transfer_exposed_s for part in parts),
+            started_at_s=min(part.started_at_s for part in parts),
+        )
+
+
+class ReceiverGroup:
+    """All target ranks of a decode worker: a request's KV is taken from every source rank, or not at all.
+
+    Args: receiver: rank 0's, which also makes the grants of the others; an epoch is the worker's.
     """
-    shares = await _all_or_none(
-        [rank.receive(own, source, token_ids, block_ids) for rank, own in zip(ranks, grants, strict=True)]
-    )
-    parts = [part for share in shares for part in share]
-    if len({(part.first_token_id, part.finished) for part in parts}) != 1:
-        raise KvCorrupted(f"the prefill ranks of {grants[0][0]} disagree about its first token")
-    await asyncio.gather(
-        *(rank.commit(own, source, share) for rank, own, share in zip(ranks, grants, shares, strict=True))
-    )
-    return replace(
-        parts[0],
-        num_bytes=sum(part.num_bytes for part in parts),
-        transfer_s=max(part.transfer_s for part in parts),
-        transfer_exposed_s=max(part.transfer_exposed_s for part in parts),
-        started_at_s=min(part.started_at_s for part in parts),
-    )
+
+    def __init__(self, receiver: KvReceiver, layout: KvLayout, others: Sequence[TargetRank] = ()) -> None:
+        self._receiver = receiver
+        self._layout = layout
+        self._ranks: list[TargetRank] = [RankReceiver(receiver), *others]
+
+    def grants(
+        self, request: Request, source: Endpoint, wire: WireFormat, num_cached_tokens: int
+    ) -> list[list[Grant]]:
+        """By target rank, one grant for each source rank that it needs to hear from.
+
+        Raises: GeometryMismatch: the two workers' ranks cannot divide the heads.
+        """
+        layout = KvLayout(geometry=self._layout.geometry, num_ranks=len(source.addresses))
+        return [
+            [
+                self._receiver.make_grant(
+                    replace(request, request_id=share_id(request.request_id, rank)),
+                    source.source(sender),
+                    wire,
+                    num_cached_tokens,
+                    rank,
+                )
+                for sender in sources_of(layout, self._layout, rank)
+            ]
+            for rank in range(self._layout.num_ranks)
+        ]
+
+    async def receive(
+        self,
+        grants: Sequence[Sequence[Grant]],
+        source: Endpoint,
+        token_ids: Sequence[int],
+        block_ids: Sequence[int],
+        on_covered: Callable[[], None] = lambda: None,
+    ) -> Arrived:
+        """Pull and verify every rank's share; when this returns or raises, nothing writes to the blocks any more.
+
+        Raises: what the first rank that failed raised.
+        """
+        hints = [on_covered, *(lambda: None for _ in self._ranks[1:])]  # the ranks end within a millisecond or so
+        shares = await _all_or_none(
+            [
+                rank.receive(own, source, token_ids, block_ids, hint)
+                for rank, own, hint in zip(self._ranks, grants, hints, strict=True)
+            ]
+        )
+        parts = [part for share in shares for part in share]
+        if len({(part.first_token_id, part.finished) for part in parts}) != 1:
+            raise KvCorrupted(f"the prefill ranks of {grants[0][0]} disagree about its first token")
+        return Arrived(shares=shares)
+
+    async def commit(self, grants: Sequence[Sequence[Grant]], source: Endpoint, arrived: Arrived) -> None:
+        """Tell every source rank that it may free its copy. Best effort, as KvReceiver.commit is."""
+        await asyncio.gather(
+            *(
+                rank.commit(own, source, share)
+                for rank, own, share in zip(self._ranks, grants, arrived.shares, strict=True)
+            )
+        )
 
 
 async def _all_or_none(coroutines: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:

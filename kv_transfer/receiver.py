@@ -123,8 +123,15 @@ class KvReceiver:
         )
         return coded if worth_it else plain
 
-    def make_grant(self, request: Request, source: KvSource, wire: WireFormat, num_cached_tokens: int) -> Grant:
-        """Promise blocks, which the caller has reserved, for one attempt."""
+    def make_grant(
+        self,
+        request: Request,
+        source: KvSource,
+        wire: WireFormat,
+        num_cached_tokens: int,
+        decode_rank: int | None = None,
+    ) -> Grant:
+        """Promise blocks, which the caller has reserved, for one attempt; of another rank if `decode_rank` says so."""
         return Grant(
             grant_id=secrets.token_hex(16),
             request_id=request.request_id,
@@ -141,7 +148,7 @@ class KvReceiver:
             prefill_ranks=source.num_ranks,
             prefill_rank=source.rank,
             decode_ranks=self._layout.num_ranks,
-            decode_rank=self._rank,
+            decode_rank=self._rank if decode_rank is None else decode_rank,
         )
 
     async def receive(
@@ -164,7 +171,7 @@ class KvReceiver:
             async with self._peers.use(kv_address, grant.prefill_boot_id) as peer:
                 return await self._fetch(peer, kv_address, grant, token_ids, block_ids, on_covered)
         except SplitserveError:
-            self._failed(kv_address)
+            self.failed(kv_address)
             raise
 
     async def commit(self, grant: Grant, kv_address: str, received: Received) -> None:
@@ -337,7 +344,8 @@ class KvReceiver:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, _unpack, wire_bytes, header, payload, block_ids)
 
-    def _failed(self, kv_address: str) -> None:
+    def failed(self, kv_address: str) -> None:
+        """A transfer from there failed, also to another rank: later grants are of another epoch."""
         self._epochs[kv_address] += 1
         if self._metrics is not None:
             self._metrics.transfer_failures.inc()

@@ -10,17 +10,39 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from ..options import EngineOptions
+    from ..pool import KvPool
     from .group import RankGroup
 
 _PR_SET_PDEATHSIG = 1
 
 
-def follow(options: EngineOptions, group: RankGroup, read: Callable[[], bytes | None]) -> None:
+class KvMover(Protocol):
+    """Moves this rank's KV from or to other workers, in a thread of its own."""
+
+    def serve(self, pool: KvPool) -> None:
+        """The pool is there; called once, before the first step."""
+        ...
+
+    def started(self, request_id: str, block_table: Sequence[int]) -> None:
+        """A sequence whose KV goes elsewhere enters its first step; its table grows in place."""
+        ...
+
+    def kv_written(self, request_id: str, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
+        """These layers of these tokens are in the pool."""
+        ...
+
+
+MakeMover = Callable[[Mapping[str, Any], int], KvMover]  # of rank 0's settings and the descriptor of a socket to it
+
+
+def follow(
+    options: EngineOptions, group: RankGroup, read: Callable[[], bytes | None], mover: KvMover | None = None
+) -> None:
     """Serve as `group.rank` until `read`, which waits for rank 0's next message, returns None."""
     import numpy as np
 
@@ -29,7 +51,9 @@ def follow(options: EngineOptions, group: RankGroup, read: Callable[[], bytes | 
     from .messages import Order, StepReader
 
     model = load_model(options, group)
-    _, runner = on_device(model, options, None)
+    pool, runner = on_device(model, options, None if mover is None else mover.kv_written)
+    if mover is not None:
+        mover.serve(pool)
     steps = StepReader()
     running = 0
     while (message := read()) is not None:
@@ -40,7 +64,14 @@ def follow(options: EngineOptions, group: RankGroup, read: Callable[[], bytes | 
         if running == runner.max_steps:
             runner.collect()
             running -= 1
-        runner.launch(*steps.step(numbers))
+        plan, mode = steps.step(numbers)
+        if mover is not None:
+            for sequence in plan.started:
+                if sequence.prefill_only:
+                    mover.started(sequence.request_id, sequence.block_table)
+                    if sequence.num_cached:
+                        mover.kv_written(sequence.request_id, 0, model.geometry.num_layers, 0, sequence.num_cached)
+        runner.launch(plan, mode)
         running += 1
         if runner.max_steps == 1:  # such a runner computes when it is asked for the result
             runner.collect()
@@ -48,12 +79,12 @@ def follow(options: EngineOptions, group: RankGroup, read: Callable[[], bytes | 
     runner.close()
 
 
-def main() -> None:
-    """`follower PARENT_PID MESSAGES_FD STATUS_FD`; the first message is JSON and says what to be."""
-    parent, messages, status = (int(argument) for argument in sys.argv[1:4])
+def main(make_mover: MakeMover | None = None) -> None:
+    """`PARENT_PID MESSAGES_FD STATUS_FD LINK_FD` are the arguments; the first message is JSON and says what to be."""
+    parent, messages, status, link = (int(argument) for argument in sys.argv[1:5])
     _end_with(parent)
-    os.set_inheritable(messages, False)
-    os.set_inheritable(status, False)
+    for descriptor in (messages, status, link):
+        os.set_inheritable(descriptor, False)
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for rank 0, which drains first
         signal.signal(number, signal.SIG_IGN)
 
@@ -82,7 +113,8 @@ def main() -> None:
         rank=told["rank"], size=told["size"], store=Path(told["store"]), meet=lambda: say({"loaded": True})
     )
     try:
-        follow(options, group, lambda: read_message(messages))
+        mover = None if make_mover is None else make_mover(told["mover"], link)
+        follow(options, group, lambda: read_message(messages), mover)
     except SplitserveError as error:
         say({"error": error.code, "message": error.message})
         read_message(messages)  # rank 0 most likely fails in the same way, and ends this process

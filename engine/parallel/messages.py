@@ -57,22 +57,26 @@ class StepWriter:
         numbers = [Order.STEP, mode, len(gone), *(self._known.pop(sequence).number for sequence in gone)]
         numbers.append(len(plan.parts))
         for part in plan.parts:
-            known = self._find(part.sequence)
+            known, is_new = self._find(part.sequence)
             table = part.sequence.block_table
+            # Only whoever moves its KV away asks for the name.
+            name = part.sequence.request_id.encode() if is_new and part.sequence.prefill_only else b""
             targets = part.prompt_targets
             numbers += (known.number, part.start, part.end, part.samples, part.sequence.prefill_only)
             numbers += (targets.start, targets.stop)
+            numbers += (len(name), *name)
             numbers += (known.num_blocks, len(table), *table[known.num_blocks :])
             numbers += part.sequence.token_ids[part.start : part.end]
             known.num_blocks = len(table)
         return np.array(numbers, np.int32).tobytes()
 
-    def _find(self, sequence: RunningSequence) -> _Known:
-        known = self._known.get(sequence)
-        if known is None:
-            known = self._known[sequence] = _Known(number=self._next, table=sequence.block_table)
-            self._next = (self._next + 1) % (1 << 31)
-        return known
+    def _find(self, sequence: RunningSequence) -> tuple[_Known, bool]:
+        """What the others know of a sequence, and whether they hear of it for the first time."""
+        if (known := self._known.get(sequence)) is not None:
+            return known, False
+        known = self._known[sequence] = _Known(number=self._next, table=sequence.block_table)
+        self._next = (self._next + 1) % (1 << 31)
+        return known, True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,11 +106,14 @@ class StepReader:
         _, mode, num_gone = take(3)
         for number in take(num_gone):
             self._mirrors.pop(number).state = SequenceState.FINISHED
-        parts = []
+        parts, started = [], []
         for _ in range(next(rest)):
-            number, start, end, samples, prefill_only, first_target, end_target, known, num_blocks = take(9)
+            number, start, end, samples, prefill_only, first_target, end_target, name_bytes = take(8)
+            name = bytes(take(name_bytes)).decode()
+            known, num_blocks = take(2)
             if (mirror := self._mirrors.get(number)) is None:
-                mirror = self._mirrors[number] = _mirror(number, bool(prefill_only))
+                mirror = self._mirrors[number] = _mirror(name or str(number), number, bool(prefill_only), start)
+                started.append(mirror)
             assert len(mirror.block_table) == known, "a step is missing"
             mirror.block_table += take(num_blocks - known)
             # Earlier tokens are in the KV pool already, and were perhaps never told: the prefix cache held them.
@@ -127,17 +134,21 @@ class StepReader:
             num_decode_tokens=0,
             num_prefill_tokens=0,
             num_context_tokens=0,
-            started=(),
+            started=tuple(started),
             resumed=(),
             preempted=(),
         )
         return plan, StepMode(mode)
 
 
-def _mirror(number: int, prefill_only: bool) -> RunningSequence:
-    request = Request(request_id=str(number), prompt_token_ids=(), max_tokens=1)
+def _mirror(name: str, number: int, prefill_only: bool, num_cached: int) -> RunningSequence:
     return RunningSequence(
-        request=request, arrival=number, token_ids=[], prefill_only=prefill_only, state=SequenceState.RUNNING
+        request=Request(request_id=name, prompt_token_ids=(), max_tokens=1),
+        arrival=number,
+        token_ids=[],
+        prefill_only=prefill_only,
+        num_cached=num_cached,
+        state=SequenceState.RUNNING,
     )
 
 

@@ -9,11 +9,12 @@ import os
 import queue
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,14 +26,20 @@ from .messages import write_message
 
 logger = logging.getLogger(__name__)
 
+ENTRY = "splitserve.engine.parallel.follower"
 EXIT_RANK_LOST = 3  # exit code of a worker whose ranks cannot go on
 _GRACE_S = 5.0
 _PIPE_BYTES = 1 << 20
 
 
-def start_ranks(options: EngineOptions) -> Ranks | None:
+def start_ranks(
+    options: EngineOptions, *, entry: str = ENTRY, mover: Mapping[str, object] | None = None
+) -> Ranks | None:
     """Start the other ranks of `options.tensor_parallel`; None where this process holds the whole model.
 
+    Args:
+        entry: module whose `main` a rank runs: the follower's, with whatever moves its KV.
+        mover: settings for that, which JSON can hold.
     Raises: ConfigError: there are too few devices.
     """
     if options.tensor_parallel == 1:
@@ -40,7 +47,7 @@ def start_ranks(options: EngineOptions) -> Ranks | None:
     from ..loading import device_of  # it imports this package
 
     device_of(options, 0)
-    return Ranks(options)
+    return Ranks(options, entry=entry, mover=mover)
 
 
 def end_process(reason: str) -> None:
@@ -54,14 +61,24 @@ def end_process(reason: str) -> None:
 class Ranks:
     """Ranks 1 to N - 1. A rank that ends takes this process with it, through `lost`, once `group` has met."""
 
-    def __init__(self, options: EngineOptions, *, lost: Callable[[str], None] = end_process) -> None:
+    def __init__(
+        self,
+        options: EngineOptions,
+        *,
+        entry: str = ENTRY,
+        mover: Mapping[str, object] | None = None,
+        lost: Callable[[str], None] = end_process,
+    ) -> None:
         self._lost = lost
+        self._entry = entry
+        self._mover = mover
         self._directory = Path(tempfile.mkdtemp(prefix="splitserve-ranks-"))
         self._closing = threading.Event()
         self._met = False
         self._loaded: queue.SimpleQueue[tuple[int, SplitserveError | None]] = queue.SimpleQueue()
         self._children: list[subprocess.Popen[bytes]] = []
         self._pipes: list[int] = []
+        self.links: list[socket.socket] = []  # to ranks 1 to N - 1, for what is no step
         self.group = RankGroup(
             rank=0, size=options.tensor_parallel, store=self._directory / "store", meet=self._wait_until_loaded
         )
@@ -81,6 +98,8 @@ class Ranks:
         for pipe in self._pipes:
             os.close(pipe)
         self._pipes.clear()
+        for link in self.links:
+            link.close()
         for child in self._children:
             try:
                 child.wait(timeout=_GRACE_S if self._met else 0)
@@ -94,17 +113,18 @@ class Ranks:
     def _start(self, rank: int, options: EngineOptions) -> None:
         messages_read, messages_write = os.pipe()
         status_read, status_write = os.pipe()
+        own_link, its_link = socket.socketpair()
+        its_fds = (messages_read, status_write, its_link.fileno())
         child = subprocess.Popen(
             # Not -m: the package may be on the path without being installed, as in deploy.
-            [
-                *(sys.executable, "-c", "from splitserve.engine.parallel.follower import main; main()"),
-                *(str(os.getpid()), str(messages_read), str(status_write)),
-            ],
+            [sys.executable, "-c", f"from {self._entry} import main; main()", *map(str, (os.getpid(), *its_fds))],
             stdin=subprocess.DEVNULL,
-            pass_fds=(messages_read, status_write),
+            pass_fds=its_fds,
         )
         os.close(messages_read)
         os.close(status_write)
+        its_link.close()
+        self.links.append(own_link)
         _widen(messages_write)
         self._children.append(child)
         self._pipes.append(messages_write)
@@ -112,7 +132,8 @@ class Ranks:
             "rank": rank,
             "size": self.group.size,
             "store": str(self.group.store),
-            "options": asdict(replace(options, shared_pool=False)),
+            "options": asdict(options if self._mover is not None else replace(options, shared_pool=False)),
+            "mover": self._mover,
             "log_level": logging.getLogger("splitserve").getEffectiveLevel(),
         }
         with suppress(BrokenPipeError):  # it is dead already: its watcher says so

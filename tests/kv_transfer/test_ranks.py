@@ -18,7 +18,7 @@ from splitserve.kv_transfer.codecs import WireFormat
 from splitserve.kv_transfer.grants import Grant
 from splitserve.kv_transfer.identity import WorkerIdentity
 from splitserve.kv_transfer.ranges import KvLayout
-from splitserve.kv_transfer.ranks import Endpoint, RankReceiver, RankSender, hand_over
+from splitserve.kv_transfer.ranks import Endpoint, RankReceiver, RankSender, ReceiverGroup
 from splitserve.kv_transfer.receiver import KvReceiver, Received
 from splitserve.kv_transfer.sender import KvSender
 
@@ -45,7 +45,7 @@ class Workers:
     target: KvLayout
     endpoint: Endpoint
     senders: list[RankSender]
-    receivers: list[RankReceiver]
+    receivers: ReceiverGroup
     source_pools: list[Any]
     target_pools: list[Any]
     source_table: list[int]
@@ -57,7 +57,7 @@ class Workers:
         request = Request(request_id=request_id, prompt_token_ids=PROMPT, max_tokens=4)
         dtype = self.source.geometry.dtype if self.target.geometry.dtype == "float32" else self.target.geometry.dtype
         wire = WireFormat(codec=codec, dtype=dtype)
-        return [rank.grants(request, self.endpoint, wire, num_cached_tokens) for rank in self.receivers]
+        return self.receivers.grants(request, self.endpoint, wire, num_cached_tokens)
 
     def offer(self, grants: list[list[Grant]], request_id: str = "r1") -> None:
         for rank, sender in enumerate(self.senders):
@@ -71,7 +71,9 @@ class Workers:
             sender.finish(request_id, 7, final=False)
 
     async def hand_over(self, grants: list[list[Grant]]) -> Received:
-        return await hand_over(self.receivers, grants, self.endpoint, PROMPT, self.target_table)
+        arrived = await self.receivers.receive(grants, self.endpoint, PROMPT, self.target_table)
+        await self.receivers.commit(grants, self.endpoint, arrived)
+        return arrived.whole
 
     def whole(self, pools: list[Any], layout: KvLayout, table: list[int], start: int) -> list[torch.Tensor]:
         """Planes over all heads, put together from the ranks; ranks that share a head must agree."""
@@ -126,17 +128,17 @@ async def workers(
             pool = pool_type(block_sizes[1], geometry=target.rank_geometry(rank))
             target_pools.append(pool)
             stack.callback(pool.close)
-            identity = WorkerIdentity(worker_id=f"d{rank}", boot_id=f"d-boot-{rank}", host_id="here")
+            identity = WorkerIdentity(worker_id=f"d{rank}", boot_id="d-boot", host_id="here")
             receiver = KvReceiver(pool, identity, transports=(transport,), layout=target, rank=rank)
             stack.push_async_callback(receiver.close)
-            receivers.append(RankReceiver(receiver, target, rank))
+            receivers.append(receiver)
         boots = tuple(f"p-boot-{rank}" for rank in range(p))
         found = Workers(
             source=source,
             target=target,
             endpoint=Endpoint(addresses=tuple(addresses), boot_ids=boots, dtype="float32"),
             senders=senders,
-            receivers=receivers,
+            receivers=ReceiverGroup(receivers[0], target, [RankReceiver(receiver) for receiver in receivers[1:]]),
             source_pools=source_pools,
             target_pools=target_pools,
             source_table=torch.randperm(24, generator=generator).tolist(),
@@ -232,4 +234,4 @@ async def test_heads_that_cannot_be_divided_are_refused_when_granting(tiny_pool)
         endpoint = Endpoint(addresses=("127.0.0.1:1",) * 3, boot_ids=("b",) * 3)
         request = Request(request_id="r", prompt_token_ids=PROMPT, max_tokens=1)
         with pytest.raises(GeometryMismatch, match="which 3 ranks can neither divide nor share"):
-            w.receivers[0].grants(request, endpoint, WireFormat(codec="none", dtype="float32"), 0)
+            w.receivers.grants(request, endpoint, WireFormat(codec="none", dtype="float32"), 0)

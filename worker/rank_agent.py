@@ -1,0 +1,232 @@
+"""What moves KV in a rank other than 0: it does as rank 0 tells it over a socket, and serves and fetches for itself.
+
+Rank 0 decides; a rank packs, sends, fetches and verifies its own heads. The two exchange lines of JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..core.errors import EngineFailed, SplitserveError, from_code
+from ..engine.parallel import follower
+from ..engine.pool import KvPool
+from ..kv_transfer.grants import Grant
+from ..kv_transfer.identity import WorkerIdentity
+from ..kv_transfer.ranges import KvLayout
+from ..kv_transfer.ranks import Endpoint, RankReceiver, RankSender
+from ..kv_transfer.receiver import KvReceiver, Received
+from ..kv_transfer.sender import KvSender
+from ..proto import kv_transfer_pb2
+from ..proto.server import RpcServer
+from .rank_links import LINE_LIMIT, SWITCH_INTERVAL_S, RankSettings, received_from_json
+
+logger = logging.getLogger(__name__)
+
+_NUM_FORGOTTEN = 4096
+
+
+@dataclass(slots=True)
+class _Leaving:
+    """A sequence whose KV leaves this rank."""
+
+    table: Sequence[int] | None = None
+    offered: bool = False
+    early: list[tuple[int, int, int, int]] = field(default_factory=list)  # written before the offer came
+
+
+class RankAgent:
+    """Lives on an event loop in a thread of its own. Implements `KvMover`, which the device's thread calls."""
+
+    def __init__(self, settings: RankSettings, rank: int, link: socket.socket) -> None:
+        self._settings = settings
+        self._rank = rank
+        self._link = link
+        self._lock = threading.Lock()  # of the two below: steps and offers come on different ways
+        self._leaving: dict[str, _Leaving] = {}
+        self._forgotten: OrderedDict[str, None] = OrderedDict()  # a step may still report one
+        self._arriving: dict[int, asyncio.Task[None]] = {}
+
+    # -- the device's thread --
+
+    def serve(self, pool: KvPool) -> None:
+        threading.Thread(target=lambda: asyncio.run(self._serve(pool)), name="kv-agent", daemon=True).start()
+
+    def started(self, request_id: str, block_table: Sequence[int]) -> None:
+        with self._lock:
+            if request_id not in self._forgotten:
+                self._leaving.setdefault(request_id, _Leaving()).table = block_table
+
+    def kv_written(self, request_id: str, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
+        written = (layer_start, layer_end, token_start, token_end)
+        with self._lock:
+            leaving = self._leaving.get(request_id)
+            if leaving is None:
+                return
+            if not leaving.offered:
+                leaving.early.append(written)
+                return
+        self._sender.kv_written(request_id, *written)
+
+    # -- the event loop --
+
+    async def _serve(self, pool: KvPool) -> None:
+        """Until rank 0 is gone, and this process with it."""
+        reader, self._writer = await asyncio.open_connection(sock=self._link, limit=LINE_LIMIT)
+        shape = kv_transfer_pb2.KvShape.FromString(bytes.fromhex(json.loads(await reader.readline())["shape"]))
+        layout, settings = KvLayout.from_proto(shape), self._settings
+        identity = WorkerIdentity(
+            worker_id=settings.worker_id, boot_id=settings.boot_id, host_id=settings.host_id
+        )
+        server = RpcServer(settings.host, 0, ("splitserve.v1.KvTransfer",))
+
+        def make_sender(release: Any, report: Any) -> KvSender:
+            sender = KvSender(
+                pool,
+                identity,
+                release=release,
+                report=report,
+                layout=layout,
+                rank=self._rank,
+                host=settings.host,
+                lease_s=settings.lease_s,
+            )
+            sender.register(server.server)
+            return sender
+
+        self._sender = RankSender(make_sender, release=self._released, report=self._failed)
+        self._receiver = KvReceiver(
+            pool, identity, transports=settings.transports, layout=layout, rank=self._rank
+        )
+        self._arrivals = RankReceiver(self._receiver)
+        await server.start()
+        self._say(address=server.address)
+        while line := await reader.readline():
+            self._handle(json.loads(line))
+
+    def _handle(self, message: dict[str, Any]) -> None:
+        match message.pop("do"):
+            case "offer":
+                self._offer(**message)
+            case "finish":
+                self._sender.finish(message["request_id"], message["first_token_id"], final=message["final"])
+            case "fail":
+                self._sender.fail(message["request_id"], from_code(message["code"], message["message"]))
+            case "forget":
+                self._forget(message["request_id"])
+            case "receive":
+                number = message.pop("number")
+                self._arriving[number] = asyncio.create_task(self._receive(number, **message))
+            case "commit":
+                self._arriving[message["number"]] = asyncio.create_task(self._commit(**message))
+            case "cancel":
+                if (task := self._arriving.get(message["number"])) is not None:
+                    task.cancel()
+
+    def _say(self, **message: object) -> None:
+        self._writer.write((json.dumps(message) + "\n").encode())
+
+    # -- KV that leaves --
+
+    def _offer(self, request_id: str, grants: Sequence[str], token_ids: Sequence[int]) -> None:
+        try:
+            self._sender.offer(request_id, [_grant(grant) for grant in grants], token_ids, self._table)
+        except SplitserveError as error:
+            self._failed(request_id, error)
+            self._released(request_id)
+            return
+        with self._lock:
+            leaving = self._leaving.setdefault(request_id, _Leaving())
+            early, leaving.early, leaving.offered = leaving.early, [], True
+        for written in early:
+            self._sender.kv_written(request_id, *written)
+
+    def _table(self, request_id: str) -> Sequence[int]:
+        """Raises: KeyError: no step has reached the request here, or it is over."""
+        with self._lock:
+            table = self._leaving[request_id].table
+        if table is None:
+            raise KeyError(request_id)
+        return table
+
+    def _forget(self, request_id: str) -> None:
+        with self._lock:
+            self._leaving.pop(request_id, None)
+            self._forgotten[request_id] = None
+            if len(self._forgotten) > _NUM_FORGOTTEN:
+                self._forgotten.popitem(last=False)
+
+    def _released(self, request_id: str) -> None:
+        self._say(released=request_id)
+
+    def _failed(self, request_id: str, error: SplitserveError) -> None:
+        self._say(failed=request_id, code=error.code, message=error.message)
+
+    # -- KV that arrives --
+
+    async def _receive(
+        self,
+        number: int,
+        grants: Sequence[str],
+        addresses: Sequence[str],
+        boot_ids: Sequence[str],
+        token_ids: Sequence[int],
+        block_ids: Sequence[int],
+    ) -> None:
+        source = Endpoint(addresses=tuple(addresses), boot_ids=tuple(boot_ids))
+        try:
+            received = await self._arrivals.receive([_grant(grant) for grant in grants], source, token_ids, block_ids)
+            self._say(answer=number, received=[_to_json(share) for share in received])
+        except SplitserveError as error:
+            self._say(answer=number, code=error.code, message=error.message)
+        except asyncio.CancelledError:
+            self._say(answer=number, code="cancelled", message="rank 0 gave the transfer up")
+        except Exception:
+            logger.exception("receiving KV failed")
+            failed = EngineFailed(f"rank {self._rank} failed while it received KV; see its log")
+            self._say(answer=number, code=failed.code, message=failed.message)
+        finally:
+            del self._arriving[number]
+
+    async def _commit(
+        self,
+        number: int,
+        grants: Sequence[str],
+        addresses: Sequence[str],
+        boot_ids: Sequence[str],
+        received: Sequence[Mapping[str, Any]],
+    ) -> None:
+        source = Endpoint(addresses=tuple(addresses), boot_ids=tuple(boot_ids))
+        shares = [received_from_json(share) for share in received]
+        try:
+            await self._arrivals.commit([_grant(grant) for grant in grants], source, shares)
+        finally:
+            self._say(answer=number)
+            del self._arriving[number]
+
+
+def _grant(written: str) -> Grant:
+    return Grant.from_proto(kv_transfer_pb2.Grant.FromString(bytes.fromhex(written)))
+
+
+def _to_json(received: Received) -> dict[str, object]:
+    return {**asdict(received), "digest": received.digest.hex()}
+
+
+def main() -> None:
+    """Be a rank whose KV moves between workers; see the follower's `main`."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+
+    def make(settings: Mapping[str, Any], link: int) -> RankAgent:
+        rank = int(settings["rank"])
+        return RankAgent(RankSettings.from_json(settings), rank, socket.socket(fileno=link))
+
+    follower.main(make)
