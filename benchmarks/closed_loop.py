@@ -158,7 +158,7 @@ def _router_seconds(spec: ClusterSpec, sent: list[SimRequest], records: list[Req
     """
     simulated = simulate(spec, sent)
     unexplained = [
-        record.ttft_s - ttft_s
+        record.ttft_s - float(ttft_s)
         for record, ttft_s, queue_s in zip(records, simulated.ttft_s, simulated.queue_s, strict=True)
         if record.ttft_s is not None and queue_s < _NO_QUEUE_S
     ]

@@ -8,8 +8,8 @@ from typing import Any
 import grpc.aio
 
 from ..core.errors import SplitserveError
-from ..kv_transfer.grants import KvSource
 from ..kv_transfer.ranges import known_dtype
+from ..kv_transfer.ranks import Endpoint
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.server import Ready, run
 from ..worker.edge import open_session, sequence_from_proto
@@ -55,9 +55,10 @@ class DecodeServer(worker_pb2_grpc.DecodeWorkerServicer):
         work = message.request
         try:
             request = sequence_from_proto(work)
-            source = KvSource(
-                address=message.kv_address,
-                boot_id=message.prefill_boot_id,
+            addresses = (message.kv_address, *message.kv_rank_addresses)
+            source = Endpoint(
+                addresses=addresses,
+                boot_ids=(message.prefill_boot_id,) * len(addresses),
                 dtype=known_dtype(message.prefill_kv_dtype) if message.prefill_kv_dtype else None,
             )
         except SplitserveError as error:

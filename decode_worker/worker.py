@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..core.errors import DeadlineExceeded, EngineFailed, SplitserveError
@@ -13,8 +14,9 @@ from ..core.events import Event
 from ..core.request import Request
 from ..engine.engine import Reservation, StepOutput, TokenOutput
 from ..kv_transfer.codecs import codec_history
-from ..kv_transfer.grants import Grant, KvSource
+from ..kv_transfer.grants import Grant
 from ..kv_transfer.peer import TRANSPORTS
+from ..kv_transfer.ranks import Endpoint, ReceiverGroup
 from ..kv_transfer.receiver import KvReceiver, Received
 from ..proto import worker_pb2
 from ..proto.convert import failure_to_proto, logprob_to_proto, reason_to_proto
@@ -59,7 +61,9 @@ class DecodeWorker:
             transports=options.transports,
             codec=options.kv_codec,
             metrics=self.host.metrics,
+            layout=self.host.layout,
         )
+        self._ranks = ReceiverGroup(self.receiver, self.host.layout, self.host.rank_links)
 
     async def stop(self) -> None:
         for run in list(self._runs.values()):
@@ -71,14 +75,14 @@ class DecodeWorker:
 
     # -- what the router asks for; `request` carries the attempt's sequence id in place of `request_id` --
 
-    def grant(self, session: RouterSession, request_id: str, request: Request, source: KvSource) -> None:
+    def grant(self, session: RouterSession, request_id: str, request: Request, source: Endpoint) -> None:
         """Reserve blocks and open the fetch, or answer with RunFailed. Older attempts are revoked."""
         if not self._is_new(request_id, request):
             return
         request = replace(request, prompt_logprobs=None)  # the prefill worker's business
         try:
             self._refuse_early(request)
-            wire = self.receiver.choose_wire(source, request.num_tokens)
+            wire = self.receiver.choose_wire(source.source(0), request.num_tokens)
             history = codec_history(wire, self.host.engine.geometry.dtype)
             reservation = self.host.engine.reserve(request, history)
         except SplitserveError as error:
@@ -86,10 +90,11 @@ class DecodeWorker:
             return
         run = self._begin(session, request_id, request)
         self._record(run, Event.GRANTED)
-        grant = self.receiver.make_grant(request, source, wire, reservation.num_cached_tokens)
-        told = replace(grant, request_id=request_id).to_proto()
+        grants = self._ranks.grants(request, source, wire, reservation.num_cached_tokens)
+        told, *shares = [replace(grant, request_id=request_id).to_proto() for own in grants for grant in own]
+        told.shares.extend(shares)
         session.send(worker_pb2.DecodeSessionResponse(grant=told))
-        run.transfer = asyncio.create_task(self._receive(run, grant, source.address, reservation))
+        run.transfer = asyncio.create_task(self._receive(run, grants, source, reservation))
         self._transfers.add(run.transfer)
         run.transfer.add_done_callback(self._transfers.discard)
 
@@ -153,19 +158,22 @@ class DecodeWorker:
 
     # -- incoming KV --
 
-    async def _receive(self, run: _Run, grant: Grant, kv_address: str, reservation: Reservation) -> None:
+    async def _receive(
+        self, run: _Run, grants: Sequence[Sequence[Grant]], source: Endpoint, reservation: Reservation
+    ) -> None:
         """Fetch, verify, join the running batch, commit. Holds the reservation until the link is quiet."""
         request = run.request
         token_ids = request.prompt_token_ids + request.output_token_ids
         adopted = False
         try:
-            received = await self.receiver.receive(
-                grant,
-                kv_address,
+            arrived = await self._ranks.receive(
+                grants,
+                source,
                 token_ids,
                 reservation.block_ids,
                 on_covered=lambda: self.host.engine.expect_reserved(request.request_id),
             )
+            received = arrived.whole
             self._record(run, Event.TRANSFER_STARTED, received.started_at_s)
             self._record(run, Event.TRANSFER_FINISHED)
             if not received.finished:
@@ -177,7 +185,7 @@ class DecodeWorker:
             self._transfer_done(run, received)
             if received.finished:  # the first token was final: the router has it from the prefill worker
                 self._end(run)
-            await self.receiver.commit(grant, kv_address, received)
+            await self._ranks.commit(grants, source, arrived)
         except SplitserveError as error:
             self._fail(run, error)
         except Exception:

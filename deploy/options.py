@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from ..core.address import check_address
 from ..core.config import ClusterConfig, WorkerRole
-from ..core.errors import ConfigError
 from ..engine.options import EngineOptions
 from ..worker.options import WorkerOptions
 
@@ -43,11 +42,6 @@ def worker_options(
     transports = _TRANSPORTS[config.transport]
     device = engine.device or ("cuda" if config.pool(role).gpus else "cpu")
     on_gpu = device != "cpu"
-    if engine.tensor_parallel > 1 and role != "colocated":
-        raise ConfigError(
-            f"engine.tensor_parallel is {engine.tensor_parallel} and the role is {role}: KV that is split over ranks "
-            "does not move between workers yet; use colocated workers, or tensor_parallel 1"
-        )
     return WorkerOptions(
         engine=EngineOptions(
             model=config.model,

@@ -56,6 +56,10 @@ class Received:
     started_at_s: float  # monotonic, first KV frame
 
 
+class _LaneGone(StaleMessage):
+    """The sender may have given up a lane that we still held for good; if so, another fetch over a new one works."""
+
+
 class KvReceiver:
     """Lives on the decode worker's event loop; copies run in threads of its own.
 
@@ -168,8 +172,12 @@ class KvReceiver:
             request ended with on the prefill worker.
         """
         try:
-            async with self._peers.use(kv_address, grant.prefill_boot_id) as peer:
-                return await self._fetch(peer, kv_address, grant, token_ids, block_ids, on_covered)
+            try:
+                async with self._peers.use(kv_address, grant.prefill_boot_id) as peer:
+                    return await self._fetch(peer, kv_address, grant, token_ids, block_ids, on_covered)
+            except _LaneGone:
+                async with self._peers.use(kv_address, grant.prefill_boot_id) as peer:  # over a new lane
+                    return await self._fetch(peer, kv_address, grant, token_ids, block_ids, on_covered)
         except SplitserveError:
             self.failed(kv_address)
             raise
@@ -250,6 +258,8 @@ class KvReceiver:
             # if the sender saw it otherwise, its answer to the next one is StaleMessage.
             if lane is not None and (started_s is not None or isinstance(error, StaleMessage | TransferFailed)):
                 lane.abort(f"{grant} ended before its last frame")
+                if started_s is None and type(error) is StaleMessage:
+                    raise _LaneGone(error.message) from error
             raise
         finally:
             call.cancel()

@@ -334,15 +334,15 @@ class KvSender:
         out: _Outgoing | None = None
         stream = object()
         try:
+            framing = _framing(request.transport)
+            lane = None
+            if framing.in_lane:  # first: without one the receiver connects anew and asks again
+                lane = self._lanes.find(grant.decode_boot_id, grant.decode_rank, request.link_epoch)
             out = await self._find(grant, context.write)
             out.stream, out.digest = stream, None  # the newest Fetch wins
             out.changed.set()
             if out.lease is not None:
                 out.lease.cancel()
-            framing = _framing(request.transport)
-            lane = None
-            if framing.in_lane:
-                lane = self._lanes.find(grant.decode_boot_id, grant.decode_rank, request.link_epoch)
             await self._send(out, stream, context.write, lane, framing)
             self._sent(out)
         except SplitserveError as error:

@@ -10,6 +10,7 @@ import grpc.aio
 
 from ..core.errors import SplitserveError
 from ..kv_transfer.grants import Grant
+from ..kv_transfer.ranks import share_id
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.server import Ready, run
 from ..worker.edge import open_session, sequence_from_proto
@@ -52,11 +53,12 @@ class PrefillServer(worker_pb2_grpc.PrefillWorkerServicer):
     def _run(self, session: RouterSession, run: worker_pb2.RunPrefill) -> None:
         try:
             request = sequence_from_proto(run.request)
-            grant = replace(Grant.from_proto(run.grant), request_id=request.request_id)
+            grants = [Grant.from_proto(grant) for grant in (run.grant, *run.grant.shares)]
+            grants = [replace(grant, request_id=share_id(request.request_id, grant.decode_rank)) for grant in grants]
         except SplitserveError as error:
             self.worker.refuse(session, run.request.request_id, run.request.attempt, error)
             return
-        self.worker.run(session, run.request.request_id, request, grant)
+        self.worker.run(session, run.request.request_id, request, grants)
 
 
 async def serve_async(options: WorkerOptions, ready: Callable[[Ready], None] | None = None) -> None:

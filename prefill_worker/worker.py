@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ..core.errors import Cancelled, DeadlineExceeded, SplitserveError
 from ..core.events import Event
@@ -12,6 +14,7 @@ from ..core.request import Request
 from ..engine.engine import StepOutput, TokenOutput
 from ..kv_transfer.grants import Grant
 from ..kv_transfer.sender import KvSender
+from ..kv_transfer.source_ranks import RankSender, SenderGroup
 from ..proto import worker_pb2
 from ..proto.convert import failure_to_proto, logprob_to_proto, reason_to_proto
 from ..worker.edge import sequence_id
@@ -44,26 +47,46 @@ class PrefillWorker:
     def __init__(self, options: WorkerOptions) -> None:
         self._runs: dict[str, _Run] = {}
         self.host = WorkerHost(options, SERVICES, on_step=self._on_step, kv_written=self._kv_written)
-        self.sender = KvSender(
-            self.host.engine.pool,
-            self.host.identity,
-            release=self._released,
-            metrics=self.host.metrics,
-            host=options.host,
-            lease_s=options.lease_s,
+        host = self.host
+
+        def make_sender(release: Callable[[str], None], report: Callable[[str, SplitserveError], None]) -> KvSender:
+            sender = KvSender(
+                host.engine.pool,
+                host.identity,
+                release=release,
+                report=report,
+                metrics=host.metrics,
+                layout=host.layout,
+                host=options.host,
+                lease_s=options.lease_s,
+            )
+            sender.register(host.rpc.server)
+            return sender
+
+        self.sender = SenderGroup(host.layout, release=self._released)
+        self._own_rank = RankSender(
+            make_sender,
+            release=partial(self.sender.released, 0),
+            report=lambda sequence, _: self.sender.failed(0, sequence),
         )
-        self.sender.register(self.host.rpc.server)
+        self.sender.add(self._own_rank)
+        for rank, link in enumerate(host.rank_links, 1):
+            link.on_released = partial(self.sender.released, rank)
+            link.on_failed = partial(self.sender.failed, rank)
+            self.sender.add(link)
 
     async def stop(self) -> None:
-        await self.sender.close()
+        await self._own_rank.close()
         await self.host.stop()
 
     # -- what the router asks for --
 
-    def run(self, session: RouterSession, request_id: str, request: Request, grant: Grant) -> None:
+    def run(self, session: RouterSession, request_id: str, request: Request, grants: Sequence[Grant]) -> None:
         """Accept one attempt, or answer it with RunFailed. Older attempts of the request are revoked.
 
-        Args: request, grant: both carry the attempt's sequence id in place of `request_id`.
+        Args:
+            request: carries the attempt's sequence id in place of `request_id`.
+            grants: one for each pair of ranks that KV moves between, named by `share_id` of the sequence id.
         """
         if request.request_id in self._runs:
             self.host.metrics.stale_messages.inc()
@@ -74,7 +97,8 @@ class PrefillWorker:
             if request.timeout_s <= 0:
                 raise DeadlineExceeded("the deadline passed before the prompt reached a prefill worker")
             # The sender learns of the grant first: the engine may report KV as soon as it has the request.
-            self.sender.offer(grant, request.prompt_token_ids + request.output_token_ids, self.host.engine.block_table)
+            token_ids = request.prompt_token_ids + request.output_token_ids
+            self.sender.offer(request.request_id, grants, token_ids, self.host.engine.block_table)
         except SplitserveError as error:
             self.refuse(session, request_id, request.attempt, error)
             return
@@ -115,7 +139,7 @@ class PrefillWorker:
     # -- what the engine did --
 
     def _kv_written(self, sequence: str, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
-        self.sender.kv_written(sequence, layer_start, layer_end, token_start, token_end)  # device thread
+        self._own_rank.kv_written(sequence, layer_start, layer_end, token_start, token_end)  # device thread
 
     def _on_step(self, output: StepOutput) -> None:
         for sequence in output.started:

@@ -77,6 +77,7 @@ class Grant(_message.Message):
     PREFILL_RANK_FIELD_NUMBER: _builtins.int
     DECODE_RANKS_FIELD_NUMBER: _builtins.int
     DECODE_RANK_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
     grant_id: _builtins.str
     """16 random bytes in hex."""
     request_id: _builtins.str
@@ -109,6 +110,10 @@ class Grant(_message.Message):
     """Tensor-parallel ranks of the decode worker."""
     decode_rank: _builtins.int
     """The rank that receives."""
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___Grant]:
+        """With the first grant of a hand-over, on its way through the router: those of all other pairs of ranks."""
+
     def __init__(
         self,
         *,
@@ -128,10 +133,11 @@ class Grant(_message.Message):
         prefill_rank: _builtins.int = ...,
         decode_ranks: _builtins.int = ...,
         decode_rank: _builtins.int = ...,
+        shares: _abc.Iterable[Global___Grant] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "codec", b"codec", "decode_boot_id", b"decode_boot_id", "decode_rank", b"decode_rank", "decode_ranks", b"decode_ranks", "epoch", b"epoch", "geometry_digest", b"geometry_digest", "grant_id", b"grant_id", "lease_s", b"lease_s", "num_cached_tokens", b"num_cached_tokens", "num_tokens", b"num_tokens", "prefill_boot_id", b"prefill_boot_id", "prefill_rank", b"prefill_rank", "prefill_ranks", b"prefill_ranks", "request_id", b"request_id", "wire_dtype", b"wire_dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "codec", b"codec", "decode_boot_id", b"decode_boot_id", "decode_rank", b"decode_rank", "decode_ranks", b"decode_ranks", "epoch", b"epoch", "geometry_digest", b"geometry_digest", "grant_id", b"grant_id", "lease_s", b"lease_s", "num_cached_tokens", b"num_cached_tokens", "num_tokens", b"num_tokens", "prefill_boot_id", b"prefill_boot_id", "prefill_rank", b"prefill_rank", "prefill_ranks", b"prefill_ranks", "request_id", b"request_id", "shares", b"shares", "wire_dtype", b"wire_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

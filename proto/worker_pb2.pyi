@@ -99,6 +99,7 @@ class WorkerInfo(_message.Message):
     MAX_STEP_TOKENS_FIELD_NUMBER: _builtins.int
     KV_DTYPE_FIELD_NUMBER: _builtins.int
     TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
+    KV_RANK_ADDRESSES_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this protocol that the worker speaks."""
     worker_id: _builtins.str
@@ -133,6 +134,10 @@ class WorkerInfo(_message.Message):
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """End-of-sequence token ids."""
 
+    @_builtins.property
+    def kv_rank_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """host:port that the KV of ranks 1 to tensor_parallel - 1 is fetched from; kv_address is rank 0's."""
+
     def __init__(
         self,
         *,
@@ -152,10 +157,11 @@ class WorkerInfo(_message.Message):
         max_step_tokens: _builtins.int = ...,
         kv_dtype: _builtins.str = ...,
         tensor_parallel: _builtins.int = ...,
+        kv_rank_addresses: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "boot_id", b"boot_id", "eos_token_ids", b"eos_token_ids", "geometry_digest", b"geometry_digest", "kv_address", b"kv_address", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_dtype", b"kv_dtype", "max_model_len", b"max_model_len", "max_step_tokens", b"max_step_tokens", "model", b"model", "pid", b"pid", "protocol_version", b"protocol_version", "role", b"role", "tensor_parallel", b"tensor_parallel", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "boot_id", b"boot_id", "eos_token_ids", b"eos_token_ids", "geometry_digest", b"geometry_digest", "kv_address", b"kv_address", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_dtype", b"kv_dtype", "kv_rank_addresses", b"kv_rank_addresses", "max_model_len", b"max_model_len", "max_step_tokens", b"max_step_tokens", "model", b"model", "pid", b"pid", "protocol_version", b"protocol_version", "role", b"role", "tensor_parallel", b"tensor_parallel", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -724,6 +730,7 @@ class RequestGrant(_message.Message):
     KV_ADDRESS_FIELD_NUMBER: _builtins.int
     PREFILL_BOOT_ID_FIELD_NUMBER: _builtins.int
     PREFILL_KV_DTYPE_FIELD_NUMBER: _builtins.int
+    KV_RANK_ADDRESSES_FIELD_NUMBER: _builtins.int
     kv_address: _builtins.str
     """host:port that the KV will be fetched from."""
     prefill_boot_id: _builtins.str
@@ -734,6 +741,10 @@ class RequestGrant(_message.Message):
     def request(self) -> Global___WorkRequest:
         """The request."""
 
+    @_builtins.property
+    def kv_rank_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The same as kv_address for the prefill worker's other ranks."""
+
     def __init__(
         self,
         *,
@@ -741,10 +752,11 @@ class RequestGrant(_message.Message):
         kv_address: _builtins.str = ...,
         prefill_boot_id: _builtins.str = ...,
         prefill_kv_dtype: _builtins.str = ...,
+        kv_rank_addresses: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_address", b"kv_address", "prefill_boot_id", b"prefill_boot_id", "prefill_kv_dtype", b"prefill_kv_dtype", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_address", b"kv_address", "kv_rank_addresses", b"kv_rank_addresses", "prefill_boot_id", b"prefill_boot_id", "prefill_kv_dtype", b"prefill_kv_dtype", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -384,6 +384,7 @@ class DecodeLink(WorkerLink):
         grant = worker_pb2.RequestGrant(
             request=request_to_proto(request, timeout_s),
             kv_address=prefill.kv_address,
+            kv_rank_addresses=prefill.info.kv_rank_addresses if prefill.info is not None else (),
             prefill_boot_id=prefill.boot_id,
             prefill_kv_dtype=prefill.info.kv_dtype if prefill.info is not None else "",
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.errors import Unavailable
+from ..core.errors import ModelUnsupported, Unavailable
 from ..core.events import Recorder
 from ..core.metrics import WorkerMetrics, new_registry
 from ..core.metrics import serve as serve_metrics
@@ -22,11 +22,14 @@ from ..engine.loading import load_model
 from ..engine.loop import DeviceLoop
 from ..engine.parallel.ranks import start_ranks
 from ..kv_transfer.identity import WorkerIdentity, current_host_id
+from ..kv_transfer.ranges import KvLayout
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.convert import PROTOCOL_VERSION
 from ..proto.server import Ready, RpcServer
 from .device import THROTTLE_REASONS, DeviceReader, DeviceState, open_devices
 from .options import WorkerOptions
+from .rank_links import ENTRY as RANK_ENTRY
+from .rank_links import RankLink, RankSettings
 from .session import Session
 
 logger = logging.getLogger(__name__)
@@ -85,9 +88,24 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self.recorder = Recorder(self.identity.worker_id, options.trace_dir)
         self.registry = new_registry()
         self.metrics = WorkerMetrics(self.registry, options.role)
-        self._ranks = start_ranks(options.engine)
+        settings = RankSettings(
+            worker_id=self.identity.worker_id,
+            boot_id=self.identity.boot_id,
+            host_id=self.identity.host_id,
+            host=options.host,
+            transports=options.transports,
+            lease_s=options.lease_s,
+        )
+        self._ranks = start_ranks(options.engine, entry=RANK_ENTRY, mover=settings.to_json())
         try:
             self.model = load_model(options.engine, None if self._ranks is None else self._ranks.group)
+            self.layout = KvLayout(geometry=self.model.whole, num_ranks=options.engine.tensor_parallel)
+            self.moves_kv = self.layout.rank_geometry(0) == self.model.geometry
+            if not self.moves_kv and options.role != "colocated":
+                raise ModelUnsupported(
+                    f"{options.model_name or options.engine.model}: every rank holds all KV heads of some layers, and "
+                    "such KV does not move between workers yet; use colocated workers, or --tensor-parallel 1"
+                )
             self.engine = Engine(
                 self.model, options.engine, recorder=self.recorder, kv_written=kv_written, others=self._ranks
             )
@@ -95,6 +113,9 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             if self._ranks is not None:
                 self._ranks.close()
             raise
+        links = [] if self._ranks is None else self._ranks.links
+        self.rank_links = [RankLink(link) for link in links]  # to ranks 1 to N - 1
+        self.rank_addresses: list[str] = []  # that their KV is fetched from
         self.devices: DeviceReader = open_devices(self.model.model.device, options.engine.tensor_parallel)
         self.fault = ""  # why this worker is out of service; what is broken stays broken until somebody restarts it
         self.draining = False
@@ -116,6 +137,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
     async def start(self) -> Ready:
         """Start serving; the address is reachable when this returns."""
         metrics_port = serve_metrics(self.registry, self.options.host, self.options.metrics_port)
+        self.rank_addresses = [await link.start(self.layout) for link in self.rank_links]
         self._device.start()
         await self.rpc.start()
         self._tasks.append(asyncio.create_task(self._watch_health()))
@@ -149,6 +171,8 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             task.cancel()
         await self.rpc.stop()
         await asyncio.to_thread(self._device.stop)
+        for link in self.rank_links:
+            await link.close()
         if self._ranks is not None:
             await asyncio.to_thread(self._ranks.close)
         self.recorder.close()
@@ -198,13 +222,15 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             boot_id=self.identity.boot_id,
             role=_ROLES[self.options.role],
             model=self.options.model_name or self.options.engine.model,
-            geometry_digest=geometry.digest(),
+            # A digest that no other worker has keeps those apart whose KV cannot move.
+            geometry_digest=self.layout.geometry.digest() if self.moves_kv else f"{self.identity.boot_id}-whole",
             max_model_len=self.engine.max_model_len,
             vocab_size=self.engine.vocab_size,
             eos_token_ids=sorted(self.model.eos_token_ids),
             block_size=self.options.engine.block_size,
             kv_bytes_per_token=geometry.bytes_per_token,
             kv_address=self.options.kv_address or self.rpc.address,
+            kv_rank_addresses=self.rank_addresses,
             pid=os.getpid(),
             max_step_tokens=self.options.engine.max_step_tokens,
             kv_dtype=geometry.dtype,

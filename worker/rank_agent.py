@@ -22,9 +22,10 @@ from ..engine.pool import KvPool
 from ..kv_transfer.grants import Grant
 from ..kv_transfer.identity import WorkerIdentity
 from ..kv_transfer.ranges import KvLayout
-from ..kv_transfer.ranks import Endpoint, RankReceiver, RankSender
+from ..kv_transfer.ranks import Endpoint, RankReceiver
 from ..kv_transfer.receiver import KvReceiver, Received
 from ..kv_transfer.sender import KvSender
+from ..kv_transfer.source_ranks import RankSender
 from ..proto import kv_transfer_pb2
 from ..proto.server import RpcServer
 from .rank_links import LINE_LIMIT, SWITCH_INTERVAL_S, RankSettings, received_from_json
@@ -83,9 +84,7 @@ class RankAgent:
         reader, self._writer = await asyncio.open_connection(sock=self._link, limit=LINE_LIMIT)
         shape = kv_transfer_pb2.KvShape.FromString(bytes.fromhex(json.loads(await reader.readline())["shape"]))
         layout, settings = KvLayout.from_proto(shape), self._settings
-        identity = WorkerIdentity(
-            worker_id=settings.worker_id, boot_id=settings.boot_id, host_id=settings.host_id
-        )
+        identity = WorkerIdentity(worker_id=settings.worker_id, boot_id=settings.boot_id, host_id=settings.host_id)
         server = RpcServer(settings.host, 0, ("splitserve.v1.KvTransfer",))
 
         def make_sender(release: Any, report: Any) -> KvSender:
@@ -103,9 +102,7 @@ class RankAgent:
             return sender
 
         self._sender = RankSender(make_sender, release=self._released, report=self._failed)
-        self._receiver = KvReceiver(
-            pool, identity, transports=settings.transports, layout=layout, rank=self._rank
-        )
+        self._receiver = KvReceiver(pool, identity, transports=settings.transports, layout=layout, rank=self._rank)
         self._arrivals = RankReceiver(self._receiver)
         await server.start()
         self._say(address=server.address)
@@ -225,8 +222,7 @@ def main() -> None:
     """Be a rank whose KV moves between workers; see the follower's `main`."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
-    def make(settings: Mapping[str, Any], link: int) -> RankAgent:
-        rank = int(settings["rank"])
+    def make(settings: Mapping[str, Any], rank: int, link: int) -> RankAgent:
         return RankAgent(RankSettings.from_json(settings), rank, socket.socket(fileno=link))
 
     follower.main(make)

@@ -47,15 +47,13 @@ def received_from_json(written: Mapping[str, Any]) -> Received:
 class RankLink:
     """One other rank, as source and as target of KV. If its process ends, so does this one.
 
-    Args: released, failed: told of offered requests, by id.
+    `on_released` and `on_failed` are called with the ids of offered requests; who offers sets them.
     """
 
-    def __init__(
-        self, link: socket.socket, *, released: Callable[[str], None], failed: Callable[[str], None]
-    ) -> None:
+    def __init__(self, link: socket.socket) -> None:
+        self.on_released: Callable[[str], None] = lambda _: None
+        self.on_failed: Callable[[str], None] = lambda _: None
         self._link = link
-        self._on_released = released
-        self._on_failed = failed
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._num_asked = 0
         self._reading: asyncio.Task[None] | None = None
@@ -151,9 +149,9 @@ class RankLink:
             if "answer" in told:
                 self._answers.pop(told["answer"]).set_result(told)
             elif "released" in told:
-                self._on_released(told["released"])
+                self.on_released(told["released"])
             else:
-                self._on_failed(told["failed"])
+                self.on_failed(told["failed"])
 
 
 def _way(grants: Sequence[Grant], source: Endpoint) -> dict[str, object]:

@@ -37,7 +37,7 @@ class KvMover(Protocol):
         ...
 
 
-MakeMover = Callable[[Mapping[str, Any], int], KvMover]  # of rank 0's settings and the descriptor of a socket to it
+MakeMover = Callable[[Mapping[str, Any], int, int], KvMover]  # of rank 0's settings, the rank, and a socket to rank 0
 
 
 def follow(
@@ -113,7 +113,7 @@ def main(make_mover: MakeMover | None = None) -> None:
         rank=told["rank"], size=told["size"], store=Path(told["store"]), meet=lambda: say({"loaded": True})
     )
     try:
-        mover = None if make_mover is None else make_mover(told["mover"], link)
+        mover = None if make_mover is None else make_mover(told["mover"], told["rank"], link)
         follow(options, group, lambda: read_message(messages), mover)
     except SplitserveError as error:
         say({"error": error.code, "message": error.message})

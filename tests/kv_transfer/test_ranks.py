@@ -18,9 +18,10 @@ from splitserve.kv_transfer.codecs import WireFormat
 from splitserve.kv_transfer.grants import Grant
 from splitserve.kv_transfer.identity import WorkerIdentity
 from splitserve.kv_transfer.ranges import KvLayout
-from splitserve.kv_transfer.ranks import Endpoint, RankReceiver, RankSender, ReceiverGroup
+from splitserve.kv_transfer.ranks import Endpoint, RankReceiver, ReceiverGroup
 from splitserve.kv_transfer.receiver import KvReceiver, Received
 from splitserve.kv_transfer.sender import KvSender
+from splitserve.kv_transfer.source_ranks import RankSender
 
 NUM_TOKENS = 70
 # Grouped heads with a window, MLA (K wider than V), and one head that all ranks share.

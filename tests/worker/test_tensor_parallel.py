@@ -9,9 +9,9 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc.aio
@@ -45,7 +45,7 @@ class Worker:
         return int(child)
 
 
-StartWorker = Callable[[str], Worker]
+StartWorker = Callable[..., Worker]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -53,14 +53,15 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def start_worker(model_dir: Path, tmp_path: Path) -> Iterator[StartWorker]:
     processes: list[subprocess.Popen[bytes]] = []
 
-    def start(device: str) -> Worker:
+    def start(device: str, role: str = "colocated", num_ranks: int = 2, *flags: str) -> Worker:
         if device == "cuda" and torch.cuda.device_count() < 2:
             pytest.skip("needs two GPUs")
-        ready, log = os.pipe(), tmp_path / "log"
-        command = [sys.executable, "-c", "from splitserve.cli.main import main; main()", "-v", "decode-worker"]
-        command += ["--role", "colocated", "--tensor-parallel", "2", "--model", str(model_dir), "--threads", "1"]
+        ready, log = os.pipe(), tmp_path / f"{role}.log"
+        command = [sys.executable, "-c", "from splitserve.cli.main import main; main()", "-v"]
+        command += ["prefill-worker"] if role == "prefill" else ["decode-worker", "--role", role]
+        command += ["--tensor-parallel", str(num_ranks), "--model", str(model_dir), "--threads", "1"]
         command += ["--device", device, "--dtype", "float32", "--max-model-len", "256", "--max-running", "8"]
-        command += ["--num-kv-blocks", "32", "--no-self-check", "--ready-file", f"/dev/fd/{ready[1]}"]
+        command += ["--num-kv-blocks", "32", "--no-self-check", "--ready-file", f"/dev/fd/{ready[1]}", *flags]
         with log.open("wb") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, pass_fds=(ready[1],))
         processes.append(process)
@@ -131,3 +132,92 @@ def test_no_rank_outlives_its_worker(device: str, number: signal.Signals, code: 
         assert ended(other)
     finally:
         os.close(other)
+
+
+@asynccontextmanager
+async def session(worker: Worker) -> AsyncIterator[tuple[End, worker_pb2.WorkerInfo]]:
+    async with grpc.aio.insecure_channel(worker.address, options=CHANNEL_OPTIONS) as channel:
+        if "prefill.log" in worker.log.name:
+            call = worker_pb2_grpc.PrefillWorkerStub(channel).PrefillSession()
+            end = End(channel, call, worker_pb2.PrefillSessionRequest)
+        else:
+            end = End(
+                channel, worker_pb2_grpc.DecodeWorkerStub(channel).DecodeSession(), worker_pb2.DecodeSessionRequest
+            )
+        await end.send(hello=worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_id="test"))
+        yield end, await end.next("hello")
+
+
+async def blocks(worker: Worker) -> worker_pb2.WorkerStatus:
+    async with grpc.aio.insecure_channel(worker.address, options=CHANNEL_OPTIONS) as channel:
+        stub = worker_pb2_grpc.WorkerAdminStub(channel)
+        return (await stub.GetWorkerStatus(worker_pb2.GetWorkerStatusRequest(), timeout=WAIT_S)).status
+
+
+async def idle(worker: Worker) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            status = await blocks(worker)
+            if status.num_free_blocks + status.num_cached_blocks == status.num_blocks and not status.num_running:
+                return
+            await asyncio.sleep(0.01)
+
+
+async def hand_over(prefill: Worker, decode: Worker, request: Request) -> tuple[list[int], worker_pb2.TransferDone]:
+    """The answer of a split pair, driven as a router would, and what became of its transfer."""
+    async with session(prefill) as (prefill_end, info), session(decode) as (decode_end, _):
+        work = request_to_proto(request, 60.0)
+        grant = worker_pb2.RequestGrant(
+            request=work,
+            kv_address=info.kv_address,
+            kv_rank_addresses=info.kv_rank_addresses,
+            prefill_boot_id=info.boot_id,
+            prefill_kv_dtype=info.kv_dtype,
+        )
+        await decode_end.send(grant=grant)
+        granted = await decode_end.next("grant")
+        await prefill_end.send(run=worker_pb2.RunPrefill(request=work, grant=granted))
+        first = await prefill_end.next("first_token")
+        done = await decode_end.next("transfer_done")
+        assert done.first_token_id == first.token_id
+        tokens = [first.token_id]
+        while len(tokens) < request.max_tokens:
+            (sequence,) = (await decode_end.next("tokens")).sequences
+            tokens += sequence.token_ids
+    await idle(prefill)
+    await idle(decode)
+    return tokens, done
+
+
+@pytest.mark.parametrize(("p", "d"), [(2, 1), (1, 2), (2, 2)])
+def test_kv_moves_between_workers_of_any_ranks(p: int, d: int, start_worker: StartWorker, model_dir: Path) -> None:
+    prefill, decode = start_worker("cpu", "prefill", p), start_worker("cpu", "decode", d)
+    request = Request(request_id="r", prompt_token_ids=PROMPT, max_tokens=NEW_TOKENS)
+    geometry = load_model(EngineOptions(model=str(model_dir), self_check=False)).geometry
+    wanted = alone(model_dir)
+    for name in ("first", "again"):  # the second finds a part of the prompt in both prefix caches
+        tokens, done = asyncio.run(hand_over(prefill, decode, replace(request, request_id=name)))
+        assert tokens == wanted
+        cached = 0 if name == "first" else len(PROMPT) // 16 * 16
+        assert done.num_bytes == geometry.bytes_per_token * (len(PROMPT) - cached)
+
+
+def test_a_cancelled_hand_over_between_ranks_frees_both_sides(start_worker: StartWorker) -> None:
+    prefill, decode = start_worker("cpu", "prefill", 2), start_worker("cpu", "decode", 2)
+
+    async def cancel_after_the_grant() -> None:
+        async with session(prefill) as (prefill_end, info), session(decode) as (decode_end, _):
+            work = request_to_proto(Request(request_id="r", prompt_token_ids=PROMPT, max_tokens=NEW_TOKENS), 60.0)
+            where = {"kv_address": info.kv_address, "prefill_boot_id": info.boot_id}
+            grant = worker_pb2.RequestGrant(request=work, kv_rank_addresses=info.kv_rank_addresses, **where)
+            await decode_end.send(grant=grant)
+            await prefill_end.send(run=worker_pb2.RunPrefill(request=work, grant=await decode_end.next("grant")))
+            await decode_end.send(cancel=worker_pb2.CancelRun(request_id="r", attempt=1))
+        await idle(prefill)
+        await idle(decode)
+
+    asyncio.run(cancel_after_the_grant())
+    answered, _ = asyncio.run(
+        hand_over(prefill, decode, Request(request_id="r2", prompt_token_ids=PROMPT, max_tokens=NEW_TOKENS))
+    )
+    assert len(answered) == NEW_TOKENS

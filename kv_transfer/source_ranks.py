@@ -1,0 +1,199 @@
+"""The source ranks of a hand-over: each offers its own heads, and a request's KV stays until no rank needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..core.errors import GeometryMismatch, SplitserveError, TransferFailed
+from .grants import Grant
+from .ranges import KvLayout
+from .sender import KvSender
+
+
+@dataclass(slots=True, kw_only=True)
+class _Shares:
+    open: set[str]  # share ids that the sender still holds
+    failed: bool = False
+    ids: tuple[str, ...] = field(default=())
+
+
+class RankSender:
+    """One source rank: offers each request to every target rank that needs heads of it.
+
+    Args:
+        make_sender: makes the KvSender with the `release` and `report` that it is given.
+        release: called once per request, when no target rank needs its KV any longer.
+        report: called once per request whose hand-over failed, before `release`.
+    """
+
+    def __init__(
+        self,
+        make_sender: Callable[[Callable[[str], None], Callable[[str, SplitserveError], None]], KvSender],
+        *,
+        release: Callable[[str], None],
+        report: Callable[[str, SplitserveError], None],
+    ) -> None:
+        self._sender = make_sender(self._share_released, self._share_failed)
+        self._release = release
+        self._report = report
+        self._requests: dict[str, _Shares] = {}
+
+    def offer(
+        self,
+        request_id: str,
+        grants: Sequence[Grant],
+        token_ids: Sequence[int],
+        block_table: Callable[[str], Sequence[int]],
+    ) -> None:
+        """Take responsibility for this rank's KV of a request. `grants`: those that name this rank.
+
+        Raises: StaleMessage, GeometryMismatch: a grant is not for this rank; nothing is offered then.
+        """
+        ids = tuple(grant.request_id for grant in grants)
+        offered: list[str] = []
+        try:
+            for grant in grants:
+                self._sender.offer(grant, token_ids, lambda _: block_table(request_id))
+                offered.append(grant.request_id)
+        except SplitserveError as error:
+            for share in offered:
+                self._sender.fail(share, error)
+            raise
+        self._requests[request_id] = _Shares(open=set(ids), ids=ids)
+
+    def kv_written(self, request_id: str, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
+        """Any thread."""
+        if (shares := self._requests.get(request_id)) is not None:
+            for share in shares.ids:
+                self._sender.kv_written(share, layer_start, layer_end, token_start, token_end)
+
+    def finish(self, request_id: str, first_token_id: int, *, final: bool) -> None:
+        if (shares := self._requests.get(request_id)) is not None:
+            for share in shares.ids:
+                self._sender.finish(share, first_token_id, final=final)
+
+    def forget(self, request_id: str) -> None:
+        """Nothing is kept of a released request."""
+
+    def fail(self, request_id: str, error: SplitserveError) -> None:
+        """Give up every share. Idempotent."""
+        if (shares := self._requests.get(request_id)) is not None:
+            for share in shares.ids:
+                self._sender.fail(share, error)
+
+    async def close(self) -> None:
+        await self._sender.close()
+
+    def _share_released(self, share: str) -> None:
+        request_id = share.rpartition("~")[0]
+        shares = self._requests.get(request_id)
+        if shares is None:
+            return
+        shares.open.discard(share)
+        if not shares.open:
+            del self._requests[request_id]
+            self._release(request_id)
+
+    def _share_failed(self, share: str, error: SplitserveError) -> None:
+        request_id = share.rpartition("~")[0]
+        shares = self._requests.get(request_id)
+        if shares is None or shares.failed:
+            return
+        shares.failed = True
+        self._report(request_id, error)
+        self.fail(request_id, TransferFailed(f"another rank's share of {request_id} failed: {error}"))
+
+
+class SourceRank(Protocol):
+    """A source rank as the prefill worker sees it: in this process, or behind whatever leads to another one."""
+
+    def offer(
+        self,
+        request_id: str,
+        grants: Sequence[Grant],
+        token_ids: Sequence[int],
+        block_table: Callable[[str], Sequence[int]],
+    ) -> None: ...
+
+    def finish(self, request_id: str, first_token_id: int, *, final: bool) -> None: ...
+
+    def fail(self, request_id: str, error: SplitserveError) -> None: ...
+
+    def forget(self, request_id: str) -> None:
+        """No rank needs the request's KV any longer."""
+        ...
+
+
+class SenderGroup:
+    """All source ranks of a prefill worker: a request's KV stays until the last of them needs it no longer.
+
+    Args: release: called once per offered request, when its KV is needed no longer.
+    """
+
+    def __init__(self, layout: KvLayout, *, release: Callable[[str], None]) -> None:
+        self._layout = layout
+        self._release = release
+        self._ranks: list[SourceRank] = []
+        self._open: dict[str, set[int]] = {}  # request id -> ranks that still hold it
+
+    def add(self, rank: SourceRank) -> None:
+        """The next rank, from 0. It calls `released` and `failed` with that number."""
+        self._ranks.append(rank)
+
+    def offer(
+        self,
+        request_id: str,
+        grants: Sequence[Grant],
+        token_ids: Sequence[int],
+        block_table: Callable[[str], Sequence[int]],
+    ) -> None:
+        """Take responsibility for a request's KV, before its prefill starts.
+
+        Raises: StaleMessage, GeometryMismatch: a grant is not for this worker; nothing is offered then.
+        """
+        by_rank: dict[int, list[Grant]] = {}
+        for grant in grants:
+            if grant.prefill_ranks != self._layout.num_ranks or grant.prefill_rank >= self._layout.num_ranks:
+                raise GeometryMismatch(
+                    f"{grant} is for rank {grant.prefill_rank} of {grant.prefill_ranks}, this worker has "
+                    f"{self._layout.num_ranks}"
+                )
+            by_rank.setdefault(grant.prefill_rank, []).append(grant)
+        self._open[request_id] = set(by_rank)
+        for rank in sorted(by_rank):
+            try:
+                self._ranks[rank].offer(request_id, by_rank[rank], token_ids, block_table)
+            except SplitserveError as error:
+                del self._open[request_id]
+                for offered in sorted(by_rank):
+                    if offered < rank:
+                        self._ranks[offered].fail(request_id, error)
+                raise
+
+    def finish(self, request_id: str, first_token_id: int, *, final: bool) -> None:
+        """Prefill is done. `final`: the answer is complete with its first token, so nobody needs the KV."""
+        for rank in sorted(self._open.get(request_id, ())):
+            self._ranks[rank].finish(request_id, first_token_id, final=final)
+
+    def fail(self, request_id: str, error: SplitserveError) -> None:
+        """Give up a request on every rank. Idempotent."""
+        for rank in sorted(self._open.get(request_id, ())):
+            self._ranks[rank].fail(request_id, error)
+
+    def released(self, rank: int, request_id: str) -> None:
+        """A rank needs the request's KV no longer."""
+        holding = self._open.get(request_id)
+        if holding is None:
+            return
+        holding.discard(rank)
+        if not holding:
+            del self._open[request_id]
+            for each in self._ranks:
+                each.forget(request_id)
+            self._release(request_id)
+
+    def failed(self, rank: int, request_id: str) -> None:
+        """A rank's share failed, so the others' are of no use."""
+        self.fail(request_id, TransferFailed(f"the share of rank {rank} of {request_id} failed"))
