@@ -23,7 +23,8 @@ from .background import continue_in_background, continue_in_own_session
 from .status import Row, cluster_table, worker_row
 
 if TYPE_CHECKING:  # Ray must not be imported before its environment is prepared
-    from ..deploy.controller import ClusterView, Controller, MemberFailed
+    from ..deploy.controller import Controller
+    from ..deploy.members import ClusterView, MemberFailed
     from ..deploy.throughput import Throughput
 
 _REFRESH_S = 0.5
@@ -126,7 +127,7 @@ def _run(config: ClusterConfig, ready_file: Path | None) -> None:
     screen = Screen()
     screen.say("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
     from ..deploy.cluster import cluster_ray, new_log_dir
-    from ..deploy.controller import MemberFailed
+    from ..deploy.members import MemberFailed
 
     log_dir = new_log_dir(config)
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..core.config import WORKER_ROLES, ClusterConfig
 from ..core.state import state_path
 from .controller import Controller, first_error
-from .placement import joined_ray, local_ray
+from .ray_start import joined_ray, local_ray
 from .roles import role_needs
 
 

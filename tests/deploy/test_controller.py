@@ -16,7 +16,8 @@ import pytest
 import ray
 from splitserve.core.config import ClusterConfig, Role, load_config
 from splitserve.core.errors import SplitserveError
-from splitserve.deploy.controller import ClusterView, Controller, MemberFailed, Phase
+from splitserve.deploy.controller import Controller
+from splitserve.deploy.members import ClusterView, MemberFailed, Phase
 from splitserve.deploy.process import Endpoint
 
 STAND_IN = str(Path(__file__).with_name("stand_in.py"))
@@ -25,7 +26,15 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
 
 
 def stand_in(
-    config: ClusterConfig, role: Role, *, name: str, host: str, port: int, num_threads: int, http_port: int
+    config: ClusterConfig,
+    role: Role,
+    *,
+    name: str,
+    host: str,
+    port: int,
+    num_threads: int,
+    http_port: int,
+    on_cpu: bool,
 ) -> Sequence[str]:
     """`model` names the process that must fail, and how: "decode-0:typed"."""
     failing, _, how = config.model.partition(":")

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 from splitserve.core.errors import ConfigError
-from splitserve.deploy.placement import joined_ray
+from splitserve.deploy.ray_start import joined_ray
 
 
 def test_a_ray_that_nobody_runs_is_no_wait() -> None:
