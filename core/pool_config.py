@@ -71,8 +71,8 @@ class PlacementConfig(Section):
 
     pairs: Literal["any", "pack", "spread"] = Field(
         default="any",
-        description="pack: prefill and decode workers share nodes, so that KV stays on a host; spread: each pool over as many "
-        "nodes as there are; any: as Ray likes. A wish, not a condition",
+        description="pack: prefill and decode workers share nodes, so that KV stays on a host; spread: each pool on "
+        "many nodes; any: as Ray likes. A wish, not a condition",
     )
     wait_for_nodes_s: float = Field(
         default=3.0,

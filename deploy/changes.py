@@ -40,8 +40,8 @@ def changes(running: ClusterConfig, wanted: ClusterConfig) -> Changes:
             continue
         if key in _FIXED:
             raise ConfigError(
-                f"{key} is {_text(before)} in the running cluster, and {_text(after)} is wanted; it cannot change while the "
-                "cluster runs: `splitserve down`, then `splitserve up`"
+                f"{key} is {_text(before)} in the running cluster, and {_text(after)} is wanted; this cannot "
+                "change while the cluster runs: `splitserve down`, then `splitserve up`"
             )
         keys.append((key, before, after))
     counts: dict[Role, tuple[int, int]] = {

@@ -93,11 +93,15 @@ class Controller:
 
     def apply(self, config: ClusterConfig) -> None:
         """Carry out another configuration: start what is missing, drain what is too much, restart what is outdated."""
-        self.config = with_threads(config, self.config)
+        self.config = self.complete(config)
         for keeper in self._keepers.values():
             keeper.config = self.config
         self._reconcile()
         self._roll_outdated()
+
+    def complete(self, config: ClusterConfig) -> ClusterConfig:
+        """The configuration with what it leaves to the running cluster."""
+        return with_threads(config, self.config)
 
     def drain(self, name: str, *, restart: bool) -> None:
         """Drain one process by name, and start it again or take it out of its pool.
