@@ -10,6 +10,8 @@ from ..core.errors import ConfigError
 from .members import Member, Phase
 from .roles import get, role_keys
 
+NOTHING_CHANGES = "nothing changes"
+
 # All workers and routers must agree on these at every moment, or they belong to Ray: they change with the cluster.
 _FIXED = ("model", "ray.address", "ray.namespace", "engine.dtype", "log_dir")
 
@@ -28,7 +30,7 @@ class Changes:
         lines += [f"starts {_count(number, role)}" for role, number in self.added.items()]
         lines += [f"drains and removes {_count(number, role)}" for role, number in self.removed.items()]
         lines += [f"restarts every {_noun(role)}, one after another" for role in self.restarted]
-        return "\n".join(lines) or "nothing changes"
+        return "\n".join(lines) or NOTHING_CHANGES
 
 
 def changes(running: ClusterConfig, wanted: ClusterConfig) -> Changes:

@@ -94,14 +94,24 @@ class Controller:
     def apply(self, config: ClusterConfig) -> None:
         """Carry out another configuration: start what is missing, drain what is too much, restart what is outdated."""
         self.config = self.complete(config)
+        self._is_settled = False
         for keeper in self._keepers.values():
             keeper.config = self.config
         self._reconcile()
         self._roll_outdated()
 
     def complete(self, config: ClusterConfig) -> ClusterConfig:
-        """The configuration with what it leaves to the running cluster."""
-        return with_threads(config, self.config)
+        """The configuration with what it leaves to the running cluster: Ray, threads, and the size of scaled pools."""
+        if config.ray.address == "auto":
+            config = config.model_copy(update={"ray": self.config.ray})
+        config = with_threads(config, self.config)
+        sizes: dict[str, object] = {}
+        for role in WORKER_ROLES:
+            pool, running = config.pool(role), self.config.pool(role).replicas
+            if running is not None and (pool.replicas is None or config.scaling.enabled):
+                fewest, most = config.bounds(role)
+                sizes[role] = pool.model_copy(update={"replicas": min(max(running, fewest), most)})
+        return config.model_copy(update=sizes)
 
     def drain(self, name: str, *, restart: bool) -> None:
         """Drain one process by name, and start it again or take it out of its pool.
@@ -111,6 +121,7 @@ class Controller:
         keeper = self._keepers.get(name)
         if keeper is None or keeper.retiring:
             raise ConfigError(f"there is no {name!r}; the cluster has {', '.join(sorted(self._keepers))}")
+        self._is_settled = False
         if restart:
             keeper.renew()
             return
@@ -183,6 +194,7 @@ class Controller:
         if role != "router" and sum(k.member.phase is Phase.READY for k in self._of(role)) == 1:
             successor = self._add(role)
             if await self._until(successor, Phase.READY, Phase.UNPLACED, Phase.FAILED) is Phase.READY:
+                await self._until_used(successor)
                 keeper.retire()
                 await self._until(keeper, Phase.STOPPED)
                 return
@@ -190,12 +202,18 @@ class Controller:
         keeper.renew()
         await self._until(keeper, Phase.DRAINING, Phase.PLACING)
         await self._until(keeper, Phase.READY, Phase.FAILED)
+        await self._until_used(keeper)
 
     async def _until(self, keeper: Keeper, *phases: Phase) -> Phase:
         """Returns as soon as the process is in one of the phases, or gone."""
         while keeper.member.phase not in (*phases, Phase.STOPPED):
             await self._change.wait()
         return keeper.member.phase
+
+    async def _until_used(self, keeper: Keeper) -> None:
+        """Returns as soon as routers send work to the process, or it does not serve any more."""
+        while keeper.member.role != "router" and keeper.member.serving and not self._links.use(keeper.member):
+            await self._change.wait()
 
     def _member_changed(self, before: Member, after: Member) -> None:
         if before.serving != after.serving:
@@ -221,6 +239,7 @@ class Controller:
                 self._is_settled = self._settled()
                 if self._is_settled:
                     self.ready.set()
+                self._wake()
                 try:
                     async with asyncio.timeout(_STATUS_PERIOD_S if self.ready.is_set() else _STARTING_PERIOD_S):
                         await self._routing_changed.wait()
@@ -235,7 +254,7 @@ class Controller:
         Raises: SplitserveError: at start, a router refuses a worker.
         """
         keepers = self._keepers.values()
-        if any(k.member.phase is not Phase.READY or k.retiring or k.outdated for k in keepers):
+        if any(k.member.phase is not Phase.READY or k.ordered or k.outdated for k in keepers):
             return False
         if any(len(self._of(role)) != self._wanted(role) for role in _ROLES):
             return False

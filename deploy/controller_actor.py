@@ -1,4 +1,4 @@
-"""The controller as a detached Ray actor: it survives its driver, and after its own death goes on with what is there."""
+"""The controller as a detached Ray actor: it survives its driver, and goes on after its own death."""
 
 from __future__ import annotations
 

@@ -86,6 +86,11 @@ class Keeper:
         endpoint = self.member.endpoint
         return endpoint is not None and endpoint.launch != self._launch(fixed_ports=False).digest
 
+    @property
+    def ordered(self) -> bool:
+        """Whether something else is to become of it soon."""
+        return self.retiring or self._ordered.is_set()
+
     def retire(self) -> None:
         """Drain and remove it; `run` ends with that."""
         self.retiring = True

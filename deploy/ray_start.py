@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray._private import services
 
 from ..core.address import check_address
 from ..core.errors import ConfigError
@@ -41,14 +42,27 @@ def local_ray(num_cpus: int, namespace: str) -> Iterator[None]:
             ray.shutdown()
 
 
+def running_ray() -> str | None:
+    """host:port of the Ray that runs on this machine, or that RAY_ADDRESS names; None if there is none."""
+    named = os.environ.get("RAY_ADDRESS", "")
+    if named and named != "auto":
+        return named
+    address: str | None = services.find_bootstrap_address(None)  # what `ray start` left; it may be gone since
+    if address is None:
+        return None
+    try:
+        _reach(address)
+    except OSError:
+        return None
+    return address
+
+
 @contextmanager
 def joined_ray(address: str, namespace: str) -> Iterator[None]:
     """A connection to a Ray that others run. Raises: ConfigError: nobody answers there."""
     check_address(address, "Ray's address")
-    host, _, port = address.rpartition(":")
     try:
-        # Ray itself tries for two minutes, and hears no signal meanwhile.
-        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()
+        _reach(address)
     except OSError as error:
         raise ConfigError(
             f"no Ray answers at {address}: {error.strerror or error}; check `ray status` there"
@@ -61,3 +75,9 @@ def joined_ray(address: str, namespace: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Ray itself tries for two minutes, and hears no signal meanwhile. Raises: OSError: nobody listens."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()

@@ -62,6 +62,11 @@ class RouterLinks:
                     raise SplitserveError(f"the router refuses the worker at {worker.address}: {worker.reason}")
         return all(name in self._views and _ready(self._views[name]) == addresses for name in routers)
 
+    def use(self, worker: Member) -> bool:
+        """Whether every router that answers is ready to use the worker."""
+        address = worker.serving.address if worker.serving else ""
+        return bool(self._views) and all(address in _ready(view) for view in self.views)
+
     async def close(self) -> None:
         await asyncio.gather(*(channel.close() for channel in self._channels.values()))
 
