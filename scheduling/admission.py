@@ -113,7 +113,7 @@ class Admission:
         self.max_live = max_live
         self.ttft = TtftPredictor()
         self._policy = policy
-        self._ttft_target_s = ttft_target_s if policy == "refuse" and ttft_target_s is not None else math.inf
+        self.ttft_target_s = ttft_target_s if policy == "refuse" and ttft_target_s is not None else math.inf
         self._interval_s = 0.0  # between requests leaving, averaged over the last 20 or so
         self._left_at: float | None = None
 
@@ -186,12 +186,12 @@ class Admission:
                 )
 
     def _limit_s(self, ticket: Ticket, deadline_at: float) -> float:
-        return min(self._ttft_target_s, deadline_at - ticket.arrived_at)
+        return min(self.ttft_target_s, deadline_at - ticket.arrived_at)
 
     def _check_time(self, ttft_s: float, ticket: Ticket, deadline_at: float) -> None:
         limit_s = self._limit_s(ticket, deadline_at)
         if ttft_s > limit_s:
-            what = "the target" if limit_s == self._ttft_target_s else "its deadline"
+            what = "the target" if limit_s == self.ttft_target_s else "its deadline"
             raise Overloaded(
                 f"the first token would come after about {ttft_s:.2g} s, {what} is {limit_s:.2g} s; "
                 "try again later or add workers",
