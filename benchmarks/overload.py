@@ -1,16 +1,13 @@
 """What is left of the service under more load than it can carry? Goodput with admission control and without.
 
 python -m splitserve.benchmarks.overload
-python -m splitserve.benchmarks.overload --cluster
 
 The capacity is the highest rate at which 90 % of the requests meet the service level. Asked: goodput at twice the
-capacity, and through a burst of ten times the traffic for 20 s. Simulated (a 2P2D cluster of Llama 3.1 8B on H200, by
-the code that serves) or measured on real processes on this machine.
+capacity, and through a burst of ten times the traffic for 20 s. Simulated, by the code that serves.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .overload_runs import Measured
+from .overload_simulation import simulate_all
 from .report import write_json
 
 Rows = Mapping[str, Mapping[str, Measured]]  # traffic -> policy -> what came of it
@@ -28,21 +26,12 @@ KEPT, GAINED = 0.9, 2.0  # wanted
 
 
 def main(
-    cluster: Annotated[bool, typer.Option(help="Real processes on this machine; a few minutes.")] = False,
-    model: Annotated[str | None, typer.Option(help="Of --cluster.", show_default="a tiny random Llama")] = None,
     seconds: Annotated[float, typer.Option(min=10, help="Of traffic in each run at a steady rate.")] = 120.0,
     seed: Annotated[int, typer.Option(help="Of arrivals and lengths.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
 ) -> None:
     """Exit code 1 if goodput at twice the capacity is below 0.9 of that at it, or admission gains less than 2x."""
-    if cluster:
-        from .overload_cluster import run
-
-        capacity, rows, title = asyncio.run(run(model, seconds, seed))
-    else:
-        from .overload_simulation import simulate_all
-
-        capacity, rows, title = simulate_all(seconds, seed)
+    capacity, rows, title = simulate_all(seconds, seed)
     Console().print(_table(rows, f"{title}; capacity {capacity:.2f} requests/s"))
     kept = rows["2x capacity"]["refuse"].goodput_rps / rows["capacity"]["refuse"].goodput_rps
     burst = rows["10x burst"]
@@ -59,7 +48,7 @@ def main(
 
 def _table(rows: Rows, title: str) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
-    for column in ("traffic", "admission", "offered /s", "goodput /s", "met", "refused", "TTFT p90 of the served, s"):
+    for column in ("traffic", "admission", "offered /s", "goodput /s", "met", "refused", "TTFT p90, s"):
         table.add_column(column, justify="left" if column in ("traffic", "admission") else "right")
     for name, by_policy in rows.items():
         for policy, row in by_policy.items():
