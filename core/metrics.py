@@ -76,6 +76,7 @@ class RouterMetrics:
         self.requests = Counter("splitserve_requests", "Requests ended", ["outcome"], registry=registry)
         self.live = Gauge("splitserve_live_requests", "Requests not ended yet", registry=registry)
         self.queued = Gauge("splitserve_queued_requests", "Requests waiting for dispatch", registry=registry)
+        self.refused = Counter("splitserve_refused_requests", "Requests refused for lack of room", registry=registry)
         self.retries = Counter("splitserve_retries", "Attempts after the first", registry=registry)
         self.tokens = Counter("splitserve_streamed_tokens", "Tokens streamed to clients", registry=registry)
         self.duplicate_tokens = Counter(
@@ -84,6 +85,7 @@ class RouterMetrics:
         self.stale_messages = Counter(
             "splitserve_router_stale_messages", "Worker messages dropped: of no live attempt", registry=registry
         )
+        self.refused = Counter("splitserve_refused", "Calls refused by who makes them", ["reason"], registry=registry)
         self.tokenizations = Counter("splitserve_tokenizations", "Texts tokenised", registry=registry)
         self.workers = Gauge("splitserve_ready_workers", "Workers ready", ["role"], registry=registry)
         self.ttft_seconds = Histogram(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..core.config import WORKER_ROLES, ClusterConfig, Role, WorkerRole
 from ..core.errors import ConfigError, SplitserveError
+from .admin_access import AdminAccess
 from .changes import least_useful
 from .keeper import Keeper
 from .launch import Command
@@ -33,10 +34,17 @@ class Controller:
 
     Args:
         adopt: names of processes that an earlier incarnation left.
+        access: what that incarnation proved to routers who it was with.
     """
 
     def __init__(
-        self, config: ClusterConfig, log_dir: Path, *, command: Command = role_command, adopt: Iterable[str] = ()
+        self,
+        config: ClusterConfig,
+        log_dir: Path,
+        *,
+        command: Command = role_command,
+        adopt: Iterable[str] = (),
+        access: AdminAccess | None = None,
     ) -> None:
         self.ready = asyncio.Event()  # every process serves and every router has a session with every worker
         self.stopping = asyncio.Event()
@@ -48,7 +56,8 @@ class Controller:
             self.ready.set()
         self._keepers: dict[str, Keeper] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._links = RouterLinks(config)
+        self._access = access or AdminAccess()
+        self._links = RouterLinks(self._access)
         self._tasks: asyncio.TaskGroup | None = None
         self._routing_changed = asyncio.Event()  # routers must be told
         self._change = asyncio.Event()  # of any member; each change sets it and puts a new one in its place
@@ -161,6 +170,7 @@ class Controller:
             self.config,
             self._log_dir,
             command=self._command,
+            environment=self._access.environment if role == "router" else {},
             changed=self._member_changed,
             prefer=self._preferred_nodes,
             must_start=lambda: not self.ready.is_set(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from ray.util.placement_group import placement_group_table
 
 from ..core.config import WORKER_ROLES, ClusterConfig, WorkerRole
 from ..core.errors import SplitserveError
+from .admin_access import AdminAccess
 from .changes import changes
 from .controller import Controller
 from .launch import Command
@@ -62,11 +64,14 @@ class ControllerActor:
         self._key = ray.get_runtime_context().namespace.encode()
         stored: bytes | None = await asyncio.to_thread(internal_kv._internal_kv_get, self._key, namespace=_KV_NAMESPACE)
         adopt: Sequence[str] = ()
+        access = AdminAccess()
         if stored is not None:
-            config = ClusterConfig.model_validate_json(stored)
+            row = json.loads(stored)
+            config, access = ClusterConfig.model_validate(row["config"]), AdminAccess(row["secret"])
             adopt = await asyncio.to_thread(_left_behind)
             logger.warning("the controller was restarted and goes on with %s", ", ".join(adopt) or "nothing")
-        self._controller = Controller(config, Path(log_dir), command=command, adopt=adopt)
+        self._controller = Controller(config, Path(log_dir), command=command, adopt=adopt, access=access)
+        self._secret = access.secret
         await self._store()
         self._outcome: Outcome | None = None
         self._run = asyncio.create_task(self._serve())
@@ -138,7 +143,8 @@ class ControllerActor:
         self._outcome = Outcome(refusal=refusal)
 
     async def _store(self) -> None:
-        text = self._controller.config.model_dump_json().encode()
+        row = {"config": self._controller.config.model_dump(mode="json"), "secret": self._secret}
+        text = json.dumps(row).encode()
         await asyncio.to_thread(internal_kv._internal_kv_put, self._key, text, overwrite=True, namespace=_KV_NAMESPACE)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -42,6 +42,7 @@ class Keeper:
     """One process. `run` it as a task; it ends once the process is retired, or may not be started any more.
 
     Args:
+        environment: what the process gets besides what its configuration says; another one is no reason to restart it.
         changed: called whenever `member` has changed.
         prefer: of a name and the ids of nodes that could hold it, those that it should rather go to.
         must_start: whether a failure now is the cluster's failure.
@@ -55,6 +56,7 @@ class Keeper:
         log_dir: Path,
         *,
         command: Command,
+        environment: Mapping[str, str],
         changed: Callable[[Member, Member], None],
         prefer: Callable[[str, Sequence[str]], Sequence[str]],
         must_start: Callable[[], bool],
@@ -65,6 +67,7 @@ class Keeper:
         self.hurry = asyncio.Event()  # stop without draining any longer
         self._log_path = log_dir / f"{name}.log"
         self._command = command
+        self._environment = environment
         self._changed = changed
         self._prefer = prefer
         self._must_start = must_start
@@ -186,7 +189,10 @@ class Keeper:
             return None
         self._update(phase=Phase.STARTING)
         started: Endpoint | StartFailure = await self._actor.start.remote(
-            launch.command, launch.environment, self.config.startup_timeout_s, self._launch(fixed_ports=False).digest
+            launch.command,
+            {**launch.environment, **self._environment},
+            self.config.startup_timeout_s,
+            self._launch(fixed_ports=False).digest,
         )
         if isinstance(started, Endpoint):
             logger.info("%s serves at %s, pid %d", self.name, started.address, started.pid)

@@ -9,12 +9,10 @@ from collections.abc import Iterable
 import grpc.aio
 
 from ..client.results import RouterStatus, status_from_proto
-from ..client.routers import key_metadata
-from ..core.config import ClusterConfig
 from ..core.errors import SplitserveError
 from ..proto import inference_pb2, inference_pb2_grpc
 from ..proto.rpc import CHANNEL_OPTIONS
-from ..router.keys import read_keys
+from .admin_access import AdminAccess
 from .members import Member
 
 logger = logging.getLogger(__name__)
@@ -25,9 +23,8 @@ _TIMEOUT_S = 2.0
 class RouterLinks:
     """One channel to each router; call `tell` after every change of the workers, and now and then."""
 
-    def __init__(self, config: ClusterConfig) -> None:
-        key_file = config.router.api_key_file
-        self._metadata = key_metadata(read_keys(key_file)[0]) if key_file is not None else ()
+    def __init__(self, access: AdminAccess) -> None:
+        self._metadata = access.metadata
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._told: dict[str, tuple[str, inference_pb2.SetWorkersRequest]] = {}  # router -> (its boot id, the list)
         self._views: dict[str, RouterStatus] = {}
