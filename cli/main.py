@@ -26,6 +26,7 @@ from ..core.errors import (
 SUBCOMMANDS = {
     "up": "Start a cluster on Ray and watch it.",
     "status": "Show the workers and requests of a running cluster.",
+    "drain": "Take a worker out of service without losing a request.",
     "down": "Stop the cluster that `up` started.",
     "generate": "Send one prompt and print the answer.",
     "chat": "Talk with the model, turn by turn.",

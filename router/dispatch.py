@@ -18,6 +18,7 @@ from enum import Enum
 from ..core.errors import (
     Cancelled,
     DeadlineExceeded,
+    Draining,
     InvalidRequest,
     KvCorrupted,
     Overloaded,
@@ -202,6 +203,9 @@ class Dispatcher:
         job = self._live(worker, grant.request_id, grant.attempt)
         if job is None or job.phase is not Phase.GRANTING or job.prefill is None:
             return
+        if job.prefill.state != "ready":  # it began to drain meanwhile
+            self._requeue(job)
+            return
         now = time.monotonic()
         job.phase = Phase.PREFILLING
         job.timeline.granted_at = now
@@ -258,7 +262,7 @@ class Dispatcher:
         else:
             self._attempt_failed(job, worker, error)
 
-    def lost(self, worker: WorkerLink, error: WorkerLost) -> None:
+    def lost(self, worker: WorkerLink, error: WorkerLost | Draining) -> None:
         for request_id in list(worker.runs):
             worker.detach(request_id)
             self._attempt_failed(self._jobs[request_id], worker, error)
@@ -369,6 +373,10 @@ class Dispatcher:
             self._end(job, None)
 
     def _attempt_failed(self, job: Job, worker: WorkerLink, error: SplitserveError) -> None:
+        if isinstance(error, Draining):  # nothing failed, and that worker takes no more work
+            self._metrics.handed_over.inc()
+            self._requeue(job)
+            return
         job.num_failures += 1
         if not error.retryable or job.num_failures >= self._max_attempts:
             self._end(job, error)
