@@ -34,6 +34,7 @@ SUBCOMMANDS = {
     "plan": "Find how many prefill and decode workers a traffic needs.",
     "simulate": "Replay traffic on a cluster that need not exist.",
     "calibrate": "Measure a worker, for plans that fit it.",
+    "keys": "List API keys; `keys new NAME` makes one.",
     "demo": "Start a small cluster, answer eight prompts, stop it.",
     "router": "Run a router process.",
     "prefill-worker": "Run a prefill worker process.",
@@ -41,7 +42,7 @@ SUBCOMMANDS = {
 }
 
 # Subcommands of a subcommand that is also a command itself; in the file of its name (with _ for the space).
-_NESTED = {"plan verify"}
+_NESTED = {"plan verify", "keys new"}
 
 # What the default install leaves out, by the extra that brings it.
 _EXTRAS = {

@@ -100,7 +100,8 @@ class RouterConfig(_Section):
         description="Port of the first router's OpenAI API; empty: 8000, or a free one where port is 0; -1: none",
     )
     api_key_file: Path | None = Field(
-        default=None, description="File with one API key a line, asked of every caller; empty: everybody may call"
+        default=None,
+        description="File of API keys (`splitserve keys new`), asked of every caller; empty: everybody may call",
     )
     max_queued: int = Field(default=256, ge=1, description="Requests waiting for dispatch; more are refused")
     max_live: int = Field(default=8_192, ge=1, description="Requests not ended, queued ones included; more are refused")

@@ -89,6 +89,7 @@ class RouterMetrics:
         self.stale_messages = Counter(
             "splitserve_router_stale_messages", "Worker messages dropped: of no live attempt", registry=registry
         )
+        self.refused = Counter("splitserve_refused", "Calls refused by who makes them", ["reason"], registry=registry)
         self.tokenizations = Counter("splitserve_tokenizations", "Texts tokenised", registry=registry)
         self.workers = Gauge("splitserve_ready_workers", "Workers ready", ["role"], registry=registry)
         self.ttft_seconds = Histogram(

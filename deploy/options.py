@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from ..core.address import check_address
@@ -12,6 +13,8 @@ from ..worker.options import WorkerOptions
 
 if TYPE_CHECKING:
     from ..router.server import RouterOptions
+
+CONTROLLER_KEY = "SPLITSERVE_CONTROLLER_KEY_SHA256"  # from the controller to the routers that it starts
 
 _TRANSPORTS = {
     "auto": ("cuda_ipc", "shared_memory", "grpc"),
@@ -31,8 +34,11 @@ def worker_options(
     metrics_port: int,
     worker_id: str,
     num_threads: int | None,
+    kv_address: str = "",
 ) -> WorkerOptions:
     """Raises: ConfigError: a value that only the engine can judge is wrong."""
+    if kv_address:
+        check_address(kv_address, "--kv-address")
     engine = config.engine
     transports = _TRANSPORTS[config.transport]
     device = engine.device or ("cuda" if config.pool(role).gpus else "cpu")
@@ -68,6 +74,7 @@ def worker_options(
         host=host,
         port=port,
         metrics_port=metrics_port,
+        kv_address=kv_address,
         worker_id=worker_id,
         transports=transports,
         kv_codec=config.kv_codec,
@@ -96,6 +103,7 @@ def router_options(
         metrics_port=metrics_port,
         router_id=router_id,
         api_key_file=router.api_key_file,
+        controller_key_sha256=os.environ.get(CONTROLLER_KEY, ""),
         max_queued=router.max_queued,
         max_live=router.max_live,
         prefill_bound_s=router.prefill_bound_s,

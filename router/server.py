@@ -22,7 +22,8 @@ from ..scheduling.admission import Admission
 from .dispatch import Dispatcher
 from .front_door import FrontDoor
 from .frontend import ADMIN, INFERENCE, Inference, RouterAdmin, add_to_server
-from .keys import ApiKeys, RequireKey, read_keys
+from .key_file import KeyFile
+from .keys import ApiKeys, RequireKey
 from .membership import WorkerPool
 from .openai.app import make_app
 from .openai.server import HttpServer
@@ -43,7 +44,8 @@ class RouterOptions:
     port: int = 50051
     metrics_port: int = 0
     http_port: int | None = None  # of the OpenAI-compatible API; None: not served
-    api_key_file: Path | None = None  # one key a line, asked of every caller; None: everybody may call
+    api_key_file: Path | None = None  # keys asked of every caller; None: everybody may call
+    controller_key_sha256: str = ""  # of the key that the cluster's controller calls with, in hex
     router_id: str = ""  # unique in the cluster; empty makes one
     max_queued: int = 256  # requests waiting for dispatch; more are refused
     max_live: int = 8_192  # requests not ended; more are refused
@@ -87,7 +89,10 @@ class Router:
             default_timeout_s=options.default_timeout_s,
             no_worker_wait_s=options.no_worker_wait_s,
         )
-        keys = ApiKeys(read_keys(options.api_key_file)) if options.api_key_file is not None else None
+        keys = None
+        if options.api_key_file is not None:
+            controller = bytes.fromhex(options.controller_key_sha256)
+            keys = ApiKeys(KeyFile(options.api_key_file).keys, self.metrics, controller)
         interceptors = [RequireKey(keys)] if keys is not None else []
         self._rpc = RpcServer(options.host, options.port, [INFERENCE, ADMIN], interceptors)
         add_to_server(self._rpc.server, Inference(self._door), RouterAdmin(self.pool, self.dispatcher))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..core.api_key import ANYBODY, ApiKey
 from ..core.errors import InvalidRequest, ModelNotFound, Overloaded
 from ..core.request import OutputFormat, Request, SamplingParams
 
@@ -44,6 +45,7 @@ def make_request(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
     output_format: OutputFormat | None = None,
+    key: ApiKey = ANYBODY,
 ) -> Request:
     """The request as workers will see it. `max_tokens` None means as many as the model has room for.
 
@@ -66,6 +68,7 @@ def make_request(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         output_format=output_format,
+        key=key,
     )
     request.validate(max_model_len=limits.max_model_len, vocab_size=limits.vocab_size)
     for name, ids in (("received_token_ids", output_token_ids), ("stop_token_ids", stop_token_ids)):

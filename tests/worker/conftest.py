@@ -25,7 +25,7 @@ from splitserve.proto.rpc import CHANNEL_OPTIONS
 from splitserve.scheduling.steps import StepPlan
 from splitserve.worker.options import WorkerOptions
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 @pytest.fixture(scope="session")
