@@ -26,6 +26,7 @@ from ..proto.convert import (
 )
 from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
 from ..scheduling.attempts import NewTokens
+from ..scheduling.decode_pace import DecodePace
 from ..scheduling.routing import DecodeLoad, PrefillLoad
 
 logger = logging.getLogger(__name__)
@@ -356,9 +357,20 @@ _TRANSPORTS = {
 
 
 class DecodeLink(WorkerLink):
-    """A decode or colocated worker. The load of a run is its KV blocks until the next status counts them, then 0."""
+    """A decode or colocated worker. The load of a run is its KV blocks until the next status counts them, then 0.
+
+    Args: pace: tells how many sequences it may have.
+    """
 
     role = "decode"
+
+    def __init__(self, *args: Any, pace: DecodePace) -> None:
+        super().__init__(*args)
+        self._pace = pace
+
+    @property
+    def takes_work(self) -> bool:
+        return super().takes_work and self._pace.has_room(self._num_sequences)
 
     @property
     def colocated(self) -> bool:
@@ -378,8 +390,23 @@ class DecodeLink(WorkerLink):
         return DecodeLoad(
             worker=self.address,
             available_blocks=available - sum(self.runs.values()),
-            num_sequences=max(self.status.num_running + self.status.num_waiting, len(self.runs)),
+            num_sequences=self._num_sequences,
             colocated=self.colocated,
+        )
+
+    @property
+    def _num_sequences(self) -> int:
+        return max(self.status.num_running + self.status.num_waiting, len(self.runs))
+
+    @property
+    def prefill_load(self) -> PrefillLoad:
+        """As one that computes prompts itself."""
+        sent = sum(self.runs.values()) * self.block_size  # since the last status
+        return PrefillLoad(
+            worker=self.address,
+            outstanding_tokens=self.status.num_outstanding_prefill_tokens + sent,
+            outstanding_prompts=self.status.num_waiting,
+            tokens_per_s=self.status.prefill_tokens_per_s,
         )
 
     def request_grant(self, request: Request, timeout_s: float, prefill: PrefillLink) -> None:
@@ -402,6 +429,7 @@ class DecodeLink(WorkerLink):
 
     def _status(self, status: worker_pb2.WorkerStatus) -> None:
         self.runs = dict.fromkeys(self.runs, 0)
+        self._pace.report(status.num_running, status.decode_step_s)
         super()._status(status)
 
     def _received(self, kind: str, message: Any) -> None:
