@@ -76,7 +76,9 @@ class RouterMetrics:
         self.requests = Counter("splitserve_requests", "Requests ended", ["outcome"], registry=registry)
         self.live = Gauge("splitserve_live_requests", "Requests not ended yet", registry=registry)
         self.queued = Gauge("splitserve_queued_requests", "Requests waiting for dispatch", registry=registry)
-        self.refused = Counter("splitserve_refused_requests", "Requests refused for lack of room", registry=registry)
+        self.overloaded = Counter(
+            "splitserve_overloaded_requests", "Requests refused for lack of room", registry=registry
+        )
         self.retries = Counter("splitserve_retries", "Attempts after the first", registry=registry)
         self.handed_over = Counter(
             "splitserve_handed_over_attempts",

@@ -304,7 +304,7 @@ class Dispatcher:
                 prefills=self._prefill_loads(),
             )
         except Overloaded:
-            self._metrics.refused.inc()
+            self._metrics.overloaded.inc()
             raise
 
     def _prefill_loads(self) -> list[PrefillLoad]:
@@ -358,7 +358,7 @@ class Dispatcher:
                 job.ticket, now=time.monotonic(), deadline_at=job.deadline_at, prefills=self._prefill_loads()
             )
         except Overloaded as error:
-            self._metrics.refused.inc()
+            self._metrics.overloaded.inc()
             self._end(job, error)
             return False
         return True
@@ -367,7 +367,7 @@ class Dispatcher:
         """It waited in the queue until there was no point in waiting longer."""
         job.queue_timer = None
         if job.phase is Phase.QUEUED and job.untouched and self._pool.usable:
-            self._metrics.refused.inc()
+            self._metrics.overloaded.inc()
             self._end(job, self._admission.too_late(self.num_queued))
 
     def _start(self, job: Job, placement: Placement) -> None:
