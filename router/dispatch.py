@@ -17,6 +17,7 @@ from enum import Enum
 from ..core.errors import (
     Cancelled,
     DeadlineExceeded,
+    Draining,
     InvalidRequest,
     KvCorrupted,
     Overloaded,
@@ -211,6 +212,9 @@ class Dispatcher:
         job = self._live(worker, grant.request_id, grant.attempt)
         if job is None or job.phase is not Phase.GRANTING or job.prefill is None:
             return
+        if job.prefill.state != "ready":  # it began to drain meanwhile
+            self._requeue(job)
+            return
         now = time.monotonic()
         job.phase = Phase.PREFILLING
         job.timeline.granted_at = now
@@ -269,7 +273,7 @@ class Dispatcher:
         else:
             self._attempt_failed(job, worker, error)
 
-    def lost(self, worker: WorkerLink, error: WorkerLost) -> None:
+    def lost(self, worker: WorkerLink, error: WorkerLost | Draining) -> None:
         for request_id in list(worker.runs):
             worker.detach(request_id)
             self._attempt_failed(self._jobs[request_id], worker, error)
@@ -300,7 +304,7 @@ class Dispatcher:
                 prefills=self._prefill_loads(),
             )
         except Overloaded:
-            self._metrics.refused.inc()
+            self._metrics.overloaded.inc()
             raise
 
     def _prefill_loads(self) -> list[PrefillLoad]:
@@ -354,7 +358,7 @@ class Dispatcher:
                 job.ticket, now=time.monotonic(), deadline_at=job.deadline_at, prefills=self._prefill_loads()
             )
         except Overloaded as error:
-            self._metrics.refused.inc()
+            self._metrics.overloaded.inc()
             self._end(job, error)
             return False
         return True
@@ -363,7 +367,7 @@ class Dispatcher:
         """It waited in the queue until there was no point in waiting longer."""
         job.queue_timer = None
         if job.phase is Phase.QUEUED and job.untouched and self._pool.usable:
-            self._metrics.refused.inc()
+            self._metrics.overloaded.inc()
             self._end(job, self._admission.too_late(self.num_queued))
 
     def _start(self, job: Job, placement: Placement) -> None:
@@ -443,6 +447,10 @@ class Dispatcher:
             self._end(job, None)
 
     def _attempt_failed(self, job: Job, worker: WorkerLink, error: SplitserveError) -> None:
+        if isinstance(error, Draining):  # nothing failed, and that worker takes no more work
+            self._metrics.handed_over.inc()
+            self._requeue(job)
+            return
         job.num_failures += 1
         if not error.retryable or job.num_failures >= self._max_attempts:
             self._end(job, error)

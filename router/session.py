@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import grpc
 import grpc.aio
 
-from ..core.errors import ProtocolMismatch, SplitserveError, WorkerLost
+from ..core.errors import Draining, ProtocolMismatch, SplitserveError, WorkerLost
 from ..core.request import Request
 from ..proto import kv_transfer_pb2, worker_pb2, worker_pb2_grpc
 from ..proto.convert import (
@@ -75,7 +75,7 @@ class WorkerEvents(Protocol):
     def transferred(self, worker: WorkerLink, tokens: NewTokens, report: TransferReport) -> None: ...
     def decoded(self, worker: WorkerLink, tokens: NewTokens, report: DecodeReport | None) -> None: ...
     def failed(self, worker: WorkerLink, request_id: str, attempt: int, error: SplitserveError) -> None: ...
-    def lost(self, worker: WorkerLink, error: WorkerLost) -> None: ...
+    def lost(self, worker: WorkerLink, error: WorkerLost | Draining) -> None: ...
 
 
 class WorkerLink:
@@ -211,7 +211,9 @@ class WorkerLink:
                     logger.log(level, "%s worker %s: %s", self.role, self.address, reason)
                 self.reason = reason
                 if was_up:
-                    self._events.lost(self, WorkerLost(f"{self.role} worker {self.address} was lost: {reason}"))
+                    # What it still had when it went was on its way to it, or would have been handed over.
+                    kind = Draining if self.status.draining else WorkerLost
+                    self._events.lost(self, kind(f"{self.role} worker {self.address} was lost: {reason}"))
                     self.runs.clear()
                 self._events.workers_changed()
             delay_s = MIN_RECONNECT_S if was_up else min(2 * delay_s, MAX_RECONNECT_S)

@@ -374,7 +374,7 @@ async def test_a_first_token_that_would_come_too_late_is_refused_at_once(start_s
     with pytest.raises(Overloaded, match="after about 30 s, the target is 5 s") as caught:
         await end_of(ask(scene))
     assert caught.value.retry_after_s == pytest.approx(25.0, abs=0.1)
-    assert scene.router.metrics.refused._value.get() == 1
+    assert scene.router.metrics.overloaded._value.get() == 1
     scene.check_nothing_left()
 
 
