@@ -11,7 +11,7 @@ from ..proto.rpc import CHANNEL_OPTIONS
 
 logger = logging.getLogger(__name__)
 
-_REPLY_S = 2.0
+_REPLY_S = 12.0  # beyond the time given: what is left is handed over
 
 
 async def drain_worker(address: str, timeout_s: float) -> int:
