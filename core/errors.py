@@ -111,6 +111,12 @@ class WorkerLost(Unavailable):
     code = "worker_lost"
 
 
+class Draining(Unavailable):
+    """The worker is going out of service in an orderly way: the attempt goes on elsewhere, and nothing has failed."""
+
+    code = "draining"
+
+
 class TransferFailed(Unavailable):
     """The KV cache did not arrive; the prompt must be prefilled again."""
 

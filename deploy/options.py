@@ -42,11 +42,12 @@ def worker_options(
     transports = _TRANSPORTS[config.transport]
     device = engine.device or ("cuda" if config.pool(role).gpus else "cpu")
     on_gpu = device != "cpu"
+    ranks = config.tensor_parallel(role)
     return WorkerOptions(
         engine=EngineOptions(
             model=config.model,
             device=device,
-            tensor_parallel=engine.tensor_parallel,
+            tensor_parallel=ranks,
             dtype=engine.dtype,
             random_weights=engine.random_weights,
             block_size=engine.block_size,
@@ -100,6 +101,10 @@ def router_options(
         controller_key_sha256=os.environ.get(CONTROLLER_KEY, ""),
         max_queued=router.max_queued,
         max_live=router.max_live,
+        admission=router.admission,
+        ttft_target_s=router.ttft_target_s,
+        tpot_target_s=router.tpot_target_s,
+        ageing_s=router.ageing_s,
         prefill_bound_s=router.prefill_bound_s,
         max_attempts=router.max_attempts,
         default_timeout_s=router.default_timeout_s,

@@ -18,7 +18,7 @@ from ..core.events import Recorder
 from ..core.metrics import RouterMetrics
 from ..engine.model_files import resolve_model
 from ..proto.server import Ready, RpcServer, run
-from ..scheduling.admission import Admission
+from ..scheduling.admission import Admission, AdmissionPolicy
 from .dispatch import Dispatcher
 from .front_door import FrontDoor
 from .frontend import ADMIN, INFERENCE, Inference, RouterAdmin, add_to_server
@@ -53,6 +53,10 @@ class RouterOptions:
     max_attempts: int = 3  # failures of a request before its error goes to the client
     default_timeout_s: float = 600.0  # deadline of a call that has none
     no_worker_wait_s: float = 4.0  # how long a request waits while nobody can serve it
+    admission: AdmissionPolicy = "refuse"  # of requests that would have their first token too late
+    ttft_target_s: float | None = None  # what too late is; None: after the request's deadline
+    tpot_target_s: float | None = None  # longest decode step that new sequences may bring about; None: any
+    ageing_s: float = 10.0  # waiting that is worth one step of priority
     drain_timeout_s: float = 5.0  # how long SIGTERM waits for live requests
     trace_dir: Path | None = None
 
@@ -71,15 +75,21 @@ class Router:
         self.metrics = RouterMetrics(self._registry)
         text = ModelText(resolve_model(options.model, weights=False), self.metrics.tokenizations.inc)
         self.recorder = Recorder(options.router_id or "router", options.trace_dir)
-        self.pool = WorkerPool(model_name, self.boot_id, self.metrics)
+        self.pool = WorkerPool(model_name, self.boot_id, self.metrics, tpot_target_s=options.tpot_target_s)
         self.dispatcher = Dispatcher(
             self.pool,
-            Admission(max_queued=options.max_queued, max_live=options.max_live),
+            Admission(
+                max_queued=options.max_queued,
+                max_live=options.max_live,
+                policy=options.admission,
+                ttft_target_s=options.ttft_target_s,
+            ),
             self.metrics,
             self.recorder,
             prefill_bound_s=options.prefill_bound_s,
             max_attempts=options.max_attempts,
             no_worker_wait_s=options.no_worker_wait_s,
+            ageing_s=options.ageing_s,
         )
         self._door = FrontDoor(
             model_name,

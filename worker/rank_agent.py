@@ -12,18 +12,19 @@ import socket
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
-from ..core.errors import EngineFailed, SplitserveError, from_code
+from ..core.errors import Cancelled, EngineFailed, SplitserveError, from_code
 from ..engine.parallel import follower
 from ..engine.pool import KvPool
 from ..kv_transfer.grants import Grant
 from ..kv_transfer.identity import WorkerIdentity
 from ..kv_transfer.ranges import KvLayout
 from ..kv_transfer.ranks import Endpoint, RankReceiver
-from ..kv_transfer.receiver import KvReceiver, Received
+from ..kv_transfer.receiver import KvReceiver
 from ..kv_transfer.sender import KvSender
 from ..kv_transfer.source_ranks import RankSender
 from ..proto import kv_transfer_pb2
@@ -54,7 +55,7 @@ class RankAgent:
         self._lock = threading.Lock()  # of the two below: steps and offers come on different ways
         self._leaving: dict[str, _Leaving] = {}
         self._forgotten: OrderedDict[str, None] = OrderedDict()  # a step may still report one
-        self._arriving: dict[int, asyncio.Task[None]] = {}
+        self._arriving: dict[int, asyncio.Task[dict[str, object]]] = {}
 
     # -- the device's thread --
 
@@ -120,10 +121,9 @@ class RankAgent:
             case "forget":
                 self._forget(message["request_id"])
             case "receive":
-                number = message.pop("number")
-                self._arriving[number] = asyncio.create_task(self._receive(number, **message))
+                self._begin(message.pop("number"), self._receive(**message))
             case "commit":
-                self._arriving[message["number"]] = asyncio.create_task(self._commit(**message))
+                self._begin(message.pop("number"), self._commit(**message))
             case "cancel":
                 if (task := self._arriving.get(message["number"])) is not None:
                     task.cancel()
@@ -169,53 +169,48 @@ class RankAgent:
 
     # -- KV that arrives --
 
+    def _begin(self, number: int, work: Coroutine[Any, Any, dict[str, object]]) -> None:
+        task = self._arriving[number] = asyncio.create_task(work)
+        task.add_done_callback(partial(self._answer, number))  # also if it is cancelled before it began
+
+    def _answer(self, number: int, task: asyncio.Task[dict[str, object]]) -> None:
+        del self._arriving[number]
+        error = Cancelled("rank 0 gave the transfer up") if task.cancelled() else task.exception()
+        if error is None:
+            self._say(answer=number, **task.result())
+            return
+        if not isinstance(error, SplitserveError):
+            logger.error("moving KV failed", exc_info=error)
+            error = EngineFailed(f"rank {self._rank} failed while it moved KV; see its log")
+        self._say(answer=number, code=error.code, message=error.message)
+
     async def _receive(
         self,
-        number: int,
         grants: Sequence[str],
         addresses: Sequence[str],
         boot_ids: Sequence[str],
         token_ids: Sequence[int],
         block_ids: Sequence[int],
-    ) -> None:
+    ) -> dict[str, object]:
         source = Endpoint(addresses=tuple(addresses), boot_ids=tuple(boot_ids))
-        try:
-            received = await self._arrivals.receive([_grant(grant) for grant in grants], source, token_ids, block_ids)
-            self._say(answer=number, received=[_to_json(share) for share in received])
-        except SplitserveError as error:
-            self._say(answer=number, code=error.code, message=error.message)
-        except asyncio.CancelledError:
-            self._say(answer=number, code="cancelled", message="rank 0 gave the transfer up")
-        except Exception:
-            logger.exception("receiving KV failed")
-            failed = EngineFailed(f"rank {self._rank} failed while it received KV; see its log")
-            self._say(answer=number, code=failed.code, message=failed.message)
-        finally:
-            del self._arriving[number]
+        received = await self._arrivals.receive([_grant(grant) for grant in grants], source, token_ids, block_ids)
+        return {"received": [{**asdict(share), "digest": share.digest.hex()} for share in received]}
 
     async def _commit(
         self,
-        number: int,
         grants: Sequence[str],
         addresses: Sequence[str],
         boot_ids: Sequence[str],
         received: Sequence[Mapping[str, Any]],
-    ) -> None:
+    ) -> dict[str, object]:
         source = Endpoint(addresses=tuple(addresses), boot_ids=tuple(boot_ids))
         shares = [received_from_json(share) for share in received]
-        try:
-            await self._arrivals.commit([_grant(grant) for grant in grants], source, shares)
-        finally:
-            self._say(answer=number)
-            del self._arriving[number]
+        await self._arrivals.commit([_grant(grant) for grant in grants], source, shares)
+        return {}
 
 
 def _grant(written: str) -> Grant:
     return Grant.from_proto(kv_transfer_pb2.Grant.FromString(bytes.fromhex(written)))
-
-
-def _to_json(received: Received) -> dict[str, object]:
-    return {**asdict(received), "digest": received.digest.hex()}
 
 
 def main() -> None:

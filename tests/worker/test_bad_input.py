@@ -60,13 +60,6 @@ def test_a_worker_that_cannot_start_says_why(damage: Damage, flags: list[str], m
     assert len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("words", [["prefill-worker"], ["decode-worker"]])
-def test_kv_that_is_split_over_ranks_does_not_move_yet(words: list[str]) -> None:
-    result = CliRunner().invoke(app, [*words, "--tensor-parallel", "2"])
-    assert result.exit_code == 2
-    assert "use colocated workers, or tensor_parallel 1" in result.stderr
-
-
 def test_a_gpu_without_bfloat16_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
