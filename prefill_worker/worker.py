@@ -14,7 +14,7 @@ from ..kv_transfer.grants import Grant
 from ..kv_transfer.sender import KvSender
 from ..proto import worker_pb2
 from ..proto.convert import failure_to_proto, logprob_to_proto, reason_to_proto
-from ..worker.edge import sequence_id
+from ..worker.edge import attempts_until
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
 from ..worker.session import Session
@@ -97,9 +97,8 @@ class PrefillWorker:
 
     def cancel(self, request_id: str, attempt: int) -> None:
         """Free what this and older attempts hold."""
-        for number in range(1, attempt + 1):
-            if (run := self._runs.get(sequence_id(request_id, number))) is not None:
-                self._cancel(run, "the router cancelled the request")
+        for run in attempts_until(self._runs, request_id, attempt):
+            self._cancel(run, "the router cancelled the request")
 
     def session_ended(self, session: RouterSession) -> None:
         """The router is gone: nobody would read what it asked for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..core.errors import InvalidRequest, ModelNotFound, Overloaded
+from ..core.errors import ModelNotFound, Overloaded
 from ..core.request import OutputFormat, Request, SamplingParams
 
 MIN_RETRY_AFTER_S = 0.1
@@ -68,16 +68,6 @@ def make_request(
         output_format=output_format,
     )
     request.validate(max_model_len=limits.max_model_len, vocab_size=limits.vocab_size)
-    for name, ids in (("received_token_ids", output_token_ids), ("stop_token_ids", stop_token_ids)):
-        if ids and max(ids) >= limits.vocab_size:
-            raise InvalidRequest(
-                f"{name} holds {max(ids)}, outside the vocabulary of {limits.vocab_size:,}", field=name
-            )
-    if len(output_token_ids) > max_tokens:
-        raise InvalidRequest(
-            f"received_token_ids holds {len(output_token_ids)} tokens, more than max_tokens {max_tokens}",
-            field="received_token_ids",
-        )
     return request
 
 
