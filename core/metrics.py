@@ -77,6 +77,12 @@ class RouterMetrics:
         self.live = Gauge("splitserve_live_requests", "Requests not ended yet", registry=registry)
         self.queued = Gauge("splitserve_queued_requests", "Requests waiting for dispatch", registry=registry)
         self.retries = Counter("splitserve_retries", "Attempts after the first", registry=registry)
+        self.retries_left = Gauge(
+            "splitserve_retry_budget", "Retries that the budget still allowed after the last one", registry=registry
+        )
+        self.takeovers = Counter(
+            "splitserve_takeovers", "Calls that went on with a request of an earlier one", ["kind"], registry=registry
+        )
         self.tokens = Counter("splitserve_streamed_tokens", "Tokens streamed to clients", registry=registry)
         self.duplicate_tokens = Counter(
             "splitserve_duplicate_tokens", "Token messages dropped as already seen", registry=registry

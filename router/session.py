@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import grpc
 import grpc.aio
 
-from ..core.errors import ProtocolMismatch, SplitserveError, WorkerLost
+from ..core.errors import ProtocolMismatch, SplitserveError, WorkerDied, WorkerLost
 from ..core.request import Request
 from ..proto import kv_transfer_pb2, worker_pb2, worker_pb2_grpc
 from ..proto.convert import (
@@ -141,6 +141,11 @@ class WorkerLink:
             self._send(cancel=worker_pb2.CancelRun(request_id=request_id, attempt=attempt))
             self.detach(request_id)
 
+    def claim(self, request_id: str, attempt: int) -> None:
+        """Tell the worker that this router takes the request over from whoever runs attempts before this one there."""
+        if self.info is not None:
+            self._send(cancel=worker_pb2.CancelRun(request_id=request_id, attempt=attempt - 1))
+
     @property
     def stopping(self) -> bool:
         return self._task is not None and (self._task.done() or self._task.cancelling() > 0)
@@ -185,7 +190,7 @@ class WorkerLink:
         """Session after session until stopped, with back-off between them."""
         delay_s = MIN_RECONNECT_S
         while True:
-            reason, refusal = "the worker ended the session", ""
+            reason, refusal, died = "the worker ended the session", "", False
             try:
                 async with asyncio.timeout(SILENCE_S) as watchdog:
                     await self._session(watchdog)
@@ -196,6 +201,7 @@ class WorkerLink:
                 reason = f"no word for {SILENCE_S:g} s: the worker or its host hangs"
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
+                died = error.code() is grpc.StatusCode.UNAVAILABLE and not self.status.draining
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                     reason = refusal = f"nothing at {self.address} is a {self.role} worker"
                 elif isinstance(from_rpc_error(error), ProtocolMismatch):
@@ -210,7 +216,8 @@ class WorkerLink:
                     logger.log(level, "%s worker %s: %s", self.role, self.address, reason)
                 self.reason = reason
                 if was_up:
-                    self._events.lost(self, WorkerLost(f"{self.role} worker {self.address} was lost: {reason}"))
+                    kind = WorkerDied if died else WorkerLost
+                    self._events.lost(self, kind(f"{self.role} worker {self.address} was lost: {reason}"))
                     self.runs.clear()
                 self._events.workers_changed()
             delay_s = MIN_RECONNECT_S if was_up else min(2 * delay_s, MAX_RECONNECT_S)
