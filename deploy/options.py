@@ -31,8 +31,11 @@ def worker_options(
     metrics_port: int,
     worker_id: str,
     num_threads: int | None,
+    kv_address: str = "",
 ) -> WorkerOptions:
     """Raises: ConfigError: a value that only the engine can judge is wrong."""
+    if kv_address:
+        check_address(kv_address, "--kv-address")
     engine = config.engine
     transports = _TRANSPORTS[config.transport]
     device = engine.device or ("cuda" if config.pool(role).gpus else "cpu")
@@ -68,6 +71,7 @@ def worker_options(
         host=host,
         port=port,
         metrics_port=metrics_port,
+        kv_address=kv_address,
         worker_id=worker_id,
         transports=transports,
         kv_codec=config.kv_codec,

@@ -204,7 +204,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             eos_token_ids=sorted(self.model.eos_token_ids),
             block_size=self.options.engine.block_size,
             kv_bytes_per_token=geometry.bytes_per_token,
-            kv_address=self.rpc.address,
+            kv_address=self.options.kv_address or self.rpc.address,
             pid=os.getpid(),
             max_step_tokens=self.options.engine.max_step_tokens,
             kv_dtype=geometry.dtype,

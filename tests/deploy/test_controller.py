@@ -41,7 +41,7 @@ def config(**overrides: Any) -> ClusterConfig:
 
 
 async def until(controller: Controller, condition: Callable[[ClusterView], bool]) -> ClusterView:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition(controller.view()):
             await asyncio.sleep(0.02)
     return controller.view()

@@ -44,7 +44,7 @@ def belonging_to(directory: Path) -> list[psutil.Process]:
                 found.append(process)
         except psutil.Error:  # it ended, or is not ours
             continue
-    _, alive = psutil.wait_procs(found, timeout=5)
+    _, alive = psutil.wait_procs(found, timeout=30)
     return alive
 
 

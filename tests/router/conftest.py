@@ -18,7 +18,7 @@ from splitserve.proto import inference_pb2, kv_transfer_pb2, worker_pb2, worker_
 from splitserve.proto.convert import PROTOCOL_VERSION
 from splitserve.router.server import Router, RouterOptions
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 STATUS_S = 0.2
 LENGTH = inference_pb2.FINISH_REASON_LENGTH
 

@@ -23,7 +23,7 @@ from splitserve.proto.convert import PROTOCOL_VERSION, request_to_proto
 from splitserve.proto.rpc import CHANNEL_OPTIONS
 from splitserve.worker.options import WorkerOptions
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 @pytest.fixture(scope="session")
