@@ -146,8 +146,9 @@ def failure_to_proto(error: SplitserveError) -> worker_pb2.Failure:
 
 
 def failure_from_proto(failure: worker_pb2.Failure) -> SplitserveError:
-    if failure.code == Superseded.code:
-        return Superseded(failure.message, newest_call=failure.newest_call, age_s=failure.newest_age_s)
-    return from_code(
+    error = from_code(
         failure.code, failure.message, retry_after_s=failure.retry_after_s or None, field=failure.field or None
     )
+    if isinstance(error, Superseded):
+        error.newest_call, error.age_s = failure.newest_call, failure.newest_age_s
+    return error

@@ -417,7 +417,8 @@ class Dispatcher:
             delay_s = self._retries.delay_s(
                 job.failures,
                 error,
-                computing=job.is_computed_by(worker),
+                boot_id=worker.boot_id if job.is_computed_by(worker) else "",
+                alive=self._pool.boot_ids,
                 num_tokens=len(job.answer.token_ids),
                 now=now,
                 num_live=self.num_live,

@@ -92,6 +92,7 @@ class WorkerLink:
         self.address = address
         self.reason = "not connected yet"
         self.info: worker_pb2.WorkerInfo | None = None  # None while there is no session
+        self.boot_id = ""  # of the process that the session is with, or was
         self.status = worker_pb2.WorkerStatus()
         self.full = False  # it said "overloaded"; asked again after its next status or when a run here ends
         self.retired = False  # no longer on the list: finishes what it runs
@@ -252,7 +253,7 @@ class WorkerLink:
 
     def _hello(self, info: worker_pb2.WorkerInfo) -> None:
         check_protocol(info.protocol_version, f"{self.role} worker {self.address}")
-        self.info = info
+        self.info, self.boot_id = info, info.boot_id
         self.status = worker_pb2.WorkerStatus()
         self.reconsider()
         logger.info("%s worker %s (%s): %s", self.role, self.address, info.worker_id, self.reason or "connected")
@@ -280,10 +281,6 @@ class PrefillLink(WorkerLink):
         # Of our runs without a first token, and of other routers' as of the last status.
         self._own_tokens = self._own_prompts = 0
         self._others_tokens = self._others_prompts = 0
-
-    @property
-    def boot_id(self) -> str:
-        return self.info.boot_id if self.info is not None else ""
 
     @property
     def kv_address(self) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
 from ..core.errors import PoisonRequest, RetryBudgetSpent, SplitserveError, WorkerDied
 
@@ -71,7 +72,7 @@ class Failures:
     """What went wrong with one request so far."""
 
     num: int = 0
-    num_deaths: int = 0  # of workers that computed it, since it last got past the place of one
+    dead_boots: list[str] = field(default_factory=list)  # of workers that died computing it, at the same place
     died_at: int = 0  # tokens of the answer at the last of them
 
 
@@ -94,26 +95,35 @@ class RetryRules:
         self._random = random.Random()
 
     def delay_s(
-        self, failures: Failures, error: SplitserveError, *, computing: bool, num_tokens: int, now: float, num_live: int
+        self,
+        failures: Failures,
+        error: SplitserveError,
+        *,
+        boot_id: str,
+        alive: Collection[str],
+        num_tokens: int,
+        now: float,
+        num_live: int,
     ) -> float:
         """An attempt failed: counts it, and tells the seconds until the next one.
 
         Args:
-            computing: the worker that failed was computing the request, not only holding a place or KV for it.
+            boot_id: of the worker that failed, if it was computing the request; else empty: it held a place or KV.
+            alive: boot ids of workers that are there; one whose link broke and that came back did not die.
             num_tokens: tokens of the answer so far.
         Raises: SplitserveError: what the request ends with instead.
         """
         failures.num += 1
-        if isinstance(error, WorkerDied) and computing:
+        if isinstance(error, WorkerDied) and boot_id:
             # Tokens are a function of the request alone, so what kills a worker at one place kills the next one there.
             if num_tokens >= failures.died_at + CLEARED_TOKENS:
-                failures.num_deaths = 0
-            failures.num_deaths += 1
+                failures.dead_boots.clear()
+            failures.dead_boots = [boot for boot in failures.dead_boots if boot not in alive] + [boot_id]
             failures.died_at = num_tokens
-            if failures.num_deaths >= self._max_deaths:
+            if len(failures.dead_boots) >= self._max_deaths:
                 raise PoisonRequest(
-                    f"{failures.num_deaths} workers died computing this request at token {num_tokens} of its answer, "
-                    f"the last with: {error.message}; it is not tried again, look into the workers' logs"
+                    f"{len(failures.dead_boots)} workers died computing this request, the last one after {num_tokens} "
+                    f"tokens of its answer; it is not tried again, look into the workers' logs ({error.message})"
                 )
         if not error.retryable or failures.num >= self._max_attempts:
             raise error

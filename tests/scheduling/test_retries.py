@@ -25,9 +25,15 @@ def rules(*, max_attempts: int = 100, max_deaths: int = 2, ratio: float = 0.0, f
 
 
 def fail(
-    these: RetryRules, failures: Failures, error: SplitserveError, *, computing: bool = True, num_tokens: int = 0
+    these: RetryRules,
+    failures: Failures,
+    error: SplitserveError,
+    *,
+    boot_id: str = "boot",
+    alive: tuple[str, ...] = (),
+    num_tokens: int = 0,
 ) -> float:
-    return these.delay_s(failures, error, computing=computing, num_tokens=num_tokens, now=0.0, num_live=0)
+    return these.delay_s(failures, error, boot_id=boot_id, alive=alive, num_tokens=num_tokens, now=0.0, num_live=0)
 
 
 @given(st.floats(0, 1), st.integers(2, 40))
@@ -103,7 +109,7 @@ def test_hangs_transfers_and_workers_that_only_held_it_are_not_held_against_a_re
     for _ in range(5):
         fail(these, failures, HUNG)
         fail(these, failures, TransferFailed("no KV"))
-        fail(these, failures, DIED, computing=False)
+        fail(these, failures, DIED, boot_id="")
     fail(these, failures, DIED)
     with pytest.raises(PoisonRequest):
         fail(these, failures, DIED)
@@ -113,3 +119,11 @@ def test_a_request_that_gets_past_the_place_of_a_death_was_not_its_cause() -> No
     these, failures = rules(), Failures()
     for number in range(10):
         fail(these, failures, DIED, num_tokens=number * CLEARED_TOKENS)
+
+
+def test_a_worker_whose_link_broke_and_came_back_did_not_die() -> None:
+    these, failures = rules(), Failures()
+    fail(these, failures, DIED, boot_id="one")
+    fail(these, failures, DIED, boot_id="two", alive=("one",))
+    with pytest.raises(PoisonRequest):
+        fail(these, failures, DIED, boot_id="three")
