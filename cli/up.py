@@ -48,7 +48,7 @@ def command(
         typer.Option(help="Port of the first router's OpenAI API; 0 takes a free one, -1 none.", show_default="8000"),
     ] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="File with one API key a line, asked of every caller.", show_default="none")
+        Path | None, typer.Option(help="File of API keys, asked of every caller.", show_default="none")
     ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of each worker.", show_default="cores divided by workers")

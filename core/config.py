@@ -100,10 +100,27 @@ class RouterConfig(_Section):
         description="Port of the first router's OpenAI API; empty: 8000, or a free one where port is 0; -1: none",
     )
     api_key_file: Path | None = Field(
-        default=None, description="File with one API key a line, asked of every caller; empty: everybody may call"
+        default=None,
+        description="File of API keys (`splitserve keys new`), asked of every caller; empty: everybody may call",
     )
     max_queued: int = Field(default=256, ge=1, description="Requests waiting for dispatch; more are refused")
     max_live: int = Field(default=8_192, ge=1, description="Requests not ended, queued ones included; more are refused")
+    admission: Literal["refuse", "queue"] = Field(
+        default="refuse",
+        description="What happens to a request whose first token would come too late by prediction: refused at once, "
+        "with the time to try again, or queued all the same",
+    )
+    ttft_target_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds from arrival after which a first token is too late; empty: the request's own deadline",
+    )
+    tpot_target_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="No decode worker gets more sequences than it gives a token within so many seconds; empty: any",
+    )
+    ageing_s: float = Field(default=10.0, gt=0, description="Seconds of waiting that are worth one step of priority")
     prefill_bound_s: float = Field(
         default=0.2,
         gt=0,

@@ -51,6 +51,12 @@ class Unauthenticated(SplitserveError):
     code, grpc_code, http_status = "unauthenticated", "UNAUTHENTICATED", 401
 
 
+class PermissionDenied(SplitserveError):
+    """The caller proved who it is, and that is not enough: its key or certificate does not open this."""
+
+    code, grpc_code, http_status = "permission_denied", "PERMISSION_DENIED", 403
+
+
 class ModelNotFound(SplitserveError):
     """No worker serves the model that was asked for."""
 
@@ -127,6 +133,12 @@ class PoisonRequest(SplitserveError):
     """Workers died computing the request, one after the other; it is not tried again."""
 
     code, grpc_code, http_status = "poison_request", "FAILED_PRECONDITION", 422
+
+
+class Draining(Unavailable):
+    """The worker is going out of service in an orderly way: the attempt goes on elsewhere, and nothing has failed."""
+
+    code = "draining"
 
 
 class TransferFailed(Unavailable):

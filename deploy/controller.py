@@ -17,12 +17,11 @@ import ray
 from ray.exceptions import RayActorError
 
 from ..client.results import RouterStatus, status_from_proto
-from ..client.routers import key_metadata
 from ..core.config import WORKER_ROLES, ClusterConfig, Role
 from ..core.errors import SplitserveError
 from ..proto import inference_pb2, inference_pb2_grpc
 from ..proto.rpc import CHANNEL_OPTIONS
-from ..router.keys import read_keys
+from .admin_access import AdminAccess
 from .placement import create_actor, find_group, place
 from .process import Endpoint, Exit, StartFailure
 from .roles import role_command, role_environment, role_needs
@@ -117,6 +116,7 @@ class Controller:
         self._config = config
         self._log_dir = log_dir
         self._command = command
+        self._access = AdminAccess()
         roles: list[tuple[Role, int]] = [(role, config.replicas(role)) for role in WORKER_ROLES]
         roles.append(("router", config.router.replicas))
         self._members = {
@@ -207,8 +207,9 @@ class Controller:
                 num_threads=needs.num_threads,
                 http_port=http_port,
             )
+            environment = {**role_environment(needs.num_threads), **self._access.environment}
             started: Endpoint | StartFailure = await self._actors[name].start.remote(
-                command, role_environment(needs.num_threads), config.startup_timeout_s
+                command, environment, config.startup_timeout_s
             )
         except SplitserveError as error:  # it cannot be placed
             return StartFailure(code=error.code, message=error.message)
@@ -255,8 +256,7 @@ class Controller:
     async def _tell_routers(self) -> None:
         """Give every router the list of workers whenever it changes, and ask each how it fares."""
         channels: dict[str, grpc.aio.Channel] = {}
-        key_file = self._config.router.api_key_file
-        metadata = key_metadata(read_keys(key_file)[0]) if key_file is not None else ()
+        metadata = self._access.metadata
         told: dict[str, tuple[str, inference_pb2.SetWorkersRequest]] = {}  # router -> (its boot id, the list)
         try:
             while True:

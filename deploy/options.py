@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from ..core.address import check_address
@@ -12,6 +13,8 @@ from ..worker.options import WorkerOptions
 
 if TYPE_CHECKING:
     from ..router.server import RouterOptions
+
+CONTROLLER_KEY = "SPLITSERVE_CONTROLLER_KEY_SHA256"  # from the controller to the routers that it starts
 
 _TRANSPORTS = {
     "auto": ("cuda_ipc", "shared_memory", "grpc"),
@@ -100,8 +103,13 @@ def router_options(
         metrics_port=metrics_port,
         router_id=router_id,
         api_key_file=router.api_key_file,
+        controller_key_sha256=os.environ.get(CONTROLLER_KEY, ""),
         max_queued=router.max_queued,
         max_live=router.max_live,
+        admission=router.admission,
+        ttft_target_s=router.ttft_target_s,
+        tpot_target_s=router.tpot_target_s,
+        ageing_s=router.ageing_s,
         prefill_bound_s=router.prefill_bound_s,
         max_attempts=router.max_attempts,
         max_worker_deaths=router.max_worker_deaths,

@@ -17,6 +17,7 @@ from ..scheduling.admission import ModelLimits, check_model, make_request
 from .conversation import template_input
 from .dispatch import Dispatcher, Job
 from .idempotency import digest_of
+from .keys import CALLER
 from .membership import WorkerPool
 from .text import AnswerText, ModelText
 from .timeline import Timeline
@@ -73,7 +74,7 @@ class FrontDoor:
             yield _finished(reason, work, len(work.output_token_ids))
             return
         deadline_at = arrived_at + work.timeout_s
-        digest = digest_of(request)  # with the seed that _prepare stamped
+        digest = digest_of(request, CALLER.get().name)  # with the seed that _prepare stamped
         with self._dispatcher.open(
             work, arrived_at=arrived_at, deadline_at=deadline_at, call=request.call, digest=digest
         ) as reading:
@@ -158,6 +159,7 @@ class FrontDoor:
             logprobs=message.logprobs if message.HasField("logprobs") else None,
             prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
             output_format=output_format,
+            key=CALLER.get(),
             priority=message.priority,
             tenant=message.tenant,
         )

@@ -20,8 +20,8 @@ MAX_KEPT_TOKENS = 1_000_000  # of prompts and answers that are kept
 DEADLINE_SLACK_S = 1.0  # that the deadlines of two calls for one request may differ by
 
 
-def digest_of(message: inference_pb2.GenerateRequest) -> bytes:
-    """The same for every call of one request, different for another one. The seed must be stamped."""
+def digest_of(message: inference_pb2.GenerateRequest, caller: str) -> bytes:
+    """The same for every call of one request, different for another one or another caller. The seed must be stamped."""
     request = inference_pb2.GenerateRequest()
     request.CopyFrom(message)
     # Not what is asked for, but how, how often, or what is there already.
@@ -31,7 +31,9 @@ def digest_of(message: inference_pb2.GenerateRequest) -> bytes:
     request.ClearField("prompt_logprobs")
     request.ClearField("priority")
     request.ClearField("protocol_version")
-    return hashlib.blake2b(request.SerializeToString(deterministic=True), digest_size=16).digest()
+    digest = hashlib.blake2b(request.SerializeToString(deterministic=True), digest_size=16)
+    digest.update(caller.encode())
+    return digest.digest()
 
 
 def check_same(job: Job, digest: bytes) -> None:

@@ -46,7 +46,6 @@ class ScriptedWorker:
                 "max_model_len": 4096,
                 "vocab_size": 260,
                 "block_size": 16,
-                "kv_address": "127.0.0.1:1",
                 **changes,
             }
         )
@@ -69,6 +68,7 @@ class ScriptedWorker:
         else:
             worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, server)
         self.address = f"127.0.0.1:{server.add_insecure_port(self.address or '127.0.0.1:0')}"
+        self.info.kv_address = self.address
         await server.start()
 
     async def die(self) -> None:
