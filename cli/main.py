@@ -26,8 +26,13 @@ from ..core.errors import (
 SUBCOMMANDS = {
     "up": "Start a cluster on Ray and watch it.",
     "status": "Show the workers and requests of a running cluster.",
+    "scale": "Change how many workers the pools of a running cluster have.",
+    "restart": "Drain processes of a running cluster and start them again.",
+    "remove": "Drain workers of a running cluster and take them out.",
+    "logs": "Show what the processes of a running cluster wrote.",
     "drain": "Take a worker out of service without losing a request.",
     "down": "Stop the cluster that `up` started.",
+    "config": "Check a cluster's YAML file, or show it with its defaults.",
     "generate": "Send one prompt and print the answer.",
     "chat": "Talk with the model, turn by turn.",
     "bench": "Load a router and report latencies, throughput and goodput.",

@@ -43,16 +43,17 @@ def worker_options(
     transports = _TRANSPORTS[config.transport]
     device = engine.device or ("cuda" if config.pool(role).gpus else "cpu")
     on_gpu = device != "cpu"
-    if engine.tensor_parallel > 1 and role != "colocated":
+    ranks = config.tensor_parallel(role)
+    if ranks > 1 and role != "colocated":
         raise ConfigError(
-            f"engine.tensor_parallel is {engine.tensor_parallel} and the role is {role}: KV that is split over ranks "
+            f"tensor_parallel is {ranks} and the role is {role}: KV that is split over ranks "
             "does not move between workers yet; use colocated workers, or tensor_parallel 1"
         )
     return WorkerOptions(
         engine=EngineOptions(
             model=config.model,
             device=device,
-            tensor_parallel=engine.tensor_parallel,
+            tensor_parallel=ranks,
             dtype=engine.dtype,
             random_weights=engine.random_weights,
             block_size=engine.block_size,
