@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
+from .api_key import ANYBODY, ApiKey
 from .errors import InvalidRequest, PromptTooLong
 from .logprobs import MAX_TOP_LOGPROBS
 
@@ -62,6 +63,12 @@ def derive_seed(seed: int, choice: int) -> int:
     if choice == 0:
         return seed
     digest = hashlib.blake2b(seed.to_bytes(8, "little") + choice.to_bytes(8, "little"), digest_size=8, person=b"choice")
+    return int.from_bytes(digest.digest(), "little") & MAX_SEED
+
+
+def seed_of_key(idempotency_key: str) -> int:
+    """Seed of a request that names none: every router draws the same for the same key."""
+    digest = hashlib.blake2b(idempotency_key.encode(), digest_size=8, person=b"key")
     return int.from_bytes(digest.digest(), "little") & MAX_SEED
 
 
@@ -139,6 +146,7 @@ class Request:
     logprobs: int | None = None  # likeliest tokens to tell for each output token; None: no logprobs
     prompt_logprobs: int | None = None  # the same for the prompt's tokens
     output_format: OutputFormat | None = None
+    key: ApiKey = ANYBODY  # who asked, for the router's admission; workers are not told
 
     @property
     def num_prompt_tokens(self) -> int:

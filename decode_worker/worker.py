@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
-from ..core.errors import DeadlineExceeded, EngineFailed, SplitserveError
+from ..core.errors import DeadlineExceeded, Draining, EngineFailed, SplitserveError, Superseded
 from ..core.events import Event
 from ..core.request import Request
 from ..engine.engine import Reservation, StepOutput, TokenOutput
@@ -18,7 +18,8 @@ from ..kv_transfer.peer import TRANSPORTS
 from ..kv_transfer.receiver import KvReceiver, Received
 from ..proto import worker_pb2
 from ..proto.convert import failure_to_proto, logprob_to_proto, reason_to_proto
-from ..worker.edge import attempts_until
+from ..worker.edge import sequence_id
+from ..worker.fence import Fence
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
 from ..worker.session import Session
@@ -52,8 +53,9 @@ class DecodeWorker:
 
     def __init__(self, options: WorkerOptions) -> None:
         self._runs: dict[str, _Run] = {}
+        self._fence = Fence()
         self._transfers: set[asyncio.Task[None]] = set()
-        self.host = WorkerHost(options, SERVICES, on_step=self._on_step)
+        self.host = WorkerHost(options, SERVICES, on_step=self._on_step, hand_over=self.hand_over)
         self.receiver = KvReceiver(
             self.host.engine.pool,
             self.host.identity,
@@ -74,7 +76,7 @@ class DecodeWorker:
 
     def grant(self, session: RouterSession, request_id: str, request: Request, source: KvSource) -> None:
         """Reserve blocks and open the fetch, or answer with RunFailed. Older attempts are revoked."""
-        if not self._is_new(request_id, request):
+        if not self._is_new(session, request_id, request):
             return
         request = replace(request, prompt_logprobs=None)  # the prefill worker's business
         try:
@@ -96,7 +98,7 @@ class DecodeWorker:
 
     def run_local(self, session: RouterSession, request_id: str, request: Request) -> None:
         """Prefill and decode here, or answer with RunFailed. Older attempts are revoked."""
-        if not self._is_new(request_id, request):
+        if not self._is_new(session, request_id, request):
             return
         try:
             self._refuse_early(request)
@@ -109,10 +111,15 @@ class DecodeWorker:
         self._record(run, Event.PREFILL_QUEUED)
         self.host.wake()
 
-    def cancel(self, request_id: str, attempt: int) -> None:
-        """Free what this and older attempts hold."""
-        for run in attempts_until(self._runs, request_id, attempt):
+    def cancel(self, session: RouterSession, request_id: str, attempt: int) -> None:
+        """Free what this and older attempts hold; another router that had one is told."""
+        self._fence.claim(request_id, attempt)
+        live = self._fence.live(request_id)
+        if live is not None and live.attempt <= attempt:
+            run = self._runs[sequence_id(request_id, live.attempt)]
             self._record(run, Event.CANCELLED)
+            if run.session is not session:
+                self.refuse(run.session, request_id, live.attempt, Superseded("another router took the request over"))
             self._end(run)
 
     def session_ended(self, session: RouterSession) -> None:
@@ -121,17 +128,28 @@ class DecodeWorker:
             self._record(run, Event.CANCELLED)
             self._end(run)
 
+    def hand_over(self, error: Draining) -> None:
+        """The routers are to take everything elsewhere, from the tokens that they have."""
+        for run in list(self._runs.values()):
+            self._fail(run, error)
+
     def refuse(self, session: RouterSession, request_id: str, attempt: int, error: SplitserveError) -> None:
         """Answer one attempt with RunFailed."""
         self.host.recorder.event(request_id, Event.FAILED, attempt=attempt, code=error.code)
         failed = worker_pb2.RunFailed(request_id=request_id, attempt=attempt, failure=failure_to_proto(error))
         session.send(worker_pb2.DecodeSessionResponse(failed=failed))
 
-    def _is_new(self, request_id: str, request: Request) -> bool:
-        if request.request_id in self._runs:
+    def _is_new(self, session: RouterSession, request_id: str, request: Request) -> bool:
+        """Whether the attempt may begin; the older one is revoked for it."""
+        try:
+            repeated = self._fence.is_repeated(request_id, request.attempt, session)
+        except Superseded as error:
+            self.refuse(session, request_id, request.attempt, error)
+            return False
+        if repeated:
             self.host.metrics.stale_messages.inc()
             return False
-        self.cancel(request_id, request.attempt - 1)
+        self.cancel(session, request_id, request.attempt - 1)
         return True
 
     def _refuse_early(self, request: Request) -> None:
@@ -148,6 +166,7 @@ class DecodeWorker:
             ready_s=time.monotonic(),
         )
         self._runs[request.request_id] = run
+        self._fence.began(request_id, request.attempt, session)
         self.host.run_started()
         return run
 
@@ -273,6 +292,7 @@ class DecodeWorker:
     def _end(self, run: _Run) -> None:
         """Forget the run and free its blocks; while KV may still arrive, the transfer frees them when it is quiet."""
         del self._runs[run.request.request_id]
+        self._fence.ended(run.request_id, run.request.attempt)
         run.deadline.cancel()
         if run.transfer is None:
             self._release(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from ..core.address import check_address
@@ -12,6 +13,8 @@ from ..worker.options import WorkerOptions
 
 if TYPE_CHECKING:
     from ..router.server import RouterOptions
+
+CONTROLLER_KEY = "SPLITSERVE_CONTROLLER_KEY_SHA256"  # from the controller to the routers that it starts
 
 _TRANSPORTS = {
     "auto": ("cuda_ipc", "shared_memory", "grpc"),
@@ -40,16 +43,17 @@ def worker_options(
     transports = _TRANSPORTS[config.transport]
     device = engine.device or ("cuda" if config.pool(role).gpus else "cpu")
     on_gpu = device != "cpu"
-    if engine.tensor_parallel > 1 and role != "colocated":
+    ranks = config.tensor_parallel(role)
+    if ranks > 1 and role != "colocated":
         raise ConfigError(
-            f"engine.tensor_parallel is {engine.tensor_parallel} and the role is {role}: KV that is split over ranks "
+            f"tensor_parallel is {ranks} and the role is {role}: KV that is split over ranks "
             "does not move between workers yet; use colocated workers, or tensor_parallel 1"
         )
     return WorkerOptions(
         engine=EngineOptions(
             model=config.model,
             device=device,
-            tensor_parallel=engine.tensor_parallel,
+            tensor_parallel=ranks,
             dtype=engine.dtype,
             random_weights=engine.random_weights,
             block_size=engine.block_size,
@@ -100,10 +104,19 @@ def router_options(
         metrics_port=metrics_port,
         router_id=router_id,
         api_key_file=router.api_key_file,
+        controller_key_sha256=os.environ.get(CONTROLLER_KEY, ""),
         max_queued=router.max_queued,
         max_live=router.max_live,
+        admission=router.admission,
+        ttft_target_s=router.ttft_target_s,
+        tpot_target_s=router.tpot_target_s,
+        ageing_s=router.ageing_s,
         prefill_bound_s=router.prefill_bound_s,
         max_attempts=router.max_attempts,
+        max_worker_deaths=router.max_worker_deaths,
+        retry_ratio=router.retry_ratio,
+        retry_floor=router.retry_floor,
+        keep_answers_s=router.keep_answers_s,
         default_timeout_s=router.default_timeout_s,
         no_worker_wait_s=router.no_worker_wait_s,
         drain_timeout_s=config.drain_timeout_s,

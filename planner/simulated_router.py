@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
+import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from ..core.errors import Overloaded, PromptTooLong, SplitserveError
@@ -12,6 +13,8 @@ from ..core.events import Event
 from ..core.kv_geometry import blocks_for
 from ..core.request import Request
 from ..scheduling.admission import Admission
+from ..scheduling.decode_pace import DecodePace
+from ..scheduling.fair_queue import FairQueue
 from ..scheduling.routing import DecodeLoad, Placement, PrefillLoad, place
 from .event_queue import EventQueue
 from .request_life import RequestLife
@@ -89,9 +92,10 @@ class _PrefillMember(_Member):
 
 
 class _DecodeMember(_Member):
-    def __init__(self, worker: SimulatedWorker, *, colocated: bool) -> None:
+    def __init__(self, worker: SimulatedWorker, *, colocated: bool, pace: DecodePace) -> None:
         super().__init__(worker)
         self._colocated = colocated
+        self._pace = pace
         self._available_blocks = worker.scheduler.blocks.num_available
         self._num_sequences = 0
         self._num_runs = 0
@@ -106,9 +110,14 @@ class _DecodeMember(_Member):
         """Something ended there, and it told how it stands now."""
         self._available_blocks = self.worker.scheduler.blocks.num_available
         self._num_sequences = self.worker.num_sequences
+        self._pace.report(*self.worker.decode_step)
         self._num_runs -= 1
         self._load = None
         self.full = False
+
+    @property
+    def takes_work(self) -> bool:
+        return super().takes_work and self._pace.has_room(max(self._num_sequences, self._num_runs))
 
     @property
     def load(self) -> DecodeLoad:
@@ -121,11 +130,23 @@ class _DecodeMember(_Member):
             )
         return self._load
 
+    @property
+    def prefill_load(self) -> PrefillLoad:
+        """As one that computes prompts itself."""
+        return PrefillLoad(
+            worker=self.worker.name,
+            outstanding_tokens=self.worker.scheduler.outstanding_prefill_tokens,
+            outstanding_prompts=self.worker.scheduler.num_waiting,
+            tokens_per_s=self.worker.prefill_tokens_per_s,
+        )
+
 
 class SimulatedRouter:
     """Queue, placement and grants.
 
     Args:
+        tpot_target_s: longest decode step that new sequences may bring about; None: any.
+        ageing_s: waiting that is worth one step of priority.
         on_failed: told of a request that ends without an answer.
     """
 
@@ -136,6 +157,8 @@ class SimulatedRouter:
         policy: PlacementPolicy,
         *,
         prefill_bound_s: float,
+        tpot_target_s: float | None,
+        ageing_s: float,
         rng: random.Random,
         on_failed: Callable[[RequestLife, SplitserveError], None],
     ) -> None:
@@ -147,7 +170,8 @@ class SimulatedRouter:
         self._on_failed = on_failed
         self._prefills: dict[str, _PrefillMember] = {}
         self._decodes: dict[str, _DecodeMember] = {}
-        self._queue: list[tuple[int, RequestLife]] = []  # heap in order of arrival
+        self._tpot_target_s = tpot_target_s
+        self._queue: FairQueue[RequestLife] = FairQueue(ageing_s)
         self._num_admitted = 0  # and not queued yet: on their way through the router
         self.num_live = 0
 
@@ -158,7 +182,7 @@ class SimulatedRouter:
         self.pump()
 
     def add_decode(self, worker: SimulatedWorker, *, colocated: bool) -> None:
-        self._decodes[worker.name] = _DecodeMember(worker, colocated=colocated)
+        self._decodes[worker.name] = _DecodeMember(worker, colocated=colocated, pace=DecodePace(self._tpot_target_s))
         self.pump()
 
     def retire(self, name: str) -> None:
@@ -174,7 +198,14 @@ class SimulatedRouter:
     def admit(self, life: RequestLife) -> bool:
         """Let a request in, or fail it."""
         try:
-            self._admission.check(num_queued=len(self._queue) + self._num_admitted, num_live=self.num_live)
+            life.predicted_ttft_s = self._admission.admit(
+                life.ticket,
+                deadline_at=math.inf,
+                queue=self._queue,
+                num_arriving=self._num_admitted,
+                num_live=self.num_live,
+                prefills=self._prefill_loads(),
+            )
         except Overloaded as error:
             self._on_failed(life, error)
             return False
@@ -186,11 +217,17 @@ class SimulatedRouter:
     def enqueue(self, life: RequestLife) -> None:
         """An admitted request is ready for dispatch."""
         self._num_admitted -= 1
-        heapq.heappush(self._queue, (life.index, life))
+        life.waits = True
+        self._queue.push(life.ticket, life)
         self.pump()
+        if life.waits and self._admission.ttft_target_s < math.inf:
+            at_s = self._admission.latest_start(life.ticket, deadline_at=math.inf, prefills=self._prefill_loads())
+            self._events.at(at_s, partial(self._too_late, life))
 
     def prefilled(self, life: RequestLife) -> None:
         """It has its first token."""
+        if life.predicted_ttft_s is not None:
+            self._admission.ttft.measured(life.predicted_ttft_s, self._events.now_s - life.request.arrival_s)
         if life.prefill is not None:
             self._prefills[life.prefill].prefilled(life.request.isl)
         self.pump()
@@ -200,15 +237,16 @@ class SimulatedRouter:
         self._decodes[life.decode].freed()
         self.pump()
 
-    def ended(self) -> None:
+    def ended(self, life: RequestLife) -> None:
         """A live request ended."""
+        self._queue.charge(life.ticket, 0 if life.error else life.request.osl)
         self.num_live -= 1
         self._admission.left(self._events.now_s)
 
     def pump(self) -> None:
         """Dispatch from the head of the queue while there is a pair for it."""
-        while self._queue:
-            life = self._queue[0][1]
+        while len(self._queue):
+            life = self._queue.peek()
             placement = self._policy(
                 life.work,
                 [member.load for member in self._prefills.values() if member.takes_work],
@@ -219,9 +257,41 @@ class SimulatedRouter:
             )
             if placement is None:
                 return
-            heapq.heappop(self._queue)
-            if not self._start(life, placement):
-                heapq.heappush(self._queue, (life.index, life))
+            if self._admission.ttft_target_s < math.inf and not self._starts_in_time(life):
+                continue
+            if self._start(life, placement):
+                self._queue.pop()
+                life.waits = False
+
+    def _prefill_loads(self) -> list[PrefillLoad]:
+        """Of everybody who computes prompts, whether or not it takes one more right now; none if nobody asks."""
+        if self._admission.ttft_target_s == math.inf:
+            return []
+        loads = [member.load for member in self._prefills.values() if not member.retired]
+        return loads or [member.prefill_load for member in self._decodes.values() if not member.retired]
+
+    def _starts_in_time(self, life: RequestLife) -> bool:
+        """Whether its work would still be worth something; ends it otherwise."""
+        try:
+            self._admission.check_start(
+                life.ticket, now=self._events.now_s, deadline_at=math.inf, prefills=self._prefill_loads()
+            )
+        except Overloaded as error:
+            self._refuse(life, error)
+            return False
+        return True
+
+    def _too_late(self, life: RequestLife) -> None:
+        """It waited in the queue until there was no point in waiting longer."""
+        if life.waits:
+            self._refuse(life, self._admission.too_late(len(self._queue)))
+            self.pump()
+
+    def _refuse(self, life: RequestLife, error: Overloaded) -> None:
+        life.waits = False
+        self._queue.discard(life.ticket)
+        self._on_failed(life, error)
+        self.ended(life)
 
     def _start(self, life: RequestLife, placement: Placement) -> bool:
         """Begin at the chosen pair; False: one of them has no room now."""
@@ -229,8 +299,8 @@ class SimulatedRouter:
         prefill = self._prefills[placement.prefill] if placement.prefill is not None else None
         life.decode, life.prefill = placement.decode, placement.prefill
         if error := _never_fits(life, decode.worker, prefill.worker if prefill is not None else None):
-            self.ended()
             self._on_failed(life, error)
+            self.ended(life)
             return True
         now_s = self._events.now_s
         try:
@@ -253,6 +323,7 @@ class SimulatedRouter:
                 return False
             prefill.attach(life.request.isl)
         decode.attach(blocks_for(life.request.isl, decode.worker.scheduler.blocks.block_size))
+        self._admission.ttft.dispatched(now_s, life.ticket.cost, len(self._queue) - 1)
         return True
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import grpc
 import grpc.aio
 
-from ..core.errors import ProtocolMismatch, SplitserveError, WorkerLost
+from ..core.errors import Draining, ProtocolMismatch, SplitserveError, WorkerDied, WorkerLost
 from ..core.request import Request
 from ..proto import kv_transfer_pb2, worker_pb2, worker_pb2_grpc
 from ..proto.convert import (
@@ -26,6 +26,7 @@ from ..proto.convert import (
 )
 from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
 from ..scheduling.attempts import NewTokens
+from ..scheduling.decode_pace import DecodePace
 from ..scheduling.routing import DecodeLoad, PrefillLoad
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class WorkerEvents(Protocol):
     def transferred(self, worker: WorkerLink, tokens: NewTokens, report: TransferReport) -> None: ...
     def decoded(self, worker: WorkerLink, tokens: NewTokens, report: DecodeReport | None) -> None: ...
     def failed(self, worker: WorkerLink, request_id: str, attempt: int, error: SplitserveError) -> None: ...
-    def lost(self, worker: WorkerLink, error: WorkerLost) -> None: ...
+    def lost(self, worker: WorkerLink, error: WorkerLost | Draining) -> None: ...
 
 
 class WorkerLink:
@@ -92,6 +93,7 @@ class WorkerLink:
         self.address = address
         self.reason = "not connected yet"
         self.info: worker_pb2.WorkerInfo | None = None  # None while there is no session
+        self.boot_id = ""  # of the process that the session is with, or was
         self.status = worker_pb2.WorkerStatus()
         self.full = False  # it said "overloaded"; asked again after its next status or when a run here ends
         self.retired = False  # no longer on the list: finishes what it runs
@@ -141,6 +143,11 @@ class WorkerLink:
             self._send(cancel=worker_pb2.CancelRun(request_id=request_id, attempt=attempt))
             self.detach(request_id)
 
+    def claim(self, request_id: str, attempt: int) -> None:
+        """Tell the worker that this router takes the request over from whoever runs attempts before this one there."""
+        if self.info is not None:
+            self._send(cancel=worker_pb2.CancelRun(request_id=request_id, attempt=attempt - 1))
+
     @property
     def stopping(self) -> bool:
         return self._task is not None and (self._task.done() or self._task.cancelling() > 0)
@@ -185,7 +192,7 @@ class WorkerLink:
         """Session after session until stopped, with back-off between them."""
         delay_s = MIN_RECONNECT_S
         while True:
-            reason, refusal = "the worker ended the session", ""
+            reason, refusal, died = "the worker ended the session", "", False
             try:
                 async with asyncio.timeout(SILENCE_S) as watchdog:
                     await self._session(watchdog)
@@ -196,6 +203,7 @@ class WorkerLink:
                 reason = f"no word for {SILENCE_S:g} s: the worker or its host hangs"
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
+                died = error.code() is grpc.StatusCode.UNAVAILABLE
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                     reason = refusal = f"nothing at {self.address} is a {self.role} worker"
                 elif isinstance(from_rpc_error(error), ProtocolMismatch):
@@ -213,7 +221,9 @@ class WorkerLink:
                     logger.log(level, "%s worker %s: %s", self.role, self.address, reason)
                 self.reason = reason
                 if was_up:
-                    self._events.lost(self, WorkerLost(f"{self.role} worker {self.address} was lost: {reason}"))
+                    # What it still had when it went was on its way to it, or would have been handed over.
+                    kind = Draining if self.status.draining else WorkerDied if died else WorkerLost
+                    self._events.lost(self, kind(f"{self.role} worker {self.address} was lost: {reason}"))
                     self.runs.clear()
                 self._events.workers_changed()
             delay_s = MIN_RECONNECT_S if was_up else min(2 * delay_s, MAX_RECONNECT_S)
@@ -252,7 +262,7 @@ class WorkerLink:
 
     def _hello(self, info: worker_pb2.WorkerInfo) -> None:
         check_protocol(info.protocol_version, f"{self.role} worker {self.address}")
-        self.info = info
+        self.info, self.boot_id = info, info.boot_id
         self.status = worker_pb2.WorkerStatus()
         self.reconsider()
         logger.info("%s worker %s (%s): %s", self.role, self.address, info.worker_id, self.reason or "connected")
@@ -280,10 +290,6 @@ class PrefillLink(WorkerLink):
         # Of our runs without a first token, and of other routers' as of the last status.
         self._own_tokens = self._own_prompts = 0
         self._others_tokens = self._others_prompts = 0
-
-    @property
-    def boot_id(self) -> str:
-        return self.info.boot_id if self.info is not None else ""
 
     @property
     def kv_address(self) -> str:
@@ -361,9 +367,20 @@ _TRANSPORTS = {
 
 
 class DecodeLink(WorkerLink):
-    """A decode or colocated worker. The load of a run is its KV blocks until the next status counts them, then 0."""
+    """A decode or colocated worker. The load of a run is its KV blocks until the next status counts them, then 0.
+
+    Args: pace: tells how many sequences it may have.
+    """
 
     role = "decode"
+
+    def __init__(self, *args: Any, pace: DecodePace) -> None:
+        super().__init__(*args)
+        self._pace = pace
+
+    @property
+    def takes_work(self) -> bool:
+        return super().takes_work and self._pace.has_room(self._num_sequences)
 
     @property
     def colocated(self) -> bool:
@@ -383,8 +400,23 @@ class DecodeLink(WorkerLink):
         return DecodeLoad(
             worker=self.address,
             available_blocks=available - sum(self.runs.values()),
-            num_sequences=max(self.status.num_running + self.status.num_waiting, len(self.runs)),
+            num_sequences=self._num_sequences,
             colocated=self.colocated,
+        )
+
+    @property
+    def _num_sequences(self) -> int:
+        return max(self.status.num_running + self.status.num_waiting, len(self.runs))
+
+    @property
+    def prefill_load(self) -> PrefillLoad:
+        """As one that computes prompts itself."""
+        sent = sum(self.runs.values()) * self.block_size  # since the last status
+        return PrefillLoad(
+            worker=self.address,
+            outstanding_tokens=self.status.num_outstanding_prefill_tokens + sent,
+            outstanding_prompts=self.status.num_waiting,
+            tokens_per_s=self.status.prefill_tokens_per_s,
         )
 
     def request_grant(self, request: Request, timeout_s: float, prefill: PrefillLink) -> None:
@@ -407,6 +439,7 @@ class DecodeLink(WorkerLink):
 
     def _status(self, status: worker_pb2.WorkerStatus) -> None:
         self.runs = dict.fromkeys(self.runs, 0)
+        self._pace.report(status.num_running, status.decode_step_s)
         super()._status(status)
 
     def _received(self, kind: str, message: Any) -> None:

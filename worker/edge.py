@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import grpc.aio
 
@@ -38,37 +38,13 @@ async def open_session(
         await abort(context, error)
     await context.write(hello)
     session: Session[Any, Out] = Session(first.hello.router_id, status)
-    host.sessions.add(session)
+    host.session_began(session)
     return session
 
 
 def sequence_id(request_id: str, attempt: int) -> str:
     """Name of one attempt inside a worker: attempts of one request never share blocks, tokens or grants."""
     return f"{request_id}#{attempt}"
-
-
-class Run(Protocol):
-    """One attempt that lives in a worker."""
-
-    @property
-    def request_id(self) -> str: ...  # the router's
-
-    @property
-    def request(self) -> Request: ...
-
-
-R = TypeVar("R", bound=Run)
-
-
-def attempts_until(runs: Mapping[str, R], request_id: str, attempt: int) -> list[R]:
-    """Runs (by sequence id) of that attempt of a request and of older ones.
-
-    Whichever way is shorter: a peer may name any attempt, and counting up to it must not stop the worker.
-    """
-    if attempt > len(runs):
-        return [run for run in runs.values() if run.request_id == request_id and run.request.attempt <= attempt]
-    names = (sequence_id(request_id, number) for number in range(1, attempt + 1))
-    return [runs[name] for name in names if name in runs]
 
 
 def sequence_from_proto(message: worker_pb2.WorkRequest) -> Request:
