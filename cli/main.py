@@ -27,6 +27,7 @@ SUBCOMMANDS = {
     "up": "Start a cluster on Ray and watch it.",
     "status": "Show the workers and requests of a running cluster.",
     "drain": "Take a worker out of service without losing a request.",
+    "switch": "Make a prefill worker a decode worker, or back.",
     "down": "Stop the cluster that `up` started.",
     "generate": "Send one prompt and print the answer.",
     "chat": "Talk with the model, turn by turn.",
