@@ -102,6 +102,12 @@ class RouterConfig(_Section):
     api_key_file: Path | None = Field(
         default=None, description="File with one API key a line, asked of every caller; empty: everybody may call"
     )
+    policy: str = Field(
+        default="prefix",
+        min_length=1,
+        description="How workers are chosen: prefix, least_loaded, power_of_two, round_robin, session, or the name of "
+        "an installed entry point (docs/routing.md)",
+    )
     max_queued: int = Field(default=256, ge=1, description="Requests waiting for dispatch; more are refused")
     max_live: int = Field(default=8_192, ge=1, description="Requests not ended, queued ones included; more are refused")
     prefill_bound_s: float = Field(

@@ -96,6 +96,7 @@ def router_options(
         metrics_port=metrics_port,
         router_id=router_id,
         api_key_file=router.api_key_file,
+        policy=router.policy,
         max_queued=router.max_queued,
         max_live=router.max_live,
         prefill_bound_s=router.prefill_bound_s,

@@ -94,6 +94,11 @@ class SimulatedWorker:
     def num_sequences(self) -> int:
         return self.scheduler.num_running + self.scheduler.num_waiting
 
+    @property
+    def decode_step_s(self) -> float:
+        """Of the last step; 0 before the first."""
+        return self.log.last_step_s[-1] if len(self.log) else 0.0
+
     # --- what the router asks for ---
 
     def add(self, request: Request, *, prefill_only: bool = False) -> None:

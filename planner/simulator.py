@@ -11,11 +11,13 @@ from ..core.config import EngineConfig, RouterConfig
 from ..core.errors import ConfigError, SplitserveError
 from ..core.events import Event
 from ..scheduling.admission import Admission
+from ..scheduling.policies.prefix import prefix
+from ..scheduling.routing import RoutingPolicy
 from ..scheduling.steps import StepPlan
 from .event_queue import EventQueue
 from .kv_link import KvLinks
 from .request_life import RequestLife
-from .simulated_router import PlacementPolicy, SimulatedRouter, default_policy
+from .simulated_router import SimulatedRouter
 from .simulated_worker import SimulatedWorker
 from .simulation_result import SimulationResult, summarize_lives
 from .trace_contents import TraceContents
@@ -32,6 +34,8 @@ class RouterLimits:
     max_queued: int = RouterConfig().max_queued
     max_live: int = RouterConfig().max_live
     prefill_bound_s: float = RouterConfig().prefill_bound_s
+    local_prefill_itl_s: float | None = None
+    ttft_target_s: float | None = None
 
 
 def simulate(
@@ -40,7 +44,7 @@ def simulate(
     *,
     seed: int = 0,
     limits: RouterLimits | None = None,
-    policy: PlacementPolicy = default_policy,
+    policy: RoutingPolicy = prefix,
     block_tokens: int | None = None,
     on_progress: Callable[[int], None] = lambda num_ended: None,
 ) -> SimulationResult:
@@ -77,7 +81,7 @@ class Simulation:
         *,
         seed: int = 0,
         limits: RouterLimits | None = None,
-        policy: PlacementPolicy = default_policy,
+        policy: RoutingPolicy = prefix,
         block_tokens: int | None = None,
         on_progress: Callable[[int], None] = lambda num_ended: None,
     ) -> None:
@@ -86,14 +90,6 @@ class Simulation:
         self.queue = EventQueue()
         self.links = KvLinks(cluster.link_bytes_per_s)
         self.workers: dict[str, SimulatedWorker] = {}  # every one that ever was
-        self.router = SimulatedRouter(
-            self.queue,
-            Admission(max_queued=limits.max_queued, max_live=limits.max_live),
-            policy,
-            prefill_bound_s=limits.prefill_bound_s,
-            rng=random.Random(seed),
-            on_failed=self._failed,
-        )
         self._requests = sorted(enumerate(requests), key=lambda item: item[1].arrival_s)
         self._block_tokens = block_tokens or _block_tokens(cluster, requests)
         for pool in (cluster.prefill, cluster.decode):
@@ -103,6 +99,18 @@ class Simulation:
                     f"{pool.worker.block_size}"
                 )
         self._contents = TraceContents(self._block_tokens)
+        self.router = SimulatedRouter(
+            self.queue,
+            Admission(max_queued=limits.max_queued, max_live=limits.max_live),
+            policy,
+            prefill_bound_s=limits.prefill_bound_s,
+            local_prefill_itl_s=limits.local_prefill_itl_s,
+            kv_bytes_per_token=cluster.kv_bytes_per_token,
+            ttft_target_s=limits.ttft_target_s,
+            prompt_hashes=self._contents.prompt_hashes,
+            rng=random.Random(seed),
+            on_failed=self._failed,
+        )
         self._lives: dict[str, RequestLife] = {}  # those that a worker may name
         self._all: list[RequestLife] = []
         self._num_arrived = 0

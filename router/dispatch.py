@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
@@ -33,8 +34,11 @@ from ..core.request import FinishReason, Request
 from ..proto import kv_transfer_pb2
 from ..scheduling.admission import Admission
 from ..scheduling.attempts import Answer, NewTokens
-from ..scheduling.routing import Placement, place
+from ..scheduling.dispatch_order import DispatchOrder
+from ..scheduling.policies.prefix import prefix
+from ..scheduling.routing import ClusterView, Placement, RoutingPolicy, Snapshot
 from .membership import WorkerPool
+from .routing_view import RoutingView
 from .session import DecodeLink, DecodeReport, PrefillLink, PrefillReport, TransferReport, WorkerLink
 from .timeline import Timeline
 
@@ -59,6 +63,7 @@ class Job:
         self.timeline = timeline
         self.deadline_at = deadline_at
         self.order = order
+        self.draw = random.getrandbits(64)  # the policy's luck
         self.phase = Phase.QUEUED
         self.queued_at = timeline.arrived_at
         self.prefill: PrefillLink | None = None
@@ -97,9 +102,10 @@ class Job:
 
 
 class Dispatcher:
-    """All live requests of one router. Implements `WorkerEvents`.
+    """All live requests of one router. Implements `WorkerEvents` and `scheduling.dispatch_order.Source`.
 
     Args:
+        policy: chooses the workers of a request.
         prefill_bound_s: seconds of prefill work that a worker may have outstanding.
         max_attempts: failures of a request before its error goes to the client.
         no_worker_wait_s: how long a request waits while nobody can serve it.
@@ -115,12 +121,14 @@ class Dispatcher:
         prefill_bound_s: float,
         max_attempts: int,
         no_worker_wait_s: float,
+        policy: RoutingPolicy = prefix,
     ) -> None:
         self._pool = pool
         self._admission = admission
         self._metrics = metrics
         self._recorder = recorder
-        self._prefill_bound_s = prefill_bound_s
+        self._routing = RoutingView(pool, prefill_bound_s=prefill_bound_s)
+        self._order = DispatchOrder(policy, self)
         self._max_attempts = max_attempts
         self._no_worker_wait_s = no_worker_wait_s
         self._jobs: dict[str, Job] = {}
@@ -277,28 +285,33 @@ class Dispatcher:
         self._metrics.queued.set(self.num_queued)
 
     def _pump(self) -> None:
-        """Dispatch from the head of the queue while there is a pair for it; strict order, so that nobody starves."""
-        while self._queue:
-            job = self._queue[0]
-            if job.answer.ended:
-                heapq.heappop(self._queue)
-                continue
-            placement = place(
-                [link.load for link in self._pool.prefills.values() if link.takes_work],
-                [link.load for link in self._pool.decodes.values() if link.takes_work],
-                any_prefill_alive=self._pool.any_prefill_alive,
-                prefill_bound_s=self._prefill_bound_s,
-                avoid=job.avoid,
-            )
-            if placement is None:
-                break
-            heapq.heappop(self._queue)
-            self._count_queued(-1)
-            self._start(job, placement)
+        """Send off what can be."""
+        self._order.run()
         self._mind_the_queue()
 
-    def _start(self, job: Job, placement: Placement) -> None:
+    def _waiting(self) -> Iterator[Job]:
+        return (job for job in (*self._order.held, *self._queue) if not job.answer.ended)
+
+    # Of DispatchOrder.
+
+    def first(self) -> Job | None:
+        return self._queue[0] if self._queue else None
+
+    def take(self) -> None:
+        heapq.heappop(self._queue)
+
+    def is_over(self, job: Job) -> bool:
+        return job.answer.ended
+
+    def view(self) -> ClusterView:
+        return self._routing.view()
+
+    def snapshot(self, job: Job, view: ClusterView, held_tokens: Mapping[str, int]) -> Snapshot:
+        return self._routing.snapshot(job, view, held_tokens)
+
+    def start(self, job: Job, placement: Placement) -> bool:
         """Begin an attempt: ask for a grant, or have a colocated worker do everything."""
+        self._count_queued(-1)
         request, now = job.request, time.monotonic()
         job.decode = decode = self._pool.decodes[placement.decode]
         job.prefill = prefill = self._pool.prefills[placement.prefill] if placement.prefill is not None else None
@@ -312,6 +325,7 @@ class Dispatcher:
             job.phase = Phase.GRANTING
             prefill.attach(request.request_id, request.num_tokens)
             decode.request_grant(request, job.deadline_at - now, prefill)
+        return True
 
     def _mind_the_queue(self) -> None:
         """While nobody can serve, each queued request has `no_worker_wait_s`, then it is told."""
@@ -320,14 +334,14 @@ class Dispatcher:
             self._give_up_timer = None
         if self._pool.usable or self.num_queued == 0:
             return
-        oldest = min(job.queued_at for job in self._queue if not job.answer.ended)
+        oldest = min(job.queued_at for job in self._waiting())
         wait_s = max(oldest, self._unusable_since) + self._no_worker_wait_s - time.monotonic()
         self._give_up_timer = asyncio.get_running_loop().call_later(wait_s, self._give_up)
 
     def _give_up(self) -> None:
         self._give_up_timer = None
         latest = time.monotonic() - self._no_worker_wait_s + 0.001  # timers may fire that early
-        for job in [job for job in self._queue if not job.answer.ended]:
+        for job in list(self._waiting()):
             if max(job.queued_at, self._unusable_since) <= latest:
                 self._end(
                     job,

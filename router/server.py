@@ -19,6 +19,7 @@ from ..core.metrics import RouterMetrics
 from ..engine.model_files import resolve_model
 from ..proto.server import Ready, RpcServer, run
 from ..scheduling.admission import Admission
+from ..scheduling.policies.registry import DEFAULT_POLICY, load_policy
 from .dispatch import Dispatcher
 from .front_door import FrontDoor
 from .frontend import ADMIN, INFERENCE, Inference, RouterAdmin, add_to_server
@@ -45,6 +46,7 @@ class RouterOptions:
     http_port: int | None = None  # of the OpenAI-compatible API; None: not served
     api_key_file: Path | None = None  # one key a line, asked of every caller; None: everybody may call
     router_id: str = ""  # unique in the cluster; empty makes one
+    policy: str = DEFAULT_POLICY  # by which workers are chosen: scheduling/policies/registry.py knows the names
     max_queued: int = 256  # requests waiting for dispatch; more are refused
     max_live: int = 8_192  # requests not ended; more are refused
     prefill_bound_s: float = 0.2  # seconds of prefill work that a worker may have outstanding
@@ -58,7 +60,7 @@ class RouterOptions:
 class Router:
     """One router: made on a running event loop, then `start` and `stop`.
 
-    Raises: AddressInUse, ModelLoadFailed: it cannot start.
+    Raises: AddressInUse, ModelLoadFailed, ConfigError: it cannot start.
     """
 
     def __init__(self, options: RouterOptions) -> None:
@@ -78,6 +80,7 @@ class Router:
             prefill_bound_s=options.prefill_bound_s,
             max_attempts=options.max_attempts,
             no_worker_wait_s=options.no_worker_wait_s,
+            policy=load_policy(options.policy),
         )
         self._door = FrontDoor(
             model_name,
