@@ -38,8 +38,8 @@ test: lint  ## Lint, then every test but the exhaustive ones
 verify: lint  ## Lint, then every test, the exhaustive ones included
 	pytest -m 'not gpu' --timeout 1800
 
-chaos: $(READY)  ## The tests that kill and freeze processes
-	pytest -m chaos --timeout 600
+chaos: $(READY)  ## 500 requests under random kills, hangs, partitions and drains; SEED=n repeats a run
+	python -m splitserve.benchmarks.chaos --requests 500 $(if $(SEED),--seed $(SEED))
 
 bench: $(READY)  ## Measure engine, KV transports, hand-over, and split against colocated, on this CPU
 	python -m splitserve.benchmarks.engine --device cpu

@@ -161,7 +161,7 @@ def _row(policy: str, rate: float, cluster: ClusterSpec, requests: Sequence[SimR
         cluster,
         _at_rate(requests, rate),
         seed=seed,
-        limits=RouterLimits(ttft_target_s=slo.ttft_s),
+        limits=RouterLimits(admission="queue", ttft_target_s=slo.ttft_s),
         policy=load_policy(policy),
     )
     return Row(

@@ -26,13 +26,20 @@ from ..core.errors import (
 SUBCOMMANDS = {
     "up": "Start a cluster on Ray and watch it.",
     "status": "Show the workers and requests of a running cluster.",
+    "scale": "Change how many workers the pools of a running cluster have.",
+    "restart": "Drain processes of a running cluster and start them again.",
+    "remove": "Drain workers of a running cluster and take them out.",
+    "logs": "Show what the processes of a running cluster wrote.",
+    "drain": "Take a worker out of service without losing a request.",
     "down": "Stop the cluster that `up` started.",
+    "config": "Check a cluster's YAML file, or show it with its defaults.",
     "generate": "Send one prompt and print the answer.",
     "chat": "Talk with the model, turn by turn.",
     "bench": "Load a router and report latencies, throughput and goodput.",
     "plan": "Find how many prefill and decode workers a traffic needs.",
     "simulate": "Replay traffic on a cluster that need not exist.",
     "calibrate": "Measure a worker, for plans that fit it.",
+    "keys": "List API keys; `keys new NAME` makes one.",
     "demo": "Start a small cluster, answer eight prompts, stop it.",
     "router": "Run a router process.",
     "prefill-worker": "Run a prefill worker process.",
@@ -40,7 +47,7 @@ SUBCOMMANDS = {
 }
 
 # Subcommands of a subcommand that is also a command itself; in the file of its name (with _ for the space).
-_NESTED = {"plan verify"}
+_NESTED = {"plan verify", "keys new"}
 
 # What the default install leaves out, by the extra that brings it.
 _EXTRAS = {

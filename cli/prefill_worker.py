@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from ..core.config import ClusterConfig
 from ..deploy.options import worker_options
 from ..deploy.roles import role_keys
 from .flags import config_flags
 from .role import Host, MetricsPort, Port, ReadyFile, Threads, WorkerId, run_role
+
+KvAddress = Annotated[
+    str,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Where decode workers fetch KV, if that is not the address it listens on (a proxy, a mapped port).",
+        show_default="the address it listens on",
+    ),
+]
 
 
 @config_flags(role_keys("prefill"))
@@ -16,6 +29,7 @@ def command(
     port: Port = 0,
     metrics_port: MetricsPort = 0,
     worker_id: WorkerId = "",
+    kv_address: KvAddress = "",
     threads: Threads = None,
     ready_file: ReadyFile = None,
 ) -> None:
@@ -37,5 +51,6 @@ def command(
         metrics_port=metrics_port,
         worker_id=worker_id,
         num_threads=threads,
+        kv_address=kv_address,
     )
     run_role("prefill worker", serve, options, ready_file)

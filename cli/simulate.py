@@ -141,6 +141,10 @@ def command(
         max_queued=config.router.max_queued,
         max_live=config.router.max_live,
         prefill_bound_s=config.router.prefill_bound_s,
+        admission=config.router.admission,
+        ttft_target_s=config.router.ttft_target_s,
+        tpot_target_s=config.router.tpot_target_s,
+        ageing_s=config.router.ageing_s,
     )
     columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

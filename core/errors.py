@@ -45,6 +45,12 @@ class Unauthenticated(SplitserveError):
     code, grpc_code, http_status = "unauthenticated", "UNAUTHENTICATED", 401
 
 
+class PermissionDenied(SplitserveError):
+    """The caller proved who it is, and that is not enough: its key or certificate does not open this."""
+
+    code, grpc_code, http_status = "permission_denied", "PERMISSION_DENIED", 403
+
+
 class ModelNotFound(SplitserveError):
     """No worker serves the model that was asked for."""
 
@@ -103,6 +109,12 @@ class WorkerLost(Unavailable):
     """The worker died or became unreachable while it held the request."""
 
     code = "worker_lost"
+
+
+class Draining(Unavailable):
+    """The worker is going out of service in an orderly way: the attempt goes on elsewhere, and nothing has failed."""
+
+    code = "draining"
 
 
 class TransferFailed(Unavailable):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import threading
 import time
@@ -12,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import IO, Literal
+
+logger = logging.getLogger(__name__)
 
 
 class Event(Enum):
@@ -105,15 +109,12 @@ class Recorder:
         )
         with self._lock:
             self.events.append(record)
-            if self._file is not None:
-                row = {"type": "event", "process": self.process, **asdict(record), "event": event.value}
-                self._file.write(json.dumps(row) + "\n")
+            self._write("event", record)
 
     def step(self, record: StepRecord) -> None:
         with self._lock:
             self.steps.append(record)
-            if self._file is not None:
-                self._file.write(json.dumps({"type": "step", "process": self.process, **asdict(record)}) + "\n")
+            self._write("step", record)
 
     def timeline(self, request_id: str) -> list[RequestEvent]:
         """The events of one request that are still in memory, oldest first."""
@@ -130,3 +131,18 @@ class Recorder:
             if self._file is not None:
                 self._file.close()
                 self._file = None
+
+    def _write(self, kind: Literal["event", "step"], record: RequestEvent | StepRecord) -> None:
+        """Append to the file, if there is one. A disk that is full ends the trace, not the requests."""
+        if self._file is None:
+            return
+        row = {"type": kind, "process": self.process, **asdict(record)}
+        if isinstance(record, RequestEvent):
+            row["event"] = record.event.value
+        try:
+            self._file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            logger.warning("the trace of %s ends here: %s", self.process, error)
+            with contextlib.suppress(OSError):  # it has the same line to write
+                self._file.close()
+            self._file = None

@@ -76,7 +76,15 @@ class RouterMetrics:
         self.requests = Counter("splitserve_requests", "Requests ended", ["outcome"], registry=registry)
         self.live = Gauge("splitserve_live_requests", "Requests not ended yet", registry=registry)
         self.queued = Gauge("splitserve_queued_requests", "Requests waiting for dispatch", registry=registry)
+        self.overloaded = Counter(
+            "splitserve_overloaded_requests", "Requests refused for lack of room", registry=registry
+        )
         self.retries = Counter("splitserve_retries", "Attempts after the first", registry=registry)
+        self.handed_over = Counter(
+            "splitserve_handed_over_attempts",
+            "Attempts that a draining worker ended, to go on elsewhere",
+            registry=registry,
+        )
         self.tokens = Counter("splitserve_streamed_tokens", "Tokens streamed to clients", registry=registry)
         self.duplicate_tokens = Counter(
             "splitserve_duplicate_tokens", "Token messages dropped as already seen", registry=registry
@@ -84,6 +92,7 @@ class RouterMetrics:
         self.stale_messages = Counter(
             "splitserve_router_stale_messages", "Worker messages dropped: of no live attempt", registry=registry
         )
+        self.refused = Counter("splitserve_refused", "Calls refused by who makes them", ["reason"], registry=registry)
         self.tokenizations = Counter("splitserve_tokenizations", "Texts tokenised", registry=registry)
         self.workers = Gauge("splitserve_ready_workers", "Workers ready", ["role"], registry=registry)
         self.ttft_seconds = Histogram(

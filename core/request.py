@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
+from .api_key import ANYBODY, ApiKey
 from .errors import InvalidRequest, PromptTooLong
 from .logprobs import MAX_TOP_LOGPROBS
 
@@ -139,6 +140,7 @@ class Request:
     logprobs: int | None = None  # likeliest tokens to tell for each output token; None: no logprobs
     prompt_logprobs: int | None = None  # the same for the prompt's tokens
     output_format: OutputFormat | None = None
+    key: ApiKey = ANYBODY  # who asked, for the router's admission; workers are not told
 
     @property
     def num_prompt_tokens(self) -> int:

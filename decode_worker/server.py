@@ -37,7 +37,7 @@ class DecodeServer(worker_pb2_grpc.DecodeWorkerServicer):
         try:
             await session.run(context, lambda message: self._handle(session, message))
         finally:
-            host.sessions.discard(session)
+            host.session_ended(session)
             self.worker.session_ended(session)
 
     def _handle(self, session: RouterSession, message: worker_pb2.DecodeSessionRequest) -> None:
@@ -77,6 +77,7 @@ class DecodeServer(worker_pb2_grpc.DecodeWorkerServicer):
 async def serve_async(options: WorkerOptions, ready: Callable[[Ready], None] | None = None) -> None:
     """Serve until SIGTERM or SIGINT; `ready` is called once the address answers."""
     server = DecodeServer(options)
+    server.worker.host.take_signals()
     try:
         told = await server.worker.host.start()
         if ready is not None:

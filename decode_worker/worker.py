@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
-from ..core.errors import DeadlineExceeded, EngineFailed, SplitserveError
+from ..core.errors import DeadlineExceeded, Draining, EngineFailed, SplitserveError
 from ..core.events import Event
 from ..core.request import Request
 from ..engine.engine import Reservation, StepOutput, TokenOutput
@@ -52,7 +52,7 @@ class DecodeWorker:
     def __init__(self, options: WorkerOptions) -> None:
         self._runs: dict[str, _Run] = {}
         self._transfers: set[asyncio.Task[None]] = set()
-        self.host = WorkerHost(options, SERVICES, on_step=self._on_step)
+        self.host = WorkerHost(options, SERVICES, on_step=self._on_step, hand_over=self.hand_over)
         self.receiver = KvReceiver(
             self.host.engine.pool,
             self.host.identity,
@@ -120,6 +120,11 @@ class DecodeWorker:
         for run in [run for run in self._runs.values() if run.session is session]:
             self._record(run, Event.CANCELLED)
             self._end(run)
+
+    def hand_over(self, error: Draining) -> None:
+        """The routers are to take everything elsewhere, from the tokens that they have."""
+        for run in list(self._runs.values()):
+            self._fail(run, error)
 
     def refuse(self, session: RouterSession, request_id: str, attempt: int, error: SplitserveError) -> None:
         """Answer one attempt with RunFailed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from ..core.address import check_address
@@ -12,6 +13,8 @@ from ..worker.options import WorkerOptions
 
 if TYPE_CHECKING:
     from ..router.server import RouterOptions
+
+CONTROLLER_KEY = "SPLITSERVE_CONTROLLER_KEY_SHA256"  # from the controller to the routers that it starts
 
 _TRANSPORTS = {
     "auto": ("cuda_ipc", "shared_memory", "grpc"),
@@ -31,22 +34,26 @@ def worker_options(
     metrics_port: int,
     worker_id: str,
     num_threads: int | None,
+    kv_address: str = "",
 ) -> WorkerOptions:
     """Raises: ConfigError: a value that only the engine can judge is wrong."""
+    if kv_address:
+        check_address(kv_address, "--kv-address")
     engine = config.engine
     transports = _TRANSPORTS[config.transport]
     device = engine.device or ("cuda" if config.pool(role).gpus else "cpu")
     on_gpu = device != "cpu"
-    if engine.tensor_parallel > 1 and role != "colocated":
+    ranks = config.tensor_parallel(role)
+    if ranks > 1 and role != "colocated":
         raise ConfigError(
-            f"engine.tensor_parallel is {engine.tensor_parallel} and the role is {role}: KV that is split over ranks "
+            f"tensor_parallel is {ranks} and the role is {role}: KV that is split over ranks "
             "does not move between workers yet; use colocated workers, or tensor_parallel 1"
         )
     return WorkerOptions(
         engine=EngineOptions(
             model=config.model,
             device=device,
-            tensor_parallel=engine.tensor_parallel,
+            tensor_parallel=ranks,
             dtype=engine.dtype,
             random_weights=engine.random_weights,
             block_size=engine.block_size,
@@ -68,6 +75,7 @@ def worker_options(
         host=host,
         port=port,
         metrics_port=metrics_port,
+        kv_address=kv_address,
         worker_id=worker_id,
         transports=transports,
         kv_codec=config.kv_codec,
@@ -97,8 +105,13 @@ def router_options(
         router_id=router_id,
         api_key_file=router.api_key_file,
         policy=router.policy,
+        controller_key_sha256=os.environ.get(CONTROLLER_KEY, ""),
         max_queued=router.max_queued,
         max_live=router.max_live,
+        admission=router.admission,
+        ttft_target_s=router.ttft_target_s,
+        tpot_target_s=router.tpot_target_s,
+        ageing_s=router.ageing_s,
         prefill_bound_s=router.prefill_bound_s,
         max_attempts=router.max_attempts,
         default_timeout_s=router.default_timeout_s,

@@ -1,7 +1,9 @@
 """Choose the next token of each sequence: token i of a request is a function of (logits, seed, i) alone.
 
-One uniform number comes from a hash of (seed, i); it picks from the filtered distribution in vocabulary order. So the
-choice depends neither on the batch nor on the worker, and no generator state has to move with a request.
+An exponential race, also known as the Gumbel-max trick: token t arrives after noise(seed, i, t) / probability(t), and
+the first to arrive is chosen, with just that probability. The noise is a hash, so the choice depends neither on the
+batch nor on the worker, and no generator state has to move with a request. Nor does it depend on a sum over the
+vocabulary: where two workers' logits differ by rounding, only a race as close as that goes the other way.
 """
 
 from __future__ import annotations
@@ -10,11 +12,14 @@ import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..core.request import SamplingParams
 
+_HOPELESS = 1e-12  # noise spans a factor of 2e11: less than this part of the likeliest token's weight never wins
 _MANY = 1024  # the nucleus is nearly always found among so many tokens, and a full sort costs ten times as much
 
 
@@ -34,10 +39,25 @@ class SampleInput:
         return bool(self.params.has_penalties or self.params.logit_bias or self.banned or self.allowed is not None)
 
 
-def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) with 53 random bits, the same on every machine."""
+def noise_keys(seed: int, index: int) -> tuple[int, int]:
+    """Two numbers of 32 random bits: what `noise` of one draw is made from, the same on every machine."""
     digest = hashlib.blake2b(seed.to_bytes(8, "little") + index.to_bytes(8, "little"), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def noise(keys: tuple[int, int], token_ids: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
+    """Exponentially distributed numbers with mean 1, between 1e-10 and 23, one for each of `token_ids`."""
+    bits = token_ids * np.uint32(0x9E3779B1) + np.uint32(keys[0])
+    bits = _mix(_mix(bits) ^ np.uint32(keys[1]))
+    exponential: npt.NDArray[np.float64] = -np.log1p((bits + 0.5) * -(2.0**-32))
+    return exponential
+
+
+def _mix(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """The finaliser of MurmurHash3: a bijection in which every bit changes every other."""
+    bits = (bits ^ (bits >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return bits ^ (bits >> np.uint32(16))
 
 
 @torch.inference_mode()
@@ -92,16 +112,16 @@ def _penalise(logits: Tensor, row: SampleInput) -> None:
 
 
 def _draw(logits: Tensor, rows: Sequence[SampleInput]) -> list[int]:
-    """Inverse transform sampling from the filtered distribution of each row."""
-    # In float64, because a low temperature blows small differences up and 1e5 small weights are summed.
+    """The winner of each row's race over its filtered distribution."""
+    # In float64, because a low temperature blows small differences up.
     logits = logits.double() / torch.tensor([[row.params.temperature] for row in rows], dtype=torch.float64)
     weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()  # the likeliest token has 1
+    picked = []
     for values, row in zip(weights, rows, strict=True):
         _filter(values, row.params)
-    cumulative = weights.cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    targets = torch.tensor([[uniform(row.params.seed, row.index)] for row in rows], dtype=torch.float64) * total
-    picked: list[int] = torch.searchsorted(cumulative, targets, right=True)[:, 0].tolist()
+        kept = (values > _HOPELESS).nonzero()[:, 0].numpy()
+        arrivals = noise(noise_keys(row.params.seed, row.index), kept.astype(np.uint32)) / values.numpy()[kept]
+        picked.append(int(kept[arrivals.argmin()]))
     return picked
 
 

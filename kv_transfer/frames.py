@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..core.errors import KvCorrupted, ProtocolMismatch
+from ..core.errors import KvCorrupted
 from ..core.kv_geometry import KvDtype
 from .codecs import CodecName, WireFormat
 from .grants import Grant
@@ -101,7 +101,8 @@ class FrameHeader:
 
     @classmethod
     def unpack(cls, frame: bytes) -> FrameHeader:
-        """Raises: ProtocolMismatch: not a frame that this build understands. KvCorrupted: its length is wrong."""
+        """Raises: KvCorrupted: no whole frame that this build understands. A link's ends agreed on their version when
+        they met, so what cannot be read was damaged on its way, and another attempt can help."""
         if len(frame) < HEADER_BYTES:
             raise KvCorrupted(f"a frame of {len(frame)} bytes is shorter than its header of {HEADER_BYTES}")
         magic, version, kind, codec, grant_id, attempt, epoch, *rest = _HEADER.unpack_from(frame)
@@ -109,7 +110,7 @@ class FrameHeader:
         checksum, turn, dtype = rest
         known = kind in FrameKind._value2member_map_ and codec < len(_CODECS) and dtype < len(_DTYPES)
         if magic != MAGIC or version != VERSION or not known:
-            raise ProtocolMismatch(
+            raise KvCorrupted(
                 f"frame with magic {magic!r}, version {version}, kind {kind}, codec {codec} and dtype {dtype}; this "
                 f"build reads {MAGIC!r}, version {VERSION}, kinds 1 to 4, codecs and dtypes 0 to 2: upgrade the older "
                 "worker"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from google.protobuf.message import DecodeError
+
 from ..core.errors import KvCorrupted
 from ..core.kv_geometry import KvGeometry
 from ..proto import kv_transfer_pb2
@@ -78,7 +80,10 @@ class Incoming:
         self._check_sequence(header)
         if checksum(payload) != header.checksum:
             raise KvCorrupted(f"{self._grant}: the checksum of the last frame is wrong")
-        end = kv_transfer_pb2.TransferEnd.FromString(bytes(payload))
+        try:
+            end = kv_transfer_pb2.TransferEnd.FromString(bytes(payload))
+        except DecodeError as error:
+            raise KvCorrupted(f"{self._grant}: the last frame cannot be read: {error}") from error
         if not end.finished and not self.is_covered:
             raise KvCorrupted(
                 f"{self._grant}: the transfer ended with {min(self._covered)} of {self._grant.num_tokens} tokens"

@@ -28,7 +28,9 @@ from .shared_memory import PeerPool
 
 logger = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 5.0
+# Setting up a link may take 5 s in all. A connection that hangs is given up before that and made anew: what stalled one
+# (a lost packet, a paused machine) seldom stalls the next.
+CONNECT_TRIES_S = (2.0, 3.0)
 TRANSPORTS = {
     "grpc": pb.TRANSPORT_GRPC,
     "shared_memory": pb.TRANSPORT_SHARED_MEMORY,
@@ -38,6 +40,10 @@ TRANSPORTS = {
 TRANSPORT_NAMES = {number: name for name, number in TRANSPORTS.items()}
 # The receiver maps the sender's pool and copies whole blocks itself; frames hold their numbers.
 MAPPED = (pb.TRANSPORT_SHARED_MEMORY, pb.TRANSPORT_CUDA_IPC)
+
+
+class LinkTimeout(TransferFailed):
+    """A prefill worker did not answer in time."""
 
 
 class MappedPool(Protocol):
@@ -111,7 +117,7 @@ class Peers:
             if peer.boot_id != boot_id:
                 raise StaleMessage(f"boot {boot_id} of the prefill worker at {address} is gone, {peer.boot_id} runs")
             if peer.lane is not None and peer.lane.error is not None:
-                response = await self._introduce(address, peer.channel, [peer.transport])
+                response = await self._introduce(address, peer.channel, [peer.transport], sum(CONNECT_TRIES_S))
                 self._open_lane(address, peer, response)
         peer.users += 1
         try:
@@ -139,9 +145,19 @@ class Peers:
         return peer
 
     async def _connect(self, address: str, transports: Sequence[pb.Transport.ValueType]) -> Peer:
+        for timeout_s in CONNECT_TRIES_S[:-1]:
+            try:
+                return await self._try_to_connect(address, transports, timeout_s)
+            except LinkTimeout as error:
+                logger.warning("%s; connecting anew", error.message)
+        return await self._try_to_connect(address, transports, CONNECT_TRIES_S[-1])
+
+    async def _try_to_connect(
+        self, address: str, transports: Sequence[pb.Transport.ValueType], timeout_s: float
+    ) -> Peer:
         channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         try:
-            response = await self._introduce(address, channel, transports)
+            response = await self._introduce(address, channel, transports, timeout_s)
             pool = None
             if response.transport in MAPPED:
                 try:
@@ -150,7 +166,7 @@ class Peers:
                     logger.warning("cannot map the KV pool of %s, using another transport: %s", address, error)
                     others = [transport for transport in transports if transport != response.transport]
                     await channel.close()
-                    return await self._connect(address, others)
+                    return await self._try_to_connect(address, others, timeout_s)
             peer = Peer(channel, response, pool)
             self._open_lane(address, peer, response)
             return peer
@@ -159,9 +175,13 @@ class Peers:
             raise
 
     async def _introduce(
-        self, address: str, channel: grpc.aio.Channel, transports: Sequence[pb.Transport.ValueType]
+        self,
+        address: str,
+        channel: grpc.aio.Channel,
+        transports: Sequence[pb.Transport.ValueType],
+        timeout_s: float,
     ) -> pb.ConnectResponse:
-        """Raises: TransferFailed: nobody answers. What the prefill worker refuses us with."""
+        """Raises: TransferFailed: nobody answers (LinkTimeout: in time). What the prefill worker refuses us with."""
         connect: Any = channel.unary_unary(
             f"/{SERVICE}/Connect",
             request_serializer=pb.ConnectRequest.SerializeToString,
@@ -181,11 +201,13 @@ class Peers:
             link_epoch=self._link_epochs[address],
         )
         try:
-            response: pb.ConnectResponse = await connect(request, timeout=CONNECT_TIMEOUT_S)
+            response: pb.ConnectResponse = await connect(request, timeout=timeout_s)
             return response
         except grpc.aio.AioRpcError as error:
             typed = from_rpc_error(error)
-            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                typed = LinkTimeout(f"the prefill worker at {address} did not answer within {timeout_s:g} s")
+            elif error.code() is grpc.StatusCode.UNAVAILABLE:
                 typed = TransferFailed(f"the prefill worker at {address} cannot be reached: {error.details()}")
             raise typed from error
 

@@ -21,6 +21,15 @@ class KvLayout:
     geometry: KvGeometry  # of the whole model, not of one rank
     num_ranks: int = 1
 
+    def __post_init__(self) -> None:
+        """Raises: GeometryMismatch: no model has this shape; a peer may send anything."""
+        shapes = [(layer.num_kv_heads, layer.key_dim, layer.value_dim) for layer in self.geometry.layers]
+        if self.num_ranks < 1 or not all(min(shape) > 0 for shape in shapes):
+            raise GeometryMismatch(
+                f"{self.num_ranks} ranks and layers of (heads, key dim, value dim) {shapes[:3]} hold no KV; each must "
+                "be at least 1"
+            )
+
     def heads(self, layer: int, rank: int) -> range:
         """The heads that a rank holds, in the model's numbering; with fewer heads than ranks, ranks share a head.
 
@@ -71,7 +80,7 @@ class KvLayout:
 
     @classmethod
     def from_proto(cls, message: kv_transfer_pb2.KvShape) -> KvLayout:
-        """Raises: GeometryMismatch: a dtype that this build does not know."""
+        """Raises: GeometryMismatch: a dtype that this build does not know, or a shape that no model has."""
         layers = tuple(
             LayerGeometry(
                 num_kv_heads=layer.num_kv_heads,

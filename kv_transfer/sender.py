@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import (
+    Draining,
     GeometryMismatch,
     KvCorrupted,
     LeaseExpired,
@@ -27,7 +28,6 @@ from ..core.errors import (
     SplitserveError,
     StaleMessage,
     TransferFailed,
-    Unavailable,
 )
 from ..core.metrics import WorkerMetrics
 from ..proto import kv_transfer_pb2 as pb
@@ -263,7 +263,7 @@ class KvSender:
     async def close(self) -> None:
         """Fail what is left."""
         for out in list(self._by_request.values()):
-            self._end(out, Unavailable(f"prefill worker {self._identity.worker_id} is stopping"), report=True)
+            self._end(out, Draining(f"prefill worker {self._identity.worker_id} is stopping"), report=True)
         self._lanes.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..scheduling.queueing import erlang_c
 from .fitting import Array
 from .latency import StepLatency
 from .load import Load
@@ -33,14 +34,6 @@ class Estimate:
     utilisation: Mapping[str, float]  # prefill, decode, link; or colocated
     binding: str = ""  # what makes it impossible, empty if nothing does
     batch: float = 0.0  # mean sequences a decode worker runs
-
-
-def erlang_c(servers: int, offered: float) -> float:
-    """Probability that an arrival waits in M/M/c with `offered` = rate x mean service time below `servers`."""
-    blocking = 1.0
-    for count in range(1, servers + 1):  # Erlang B by its recursion, stable for any number of servers
-        blocking = offered * blocking / (count + offered * blocking)
-    return blocking / (1 - offered / servers * (1 - blocking))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

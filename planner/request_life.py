@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..core.events import Event
 from ..core.request import Request
+from ..scheduling.fair_queue import Ticket
 from .step_log import StepLog
 from .types import SimRequest
 
@@ -28,6 +29,9 @@ class RequestLife:
     index: int  # in the order of the caller's requests
     request: SimRequest
     work: Request  # as the schedulers take it
+    ticket: Ticket  # its place in the router's queue
+    predicted_ttft_s: float | None = None
+    waits: bool = False  # in that queue
     marks: list[tuple[Event, float]] = field(default_factory=list)
     prefill: str | None = None  # workers of the live attempt
     decode: str = ""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import heapq
+import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from ..core.errors import Overloaded, PromptTooLong, SplitserveError
 from ..core.events import Event
 from ..core.kv_geometry import blocks_for
 from ..scheduling.admission import Admission
-from ..scheduling.dispatch_order import DispatchOrder
+from ..scheduling.decode_pace import DecodePace
+from ..scheduling.dispatch_order import dispatch
+from ..scheduling.fair_queue import FairQueue
 from ..scheduling.prefix_feed import PrefixFeed, block_key
 from ..scheduling.prefix_index import PrefixIndex
 from ..scheduling.routing import ClusterView, DecodeLoad, Placement, PrefillLoad, RoutedRequest, RoutingPolicy, Snapshot
@@ -66,13 +69,15 @@ class _PrefillMember(_Member):
 
 
 class _DecodeMember(_Member):
-    def __init__(self, worker: SimulatedWorker, *, colocated: bool) -> None:
+    def __init__(self, worker: SimulatedWorker, *, colocated: bool, pace: DecodePace) -> None:
         super().__init__(worker)
         self._colocated = colocated
         self._local_tokens = 0  # of prompts that it still has to compute
+        self._pace = pace
         self._available_blocks = worker.scheduler.blocks.num_available
         self._num_sequences = 0
         self._num_runs = 0
+        self._decode_step_s = 0.0
         self._load: DecodeLoad | None = None
 
     def attach(self, num_blocks: int, local_tokens: int) -> None:
@@ -90,9 +95,15 @@ class _DecodeMember(_Member):
         """Something ended there, and it told how it stands now."""
         self._available_blocks = self.worker.scheduler.blocks.num_available
         self._num_sequences = self.worker.num_sequences
+        self._decode_step_s = self.worker.decode_step[1]
+        self._pace.report(*self.worker.decode_step)
         self._num_runs -= 1
         self._load = None
         self.full = False
+
+    @property
+    def takes_work(self) -> bool:
+        return super().takes_work and self._pace.has_room(max(self._num_sequences, self._num_runs))
 
     @property
     def load(self) -> DecodeLoad:
@@ -106,12 +117,22 @@ class _DecodeMember(_Member):
                 local_prefill_tokens=self._local_tokens,
                 times=MeasuredTimes(
                     prefill_tokens_per_s=self.worker.prefill_tokens_per_s,
-                    decode_step_time_s=self.worker.decode_step_s,
+                    decode_step_time_s=self._decode_step_s,
                 ),
                 colocated=self._colocated,
                 prefills_locally=True,
             )
         return self._load
+
+    @property
+    def prefill_load(self) -> PrefillLoad:
+        """As one that computes prompts itself."""
+        return PrefillLoad(
+            worker=self.worker.name,
+            outstanding_tokens=self.worker.scheduler.outstanding_prefill_tokens,
+            outstanding_prompts=self.worker.scheduler.num_waiting,
+            tokens_per_s=self.worker.prefill_tokens_per_s,
+        )
 
 
 class SimulatedRouter:
@@ -119,6 +140,8 @@ class SimulatedRouter:
 
     Args:
         prompt_hashes: of each full KV block of a request's prompt, by request id.
+        tpot_target_s: longest decode step that new sequences may bring about; None: any.
+        ageing_s: waiting that is worth one step of priority.
         on_failed: told of a request that ends without an answer.
     """
 
@@ -133,6 +156,8 @@ class SimulatedRouter:
         kv_bytes_per_token: float,
         ttft_target_s: float | None,
         prompt_hashes: Callable[[str], Sequence[bytes]],
+        tpot_target_s: float | None,
+        ageing_s: float,
         rng: random.Random,
         on_failed: Callable[[RequestLife, SplitserveError], None],
     ) -> None:
@@ -144,12 +169,13 @@ class SimulatedRouter:
         self._ttft_target_s = ttft_target_s
         self._prompt_hashes = prompt_hashes
         self._index = PrefixIndex()
-        self._order = DispatchOrder(policy, self)
+        self._policy = policy
         self._rng = rng
         self._on_failed = on_failed
         self._prefills: dict[str, _PrefillMember] = {}
         self._decodes: dict[str, _DecodeMember] = {}
-        self._queue: list[tuple[int, RequestLife]] = []  # heap in order of arrival
+        self._tpot_target_s = tpot_target_s
+        self._queue: FairQueue[RequestLife] = FairQueue(ageing_s)
         self._num_admitted = 0  # and not queued yet: on their way through the router
         self.num_live = 0
 
@@ -160,7 +186,7 @@ class SimulatedRouter:
         self.pump()
 
     def add_decode(self, worker: SimulatedWorker, *, colocated: bool) -> None:
-        self._decodes[worker.name] = _DecodeMember(worker, colocated=colocated)
+        self._decodes[worker.name] = _DecodeMember(worker, colocated=colocated, pace=DecodePace(self._tpot_target_s))
         self.pump()
 
     def retire(self, name: str) -> None:
@@ -169,14 +195,21 @@ class SimulatedRouter:
 
     @property
     def num_queued(self) -> int:
-        return len(self._queue) + len(self._order.held)
+        return len(self._queue)
 
     # --- requests ---
 
     def admit(self, life: RequestLife) -> bool:
         """Let a request in, or fail it."""
         try:
-            self._admission.check(num_queued=self.num_queued + self._num_admitted, num_live=self.num_live)
+            life.predicted_ttft_s = self._admission.admit(
+                life.ticket,
+                deadline_at=math.inf,
+                queue=self._queue,
+                num_arriving=self._num_admitted,
+                num_live=self.num_live,
+                prefills=self._prefill_loads(),
+            )
         except Overloaded as error:
             self._on_failed(life, error)
             return False
@@ -190,11 +223,17 @@ class SimulatedRouter:
         self._num_admitted -= 1
         life.draw = self._rng.getrandbits(64)
         life.prefix_keys = [block_key(found) for found in self._prompt_hashes(life.request_id)]
-        heapq.heappush(self._queue, (life.index, life))
+        life.waits = True
+        self._queue.push(life.ticket, life)
         self.pump()
+        if life.waits and self._admission.ttft_target_s < math.inf:
+            at_s = self._admission.latest_start(life.ticket, deadline_at=math.inf, prefills=self._prefill_loads())
+            self._events.at(at_s, partial(self._too_late, life))
 
     def prefilled(self, life: RequestLife) -> None:
         """It has its first token."""
+        if life.predicted_ttft_s is not None:
+            self._admission.ttft.measured(life.predicted_ttft_s, self._events.now_s - life.request.arrival_s)
         member: _PrefillMember | _DecodeMember
         member = self._prefills[life.prefill] if life.prefill is not None else self._decodes[life.decode]
         member.prefilled(life.num_uncached)
@@ -208,25 +247,50 @@ class SimulatedRouter:
         self._read_feed(member)
         self.pump()
 
-    def ended(self) -> None:
+    def ended(self, life: RequestLife) -> None:
         """A live request ended."""
+        self._queue.charge(life.ticket, 0 if life.error else life.request.osl)
         self.num_live -= 1
         self._admission.left(self._events.now_s)
 
     def pump(self) -> None:
         """Send off what can be."""
-        self._order.run()
+        dispatch(self._policy, self)
 
-    # --- of DispatchOrder ---
+    def _prefill_loads(self) -> list[PrefillLoad]:
+        """Of everybody who computes prompts, whether or not it takes one more right now; none if nobody asks."""
+        if self._admission.ttft_target_s == math.inf:
+            return []
+        loads = [member.load for member in self._prefills.values() if not member.retired]
+        return loads or [member.prefill_load for member in self._decodes.values() if not member.retired]
 
-    def first(self) -> RequestLife | None:
-        return self._queue[0][1] if self._queue else None
+    def _starts_in_time(self, life: RequestLife) -> bool:
+        """Whether its work would still be worth something; ends it otherwise."""
+        try:
+            self._admission.check_start(
+                life.ticket, now=self._events.now_s, deadline_at=math.inf, prefills=self._prefill_loads()
+            )
+        except Overloaded as error:
+            self._refuse(life, error)
+            return False
+        return True
 
-    def take(self) -> None:
-        heapq.heappop(self._queue)
+    def _too_late(self, life: RequestLife) -> None:
+        """It waited in the queue until there was no point in waiting longer."""
+        if life.waits:
+            self._refuse(life, self._admission.too_late(len(self._queue)))
+            self.pump()
 
-    def is_over(self, job: RequestLife) -> bool:
-        return False  # nobody cancels
+    def _refuse(self, life: RequestLife, error: Overloaded) -> None:
+        life.waits = False
+        self._queue.discard(life.ticket)
+        self._on_failed(life, error)
+        self.ended(life)
+
+    # --- of dispatch_order.Source ---
+
+    def in_order(self) -> Iterator[RequestLife]:
+        return self._queue.in_order()
 
     def view(self) -> ClusterView:
         return ClusterView(
@@ -274,17 +338,23 @@ class SimulatedRouter:
             while (changes := member.feed.take()) is not None:
                 self._index.apply(member.worker.name, changes)
 
-    def start(self, job: RequestLife, placement: Placement) -> bool:
+    def start(self, job: RequestLife, placement: Placement) -> None:
+        if self._admission.ttft_target_s < math.inf and not self._starts_in_time(job):
+            return
+        if self._begin(job, placement):
+            self._queue.serve(job.ticket)
+            job.waits = False
+
+    def _begin(self, life: RequestLife, placement: Placement) -> bool:
         """Begin at the chosen pair; False: one of them has no room now."""
-        life = job
         decode = self._decodes[placement.decode]
         prefill = self._prefills[placement.prefill] if placement.prefill is not None else None
         life.decode, life.prefill = placement.decode, placement.prefill
         computed_by = placement.prefill or placement.decode
         life.num_uncached = max(1, life.request.isl - self._cached_tokens(life).get(computed_by, 0))
         if error := _never_fits(life, decode.worker, prefill.worker if prefill is not None else None):
-            self.ended()
             self._on_failed(life, error)
+            self.ended(life)
             return True
         now_s = self._events.now_s
         try:
@@ -310,6 +380,7 @@ class SimulatedRouter:
             blocks_for(life.request.isl, decode.worker.scheduler.blocks.block_size),
             life.num_uncached if prefill is None else 0,
         )
+        self._admission.ttft.dispatched(now_s, life.ticket.cost, len(self._queue) - 1)
         return True
 
 

@@ -76,6 +76,7 @@ class SimulatedWorker:
         self.prefill_tokens_per_s = _rate(
             spec.max_step_tokens, spec.latency.prefill_step_s([(spec.max_step_tokens, 0)])
         )
+        self.decode_step = (0, 0.0)  # sequences and seconds of the last step that did nothing else
         self._queue = queue
         self._events = events
         self._lives = lives
@@ -93,11 +94,6 @@ class SimulatedWorker:
     @property
     def num_sequences(self) -> int:
         return self.scheduler.num_running + self.scheduler.num_waiting
-
-    @property
-    def decode_step_s(self) -> float:
-        """Of the last step; 0 before the first."""
-        return self.log.last_step_s[-1] if len(self.log) else 0.0
 
     # --- what the router asks for ---
 
@@ -245,6 +241,7 @@ class SimulatedWorker:
         assert run is not None
         assert timing is not None
         self._log_entry(num_steps, timing.first_step_s, timing.step_s(num_steps - 1), run.batch)
+        self.decode_step = (run.batch, timing.step_s(num_steps - 1))
         self._run = self._timing = None
         for sequence in self.scheduler.advance(num_steps, TOKEN):
             self._finished(sequence)
@@ -258,6 +255,8 @@ class SimulatedWorker:
         if plan.num_prefill_tokens and not plan.num_decode_tokens:
             rate = _rate(plan.num_prefill_tokens, step_s)
             self.prefill_tokens_per_s += _RATE_WEIGHT * (rate - self.prefill_tokens_per_s)
+        elif not plan.num_prefill_tokens:
+            self.decode_step = (batch, step_s)
         self._plan = None
         for part in plan.parts[plan.num_decode_tokens :]:
             life = self._lives[part.sequence.request_id]

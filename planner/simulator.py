@@ -10,7 +10,8 @@ from functools import partial
 from ..core.config import EngineConfig, RouterConfig
 from ..core.errors import ConfigError, SplitserveError
 from ..core.events import Event
-from ..scheduling.admission import Admission
+from ..scheduling.admission import Admission, AdmissionPolicy
+from ..scheduling.fair_queue import Ticket
 from ..scheduling.policies.prefix import prefix
 from ..scheduling.routing import RoutingPolicy
 from ..scheduling.steps import StepPlan
@@ -34,8 +35,11 @@ class RouterLimits:
     max_queued: int = RouterConfig().max_queued
     max_live: int = RouterConfig().max_live
     prefill_bound_s: float = RouterConfig().prefill_bound_s
-    local_prefill_itl_s: float | None = None
+    admission: AdmissionPolicy = RouterConfig().admission
     ttft_target_s: float | None = None
+    tpot_target_s: float | None = None
+    ageing_s: float = RouterConfig().ageing_s
+    local_prefill_itl_s: float | None = None
 
 
 def simulate(
@@ -101,9 +105,16 @@ class Simulation:
         self._contents = TraceContents(self._block_tokens)
         self.router = SimulatedRouter(
             self.queue,
-            Admission(max_queued=limits.max_queued, max_live=limits.max_live),
+            Admission(
+                max_queued=limits.max_queued,
+                max_live=limits.max_live,
+                policy=limits.admission,
+                ttft_target_s=limits.ttft_target_s,
+            ),
             policy,
             prefill_bound_s=limits.prefill_bound_s,
+            tpot_target_s=limits.tpot_target_s,
+            ageing_s=limits.ageing_s,
             local_prefill_itl_s=limits.local_prefill_itl_s,
             kv_bytes_per_token=cluster.kv_bytes_per_token,
             ttft_target_s=limits.ttft_target_s,
@@ -181,7 +192,15 @@ class Simulation:
         self._num_arrived += 1
         self._ask_for_next_arrival()
         request_id = str(index)
-        life = RequestLife(index=index, request=request, work=self._contents.enter(request_id, request))
+        ticket = Ticket(
+            order=index,
+            arrived_at=request.arrival_s,
+            cost=request.isl,
+            tenant=request.tenant,
+            priority=request.priority,
+        )
+        work = self._contents.enter(request_id, request)
+        life = RequestLife(index=index, request=request, work=work, ticket=ticket)
         self._all.append(life)
         self._lives[request_id] = life
         life.mark(Event.ARRIVED, self.queue.now_s)
@@ -242,7 +261,7 @@ class Simulation:
     def _ended(self, life: RequestLife, at_s: float) -> None:
         life.ended_s = at_s
         life.mark(Event.FINISHED, at_s)
-        self.router.ended()
+        self.router.ended(life)
         self._count_end()
 
     def _failed(self, life: RequestLife, error: SplitserveError) -> None:

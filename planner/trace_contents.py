@@ -74,7 +74,13 @@ class TraceContents:
             self._prompts[request_id] = self._hashes(request)
         # A range is a prompt of the right length; the tuple itself would cost more than simulating the request.
         prompt = cast(tuple[int, ...], range(request.isl))
-        return Request(request_id=request_id, prompt_token_ids=prompt, max_tokens=request.osl, ignore_eos=True)
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=prompt,
+            max_tokens=request.osl,
+            ignore_eos=True,
+            priority=request.priority,
+        )
 
     def leave(self, request_id: str) -> None:
         self._prompts.pop(request_id, None)

@@ -65,6 +65,8 @@ class SimRequest:
     osl: int  # tokens to generate
     hash_ids: tuple[int, ...] = ()  # equal ids at equal places are equal prompt blocks
     hash_block_tokens: int = 16  # tokens of one such block
+    tenant: str = ""  # whose share of the router's queue it is part of
+    priority: int = 0  # higher goes first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,7 +37,7 @@ class PrefillServer(worker_pb2_grpc.PrefillWorkerServicer):
         try:
             await session.run(context, lambda message: self._handle(session, message))
         finally:
-            host.sessions.discard(session)
+            host.session_ended(session)
             self.worker.session_ended(session)
 
     def _handle(self, session: RouterSession, message: worker_pb2.PrefillSessionRequest) -> None:
@@ -62,6 +62,7 @@ class PrefillServer(worker_pb2_grpc.PrefillWorkerServicer):
 async def serve_async(options: WorkerOptions, ready: Callable[[Ready], None] | None = None) -> None:
     """Serve until SIGTERM or SIGINT; `ready` is called once the address answers."""
     server = PrefillServer(options)
+    server.worker.host.take_signals()
     try:
         told = await server.worker.host.start()
         if ready is not None:

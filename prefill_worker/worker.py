@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from ..core.errors import Cancelled, DeadlineExceeded, SplitserveError
+from ..core.errors import Cancelled, DeadlineExceeded, Draining, SplitserveError
 from ..core.events import Event
 from ..core.request import Request
 from ..engine.engine import StepOutput, TokenOutput
@@ -43,7 +43,9 @@ class PrefillWorker:
 
     def __init__(self, options: WorkerOptions) -> None:
         self._runs: dict[str, _Run] = {}
-        self.host = WorkerHost(options, SERVICES, on_step=self._on_step, kv_written=self._kv_written)
+        self.host = WorkerHost(
+            options, SERVICES, on_step=self._on_step, hand_over=self.hand_over, kv_written=self._kv_written
+        )
         self.sender = KvSender(
             self.host.engine.pool,
             self.host.identity,
@@ -105,6 +107,11 @@ class PrefillWorker:
         """The router is gone: nobody would read what it asked for."""
         for run in [run for run in self._runs.values() if run.session is session]:
             self._cancel(run, "the router's session ended")
+
+    def hand_over(self, error: Draining) -> None:
+        """The routers are to take everything elsewhere."""
+        for run in list(self._runs.values()):
+            self._fail(run, error)
 
     def refuse(self, session: RouterSession, request_id: str, attempt: int, error: SplitserveError) -> None:
         """Answer one attempt with RunFailed."""

@@ -41,6 +41,9 @@ def reason_to_proto(reason: FinishReason | None) -> inference_pb2.FinishReason.V
 
 
 def reason_from_proto(reason: inference_pb2.FinishReason.ValueType) -> FinishReason | None:
+    """Raises: ProtocolMismatch: a reason that this build does not know."""
+    if reason not in _REASON_FROM_PROTO:
+        raise ProtocolMismatch(f"finish reason {reason} is not known here; upgrade this side to the peer's version")
     return _REASON_FROM_PROTO[reason]
 
 

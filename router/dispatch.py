@@ -7,7 +7,6 @@ a request is the one that reads its answer (`Job.read`).
 from __future__ import annotations
 
 import asyncio
-import heapq
 import logging
 import random
 import time
@@ -19,6 +18,7 @@ from enum import Enum
 from ..core.errors import (
     Cancelled,
     DeadlineExceeded,
+    Draining,
     InvalidRequest,
     KvCorrupted,
     Overloaded,
@@ -34,9 +34,10 @@ from ..core.request import FinishReason, Request
 from ..proto import kv_transfer_pb2
 from ..scheduling.admission import Admission
 from ..scheduling.attempts import Answer, NewTokens
-from ..scheduling.dispatch_order import DispatchOrder
+from ..scheduling.dispatch_order import dispatch
+from ..scheduling.fair_queue import FairQueue, Ticket
 from ..scheduling.policies.prefix import prefix
-from ..scheduling.routing import ClusterView, Placement, RoutingPolicy, Snapshot
+from ..scheduling.routing import ClusterView, Placement, PrefillLoad, RoutingPolicy, Snapshot
 from .membership import WorkerPool
 from .routing_view import RoutingView
 from .session import DecodeLink, DecodeReport, PrefillLink, PrefillReport, TransferReport, WorkerLink
@@ -57,12 +58,13 @@ class Phase(Enum):
 class Job:
     """One request from submission to its end. Made by `Dispatcher.open`."""
 
-    def __init__(self, request: Request, timeline: Timeline, deadline_at: float, order: int) -> None:
+    def __init__(self, request: Request, timeline: Timeline, deadline_at: float, ticket: Ticket) -> None:
         self.request = request  # as the live attempt sends it
         self.answer = Answer(request.output_token_ids)
         self.timeline = timeline
         self.deadline_at = deadline_at
-        self.order = order
+        self.ticket = ticket
+        self.predicted_ttft_s: float | None = None
         self.draw = random.getrandbits(64)  # the policy's luck
         self.phase = Phase.QUEUED
         self.queued_at = timeline.arrived_at
@@ -72,12 +74,14 @@ class Job:
         self.num_failures = 0
         self.error: SplitserveError | None = None
         self.deadline_timer: asyncio.TimerHandle | None = None
-        self._num_read = len(request.output_token_ids)
+        self.queue_timer: asyncio.TimerHandle | None = None  # runs while it is queued and has had no attempt
+        self.num_given = self._num_read = len(request.output_token_ids)  # tokens that the client brought
         self._reader: asyncio.Future[None] | None = None
 
-    def __lt__(self, other: Job) -> bool:
-        """Order of the queue: priority, then arrival; a retried request keeps its place."""
-        return (-self.request.priority, self.order) < (-other.request.priority, other.order)
+    @property
+    def untouched(self) -> bool:
+        """Nobody has worked for it yet, and its client has nothing."""
+        return self.num_failures == 0 and not self.answer.token_ids
 
     async def read(self) -> list[int]:
         """The next tokens, all that are there; [] once the answer is complete. Raises: SplitserveError: it failed."""
@@ -109,6 +113,7 @@ class Dispatcher:
         prefill_bound_s: seconds of prefill work that a worker may have outstanding.
         max_attempts: failures of a request before its error goes to the client.
         no_worker_wait_s: how long a request waits while nobody can serve it.
+        ageing_s: waiting that is worth one step of priority.
     """
 
     def __init__(
@@ -121,6 +126,7 @@ class Dispatcher:
         prefill_bound_s: float,
         max_attempts: int,
         no_worker_wait_s: float,
+        ageing_s: float,
         policy: RoutingPolicy = prefix,
     ) -> None:
         self._pool = pool
@@ -128,15 +134,15 @@ class Dispatcher:
         self._metrics = metrics
         self._recorder = recorder
         self._routing = RoutingView(pool, prefill_bound_s=prefill_bound_s)
-        self._order = DispatchOrder(policy, self)
+        self._policy = policy
         self._max_attempts = max_attempts
         self._no_worker_wait_s = no_worker_wait_s
         self._jobs: dict[str, Job] = {}
-        self._queue: list[Job] = []  # heap; jobs that ended while queued stay until they surface
+        self._queue: FairQueue[Job] = FairQueue(ageing_s)
+        self._pumping = False
         self._num_submitted = 0
         self._unusable_since = time.monotonic()
         self._give_up_timer: asyncio.TimerHandle | None = None
-        self.num_queued = 0
         self.num_finished = 0
         self.num_failed = 0
         self.idle = asyncio.Event()
@@ -146,11 +152,16 @@ class Dispatcher:
     def num_live(self) -> int:
         return len(self._jobs)
 
+    @property
+    def num_queued(self) -> int:
+        return len(self._queue)
+
     @contextmanager
     def open(self, request: Request, *, arrived_at: float, deadline_at: float) -> Iterator[Job]:
         """Submit a request; on leaving, whatever it still holds anywhere is freed.
 
-        Raises: Overloaded: no room. InvalidRequest: a live request has this id. DeadlineExceeded: it is past.
+        Raises: Overloaded: no room, or the first token would come too late. InvalidRequest: a live request has this id.
+            DeadlineExceeded: it is past.
         """
         if request.request_id in self._jobs:
             raise InvalidRequest(
@@ -159,13 +170,12 @@ class Dispatcher:
             )
         timeline = Timeline(request_id=request.request_id, arrived_at=arrived_at, recorder=self._recorder)
         timeline.mark(Event.ARRIVED, arrived_at)
-        self._admission.check(num_queued=self.num_queued, num_live=self.num_live)
         now = time.monotonic()
         if deadline_at <= now:
             raise DeadlineExceeded("the deadline is in the past; send the request with more time")
+        job = Job(request, timeline, deadline_at, self._ticket(request, arrived_at))
+        self._admit(job)
         timeline.mark(Event.ADMITTED, now)
-        job = Job(request, timeline, deadline_at, self._num_submitted)
-        self._num_submitted += 1
         loop = asyncio.get_running_loop()
         job.deadline_timer = loop.call_later(deadline_at - now, self._expire, job)
         self._jobs[request.request_id] = job
@@ -210,12 +220,16 @@ class Dispatcher:
         job = self._live(worker, grant.request_id, grant.attempt)
         if job is None or job.phase is not Phase.GRANTING or job.prefill is None:
             return
+        if job.prefill.state != "ready":  # it began to drain meanwhile
+            self._requeue(job)
+            return
         now = time.monotonic()
         job.phase = Phase.PREFILLING
         job.timeline.granted_at = now
         job.timeline.mark(Event.GRANTED, now, grant.attempt, worker=worker.worker_id)
         job.timeline.mark(Event.PREFILL_QUEUED, now, grant.attempt, worker=job.prefill.worker_id)
         job.prefill.run(job.request, job.deadline_at - now, grant)
+        self._admission.ttft.dispatched(now, job.ticket.cost, self.num_queued)
 
     def first_token(self, worker: WorkerLink, tokens: NewTokens, report: PrefillReport) -> None:
         job = self._live(worker, tokens.request_id, tokens.attempt)
@@ -262,46 +276,98 @@ class Dispatcher:
         if isinstance(error, Overloaded) and len(job.answer.token_ids) == len(job.request.output_token_ids):
             # Refused before any work was done: no failure, the request waits for room as it would have before.
             worker.full = True
+            self._queue.charge(job.ticket, -job.ticket.cost)
             self._requeue(job)
         else:
             self._attempt_failed(job, worker, error)
 
-    def lost(self, worker: WorkerLink, error: WorkerLost) -> None:
+    def lost(self, worker: WorkerLink, error: WorkerLost | Draining) -> None:
         for request_id in list(worker.runs):
             worker.detach(request_id)
             self._attempt_failed(self._jobs[request_id], worker, error)
 
     # The queue.
 
+    def _ticket(self, request: Request, arrived_at: float) -> Ticket:
+        self._num_submitted += 1
+        return Ticket(
+            order=self._num_submitted,
+            arrived_at=arrived_at,
+            cost=request.num_tokens,
+            tenant=request.tenant,
+            priority=request.priority,
+        )
+
+    def _admit(self, job: Job) -> None:
+        """Raises: Overloaded."""
+        try:
+            if job.num_given:  # its first token came from another router, its client is reading: it goes on if it can
+                self._admission.check(num_queued=self.num_queued, num_live=self.num_live)
+                return
+            job.predicted_ttft_s = self._admission.admit(
+                job.ticket,
+                deadline_at=job.deadline_at,
+                queue=self._queue,
+                num_live=self.num_live,
+                prefills=self._prefill_loads(),
+            )
+        except Overloaded:
+            self._metrics.overloaded.inc()
+            raise
+
+    def _prefill_loads(self) -> list[PrefillLoad]:
+        """Of everybody who computes prompts, whether or not it takes one more right now."""
+        loads = [link.load for link in self._pool.prefills.values() if link.state == "ready"]
+        return loads or [
+            link.prefill_load for link in self._pool.decodes.values() if link.colocated and link.state == "ready"
+        ]
+
     def _enqueue(self, job: Job) -> None:
         job.phase = Phase.QUEUED
         job.queued_at = time.monotonic()
-        heapq.heappush(self._queue, job)
-        self._count_queued(+1)
+        self._queue.push(job.ticket, job)
         self._pump()
-
-    def _count_queued(self, change: int) -> None:
-        self.num_queued += change
-        self._metrics.queued.set(self.num_queued)
+        if job.phase is Phase.QUEUED and job.untouched and not job.answer.ended:
+            at = self._admission.latest_start(job.ticket, deadline_at=job.deadline_at, prefills=self._prefill_loads())
+            job.queue_timer = asyncio.get_running_loop().call_later(at - job.queued_at, self._too_late, job)
 
     def _pump(self) -> None:
         """Send off what can be."""
-        self._order.run()
+        if self._pumping:
+            return  # whoever ends a request below
+        self._pumping = True
+        try:
+            dispatch(self._policy, self)
+        finally:
+            self._pumping = False
+        self._metrics.queued.set(self.num_queued)
         self._mind_the_queue()
 
-    def _waiting(self) -> Iterator[Job]:
-        return (job for job in (*self._order.held, *self._queue) if not job.answer.ended)
+    def _starts_in_time(self, job: Job) -> bool:
+        """Whether its work would still be worth something; ends it otherwise."""
+        if job.queue_timer is None or not job.untouched:  # it did not wait, or its client has begun to read
+            return True
+        try:
+            self._admission.check_start(
+                job.ticket, now=time.monotonic(), deadline_at=job.deadline_at, prefills=self._prefill_loads()
+            )
+        except Overloaded as error:
+            self._metrics.overloaded.inc()
+            self._end(job, error)
+            return False
+        return True
 
-    # Of DispatchOrder.
+    def _too_late(self, job: Job) -> None:
+        """It waited in the queue until there was no point in waiting longer."""
+        job.queue_timer = None
+        if job.phase is Phase.QUEUED and job.untouched and self._pool.usable:
+            self._metrics.overloaded.inc()
+            self._end(job, self._admission.too_late(self.num_queued))
 
-    def first(self) -> Job | None:
-        return self._queue[0] if self._queue else None
+    # Of scheduling.dispatch_order.Source.
 
-    def take(self) -> None:
-        heapq.heappop(self._queue)
-
-    def is_over(self, job: Job) -> bool:
-        return job.answer.ended
+    def in_order(self) -> Iterator[Job]:
+        return self._queue.in_order()
 
     def view(self) -> ClusterView:
         return self._routing.view()
@@ -309,10 +375,14 @@ class Dispatcher:
     def snapshot(self, job: Job, view: ClusterView, held_tokens: Mapping[str, int]) -> Snapshot:
         return self._routing.snapshot(job, view, held_tokens)
 
-    def start(self, job: Job, placement: Placement) -> bool:
+    def start(self, job: Job, placement: Placement) -> None:
         """Begin an attempt: ask for a grant, or have a colocated worker do everything."""
-        self._count_queued(-1)
+        if not self._starts_in_time(job):
+            return
+        self._queue.serve(job.ticket)
         request, now = job.request, time.monotonic()
+        _cancel(job.queue_timer)
+        job.queue_timer = None
         job.decode = decode = self._pool.decodes[placement.decode]
         job.prefill = prefill = self._pool.prefills[placement.prefill] if placement.prefill is not None else None
         job.timeline.dispatched(now, prefill.worker_id if prefill is not None else "", decode.worker_id)
@@ -321,11 +391,11 @@ class Dispatcher:
             job.phase = Phase.DECODING
             job.timeline.mark(Event.PREFILL_QUEUED, now, request.attempt, worker=decode.worker_id)
             decode.run_local(request, job.deadline_at - now)
+            self._admission.ttft.dispatched(now, job.ticket.cost, self.num_queued)
         else:
             job.phase = Phase.GRANTING
             prefill.attach(request.request_id, request.num_tokens)
             decode.request_grant(request, job.deadline_at - now, prefill)
-        return True
 
     def _mind_the_queue(self) -> None:
         """While nobody can serve, each queued request has `no_worker_wait_s`, then it is told."""
@@ -334,14 +404,14 @@ class Dispatcher:
             self._give_up_timer = None
         if self._pool.usable or self.num_queued == 0:
             return
-        oldest = min(job.queued_at for job in self._waiting())
+        oldest = min(job.queued_at for job in self._queue)
         wait_s = max(oldest, self._unusable_since) + self._no_worker_wait_s - time.monotonic()
         self._give_up_timer = asyncio.get_running_loop().call_later(wait_s, self._give_up)
 
     def _give_up(self) -> None:
         self._give_up_timer = None
         latest = time.monotonic() - self._no_worker_wait_s + 0.001  # timers may fire that early
-        for job in list(self._waiting()):
+        for job in list(self._queue):
             if max(job.queued_at, self._unusable_since) <= latest:
                 self._end(
                     job,
@@ -375,6 +445,8 @@ class Dispatcher:
             if job.timeline.first_token_at is None:
                 job.timeline.first_token_at = now
                 job.timeline.mark(Event.FIRST_TOKEN, now, tokens.attempt)
+                if job.predicted_ttft_s is not None and job.num_failures == 0:
+                    self._admission.ttft.measured(job.predicted_ttft_s, now - job.timeline.arrived_at)
             job.wake_reader()
         if job.answer.finish_reason is not None:
             for link in (job.prefill, job.decode):  # both free by themselves what a complete answer held
@@ -383,6 +455,10 @@ class Dispatcher:
             self._end(job, None)
 
     def _attempt_failed(self, job: Job, worker: WorkerLink, error: SplitserveError) -> None:
+        if isinstance(error, Draining):  # nothing failed, and that worker takes no more work
+            self._metrics.handed_over.inc()
+            self._requeue(job)
+            return
         job.num_failures += 1
         if not error.retryable or job.num_failures >= self._max_attempts:
             self._end(job, error)
@@ -424,11 +500,11 @@ class Dispatcher:
         if not job.answer.end():
             return
         now = time.monotonic()
-        if job.phase is Phase.QUEUED:
-            self._count_queued(-1)
+        self._queue.discard(job.ticket)
+        self._queue.charge(job.ticket, len(job.answer.token_ids) - job.num_given)
         self._revoke(job)
-        if job.deadline_timer is not None:
-            job.deadline_timer.cancel()
+        _cancel(job.deadline_timer)
+        _cancel(job.queue_timer)
         del self._jobs[job.request.request_id]
         job.error = error
         job.timeline.ended_at = now
@@ -457,3 +533,8 @@ class Dispatcher:
             num_gaps = len(job.answer.token_ids) - 1
             if error is None and num_gaps > 0:
                 metrics.tpot_seconds.observe((now - timeline.first_token_at) / num_gaps)
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

@@ -16,6 +16,7 @@ from ..proto.convert import check_protocol, format_from_proto, logprob_to_proto,
 from ..scheduling.admission import ModelLimits, check_model, make_request
 from .conversation import template_input
 from .dispatch import Dispatcher, Job
+from .keys import CALLER
 from .membership import WorkerPool
 from .text import AnswerText, ModelText
 from .timeline import Timeline
@@ -149,6 +150,7 @@ class FrontDoor:
             logprobs=message.logprobs if message.HasField("logprobs") else None,
             prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
             output_format=output_format,
+            key=CALLER.get(),
             priority=message.priority,
             tenant=message.tenant,
         )

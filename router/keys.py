@@ -1,50 +1,74 @@
-"""Who may call: the keys of a file, on both edges."""
+"""Who may call: API keys and their scopes, on both edges."""
 
 from __future__ import annotations
 
-import hashlib
 import hmac
-from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
 
-from ..core.errors import ConfigError, Unauthenticated
+from ..core.api_key import ANYBODY, ApiKey, Scope
+from ..core.errors import PermissionDenied, SplitserveError, Unauthenticated
+from ..core.metrics import RouterMetrics
 from ..proto.rpc import abort
+from .key_file import key_digest
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # subscriptable in the stubs only
 
-
-def read_keys(path: Path) -> list[str]:
-    """One key a line; empty lines and those that begin with # say nothing. Raises: ConfigError: there is no key."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the API keys of {path}: {error}") from error
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if not keys:
-        raise ConfigError(f"{path} holds no API key; write one a line, or leave router.api_key_file out")
-    return keys
+# Set by each edge in the task of a call, and read where its request is made.
+CALLER: ContextVar[ApiKey] = ContextVar("caller", default=ANYBODY)
 
 
 class ApiKeys:
-    """Keeps digests only, and compares with all of them in constant time."""
+    """Knows digests only, and compares with all of them in constant time.
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = [_digest(key) for key in keys]
+    Args:
+        known: the keys by digest, asked for at each call.
+        controller: digest of the key of the cluster's controller, which is in no file.
+    """
 
-    def check(self, authorization: str | None) -> None:
-        """Args: authorization: as HTTP's header of this name. Raises: Unauthenticated."""
-        scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not key:
+    def __init__(
+        self, known: Callable[[], Mapping[bytes, ApiKey]], metrics: RouterMetrics, controller: bytes | None = None
+    ) -> None:
+        self._known = known
+        self._metrics = metrics
+        self._controller = {controller: ApiKey(name="controller", scopes=frozenset(Scope))} if controller else {}
+
+    def check(self, authorization: str | None, scope: Scope) -> ApiKey:
+        """Whose key it is; a refusal is counted.
+
+        Args: authorization: as HTTP's header of this name.
+        Raises: Unauthenticated: it is none that we know. PermissionDenied: it does not open this.
+        """
+        try:
+            return self._check(authorization, scope)
+        except Unauthenticated:
+            self._metrics.refused.labels("key").inc()
+            raise
+        except PermissionDenied:
+            self._metrics.refused.labels("scope").inc()
+            raise
+
+    def _check(self, authorization: str | None, scope: Scope) -> ApiKey:
+        scheme, _, secret = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not secret:
             raise Unauthenticated(
                 "there is no API key; send `Authorization: Bearer KEY` (the SDK: api_key, or SPLITSERVE_API_KEY)"
             )
-        digest = _digest(key.strip())
-        if not sum(hmac.compare_digest(digest, known) for known in self._digests):
+        digest = key_digest(secret.strip())
+        found = None
+        for known, key in (*self._known().items(), *self._controller.items()):
+            if hmac.compare_digest(digest, known):  # and go on: the time tells nothing about which
+                found = key
+        if found is None:
             raise Unauthenticated("the API key is not valid; check it, or ask the operator for one")
+        if scope not in found.scopes:
+            has = ", ".join(sorted(each.value for each in found.scopes))
+            raise PermissionDenied(f"API key {found.name!r} has the scopes [{has}], this call needs {scope.value}")
+        return found
 
 
 class RequireKey(grpc.aio.ServerInterceptor):
@@ -58,19 +82,18 @@ class RequireKey(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        if handler_call_details.method.startswith("/splitserve."):
+        method = handler_call_details.method
+        if method.startswith("/splitserve."):
             sent = dict(handler_call_details.invocation_metadata or ())
+            scope = Scope.INFERENCE if method.startswith("/splitserve.v1.Inference/") else Scope.ADMIN
             try:
-                self._keys.check(str(sent["authorization"]) if "authorization" in sent else None)
-            except Unauthenticated as error:
+                key = self._keys.check(str(sent["authorization"]) if "authorization" in sent else None, scope)
+            except SplitserveError as error:
                 refusal = error
 
                 async def refuse(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
                     await abort(context, refusal)
 
                 return grpc.unary_unary_rpc_method_handler(refuse)
+            CALLER.set(key)  # gRPC runs interceptors and handler of a call in one task
         return await continuation(handler_call_details)
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()

@@ -9,6 +9,7 @@ from typing import TypeVar
 from ..core.metrics import RouterMetrics
 from ..proto import worker_pb2
 from ..scheduling.admission import ModelLimits
+from ..scheduling.decode_pace import DecodePace
 from .session import DecodeLink, PrefillLink, WorkerEvents, WorkerLink
 
 L = TypeVar("L", bound=WorkerLink)
@@ -19,10 +20,15 @@ class WorkerPool:
 
     All workers of a pool serve one model with one KV geometry, the one that the first of them brought; others are
     refused until it has gone.
+
+    Args: tpot_target_s: no decode worker gets sequences beyond those that it gives a token in this time; None: any.
     """
 
-    def __init__(self, model: str, router_id: str, metrics: RouterMetrics) -> None:
+    def __init__(
+        self, model: str, router_id: str, metrics: RouterMetrics, *, tpot_target_s: float | None = None
+    ) -> None:
         self._model = model
+        self._tpot_target_s = tpot_target_s
         self._router_id = router_id
         self._metrics = metrics
         self._geometry = ""
@@ -50,7 +56,7 @@ class WorkerPool:
     def set_workers(self, prefill: Collection[str], decode: Collection[str], events: WorkerEvents) -> None:
         """Replace the list. Workers already known keep their sessions; those gone finish what they run."""
         self._replace(self.prefills, prefill, lambda at: PrefillLink(at, self._router_id, events, self._judge))
-        self._replace(self.decodes, decode, lambda at: DecodeLink(at, self._router_id, events, self._judge))
+        self._replace(self.decodes, decode, lambda at: self._decode_link(at, events))
         events.workers_changed()
 
     def refresh(self) -> None:
@@ -75,6 +81,9 @@ class WorkerPool:
         if usable != self.usable:
             self.usable = usable
             self.usable_changed.set()
+
+    def _decode_link(self, address: str, events: WorkerEvents) -> DecodeLink:
+        return DecodeLink(address, self._router_id, events, self._judge, pace=DecodePace(self._tpot_target_s))
 
     async def close(self) -> None:
         """End every session."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from ..core.request import Request
+from ..scheduling.fair_queue import Ticket
 from ..scheduling.routing import ClusterView, RoutedRequest, Snapshot
 from .membership import WorkerPool
 
@@ -14,7 +15,7 @@ class RoutedJob(Protocol):
     """The dispatcher's request, as far as routing needs it."""
 
     request: Request
-    order: int
+    ticket: Ticket
     draw: int
     avoid: set[str]
 
@@ -38,7 +39,7 @@ class RoutingView:
 
     def snapshot(self, job: RoutedJob, view: ClusterView, held_tokens: Mapping[str, int]) -> Snapshot:
         return Snapshot(
-            request=RoutedRequest(num_tokens=job.request.num_tokens, turn=job.order, draw=job.draw),
+            request=RoutedRequest(num_tokens=job.request.num_tokens, turn=job.ticket.order, draw=job.draw),
             view=view,
             held_tokens=held_tokens,
             avoid=job.avoid,

@@ -18,12 +18,13 @@ from ..core.events import Recorder
 from ..core.metrics import RouterMetrics
 from ..engine.model_files import resolve_model
 from ..proto.server import Ready, RpcServer, run
-from ..scheduling.admission import Admission
+from ..scheduling.admission import Admission, AdmissionPolicy
 from ..scheduling.policies.registry import DEFAULT_POLICY, load_policy
 from .dispatch import Dispatcher
 from .front_door import FrontDoor
 from .frontend import ADMIN, INFERENCE, Inference, RouterAdmin, add_to_server
-from .keys import ApiKeys, RequireKey, read_keys
+from .key_file import KeyFile
+from .keys import ApiKeys, RequireKey
 from .membership import WorkerPool
 from .openai.app import make_app
 from .openai.server import HttpServer
@@ -44,7 +45,8 @@ class RouterOptions:
     port: int = 50051
     metrics_port: int = 0
     http_port: int | None = None  # of the OpenAI-compatible API; None: not served
-    api_key_file: Path | None = None  # one key a line, asked of every caller; None: everybody may call
+    api_key_file: Path | None = None  # keys asked of every caller; None: everybody may call
+    controller_key_sha256: str = ""  # of the key that the cluster's controller calls with, in hex
     router_id: str = ""  # unique in the cluster; empty makes one
     policy: str = DEFAULT_POLICY  # by which workers are chosen: scheduling/policies/registry.py knows the names
     max_queued: int = 256  # requests waiting for dispatch; more are refused
@@ -53,6 +55,10 @@ class RouterOptions:
     max_attempts: int = 3  # failures of a request before its error goes to the client
     default_timeout_s: float = 600.0  # deadline of a call that has none
     no_worker_wait_s: float = 4.0  # how long a request waits while nobody can serve it
+    admission: AdmissionPolicy = "refuse"  # of requests that would have their first token too late
+    ttft_target_s: float | None = None  # what too late is; None: after the request's deadline
+    tpot_target_s: float | None = None  # longest decode step that new sequences may bring about; None: any
+    ageing_s: float = 10.0  # waiting that is worth one step of priority
     drain_timeout_s: float = 5.0  # how long SIGTERM waits for live requests
     trace_dir: Path | None = None
 
@@ -71,16 +77,22 @@ class Router:
         self.metrics = RouterMetrics(self._registry)
         text = ModelText(resolve_model(options.model, weights=False), self.metrics.tokenizations.inc)
         self.recorder = Recorder(options.router_id or "router", options.trace_dir)
-        self.pool = WorkerPool(model_name, self.boot_id, self.metrics)
+        self.pool = WorkerPool(model_name, self.boot_id, self.metrics, tpot_target_s=options.tpot_target_s)
         self.dispatcher = Dispatcher(
             self.pool,
-            Admission(max_queued=options.max_queued, max_live=options.max_live),
+            Admission(
+                max_queued=options.max_queued,
+                max_live=options.max_live,
+                policy=options.admission,
+                ttft_target_s=options.ttft_target_s,
+            ),
             self.metrics,
             self.recorder,
             prefill_bound_s=options.prefill_bound_s,
             max_attempts=options.max_attempts,
             no_worker_wait_s=options.no_worker_wait_s,
             policy=load_policy(options.policy),
+            ageing_s=options.ageing_s,
         )
         self._door = FrontDoor(
             model_name,
@@ -90,7 +102,10 @@ class Router:
             default_timeout_s=options.default_timeout_s,
             no_worker_wait_s=options.no_worker_wait_s,
         )
-        keys = ApiKeys(read_keys(options.api_key_file)) if options.api_key_file is not None else None
+        keys = None
+        if options.api_key_file is not None:
+            controller = bytes.fromhex(options.controller_key_sha256)
+            keys = ApiKeys(KeyFile(options.api_key_file).keys, self.metrics, controller)
         interceptors = [RequireKey(keys)] if keys is not None else []
         self._rpc = RpcServer(options.host, options.port, [INFERENCE, ADMIN], interceptors)
         add_to_server(self._rpc.server, Inference(self._door), RouterAdmin(self.pool, self.dispatcher))

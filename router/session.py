@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import grpc
 import grpc.aio
 
-from ..core.errors import ProtocolMismatch, SplitserveError, WorkerLost
+from ..core.errors import Draining, ProtocolMismatch, SplitserveError, WorkerLost
 from ..core.request import Request
 from ..proto import kv_transfer_pb2, worker_pb2, worker_pb2_grpc
 from ..proto.convert import (
@@ -26,6 +26,7 @@ from ..proto.convert import (
 )
 from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
 from ..scheduling.attempts import NewTokens
+from ..scheduling.decode_pace import DecodePace
 from ..scheduling.routing import DecodeLoad, PrefillLoad
 from ..scheduling.step_times import MeasuredTimes, StepTimes
 
@@ -75,7 +76,7 @@ class WorkerEvents(Protocol):
     def transferred(self, worker: WorkerLink, tokens: NewTokens, report: TransferReport) -> None: ...
     def decoded(self, worker: WorkerLink, tokens: NewTokens, report: DecodeReport | None) -> None: ...
     def failed(self, worker: WorkerLink, request_id: str, attempt: int, error: SplitserveError) -> None: ...
-    def lost(self, worker: WorkerLink, error: WorkerLost) -> None: ...
+    def lost(self, worker: WorkerLink, error: WorkerLost | Draining) -> None: ...
 
 
 class WorkerLink:
@@ -211,7 +212,9 @@ class WorkerLink:
                     logger.log(level, "%s worker %s: %s", self.role, self.address, reason)
                 self.reason = reason
                 if was_up:
-                    self._events.lost(self, WorkerLost(f"{self.role} worker {self.address} was lost: {reason}"))
+                    # What it still had when it went was on its way to it, or would have been handed over.
+                    kind = Draining if self.status.draining else WorkerLost
+                    self._events.lost(self, kind(f"{self.role} worker {self.address} was lost: {reason}"))
                     self.runs.clear()
                 self._events.workers_changed()
             delay_s = MIN_RECONNECT_S if was_up else min(2 * delay_s, MAX_RECONNECT_S)
@@ -355,9 +358,20 @@ _TRANSPORTS = {
 
 
 class DecodeLink(WorkerLink):
-    """A decode or colocated worker. The load of a run is its KV blocks until the next status counts them, then 0."""
+    """A decode or colocated worker. The load of a run is its KV blocks until the next status counts them, then 0.
+
+    Args: pace: tells how many sequences it may have.
+    """
 
     role = "decode"
+
+    def __init__(self, *args: Any, pace: DecodePace) -> None:
+        super().__init__(*args)
+        self._pace = pace
+
+    @property
+    def takes_work(self) -> bool:
+        return super().takes_work and self._pace.has_room(self._num_sequences)
 
     @property
     def colocated(self) -> bool:
@@ -386,12 +400,27 @@ class DecodeLink(WorkerLink):
         return DecodeLoad(
             worker=self.address,
             available_blocks=available - sum(self.runs.values()),
-            num_sequences=max(self.status.num_running + self.status.num_waiting, len(self.runs)),
+            num_sequences=self._num_sequences,
             num_blocks=self.status.num_blocks,
             block_size=self.block_size,
             local_prefill_tokens=self.status.num_outstanding_prefill_tokens,
             times=self.times,
             colocated=self.colocated,
+        )
+
+    @property
+    def _num_sequences(self) -> int:
+        return max(self.status.num_running + self.status.num_waiting, len(self.runs))
+
+    @property
+    def prefill_load(self) -> PrefillLoad:
+        """As one that computes prompts itself."""
+        sent = sum(self.runs.values()) * self.block_size  # since the last status
+        return PrefillLoad(
+            worker=self.address,
+            outstanding_tokens=self.status.num_outstanding_prefill_tokens + sent,
+            outstanding_prompts=self.status.num_waiting,
+            tokens_per_s=self.status.prefill_tokens_per_s,
         )
 
     def request_grant(self, request: Request, timeout_s: float, prefill: PrefillLink) -> None:
@@ -414,6 +443,7 @@ class DecodeLink(WorkerLink):
 
     def _status(self, status: worker_pb2.WorkerStatus) -> None:
         self.runs = dict.fromkeys(self.runs, 0)
+        self._pace.report(status.num_running, status.decode_step_s)
         super()._status(status)
 
     def _received(self, kind: str, message: Any) -> None:

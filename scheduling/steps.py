@@ -111,7 +111,7 @@ class StepScheduler:
         self._max_step_tokens = max_step_tokens
         self._max_packed_tokens = min(max_step_tokens, max_packed_tokens or max_step_tokens)
         self._sequences: dict[str, Sequence] = {}  # every one that is not finished
-        self._waiting: list[Sequence] = []  # in queue order
+        self._waiting: list[Sequence] = []  # the preempted first, else in queue order
         self._running: list[Sequence] = []  # in queue order
         self._plans: deque[StepPlan] = deque()  # being run, the oldest first
         self._preempted: list[Sequence] = []  # by the plan being made
@@ -157,7 +157,7 @@ class StepScheduler:
                 retry_after_s=_RETRY_AFTER_S,
             )
         sequence = self._new_sequence(request, self._contents.token_ids(request), prefill_only=prefill_only)
-        insort(self._waiting, sequence, key=_queue_key)
+        insort(self._waiting, sequence, key=_waiting_key)
 
     def reserve(self, request: Request, headroom_tokens: int, kv_history: str = "none") -> Sequence:
         """Take blocks for the KV that a transfer will bring, and for the first output tokens.
@@ -471,7 +471,7 @@ class StepScheduler:
         sequence.num_computed = sequence.num_published = 0
         sequence.state = SequenceState.WAITING
         sequence.preempted = True
-        insort(self._waiting, sequence, key=_queue_key)
+        insort(self._waiting, sequence, key=_waiting_key)
         self._preempted.append(sequence)
         self._starved = True
         self.num_preemptions += 1
@@ -509,6 +509,11 @@ class StepScheduler:
 
 def _queue_key(sequence: Sequence) -> tuple[int, int]:
     return sequence.queue_key
+
+
+def _waiting_key(sequence: Sequence) -> tuple[bool, tuple[int, int]]:
+    """Who has been preempted comes back before anybody begins, or a stream of more important ones would starve it."""
+    return not sequence.preempted, sequence.queue_key
 
 
 def _part(sequence: Sequence, budget: int) -> ScheduledTokens:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.errors import Unavailable
+from ..core.errors import Draining, Unavailable
 from ..core.events import Recorder
 from ..core.metrics import WorkerMetrics, new_registry
 from ..core.metrics import serve as serve_metrics
@@ -37,6 +37,7 @@ _ROLES = {
     "colocated": worker_pb2.ROLE_COLOCATED,
 }
 _HEALTH_PERIOD_S = 1.0
+_HAND_OVER_S = 2.0  # for what was handed over to be let go of, and for sessions to end
 _RATE_WEIGHT = 0.2  # of the newest step in the moving averages
 
 
@@ -57,11 +58,20 @@ class _Counts:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drained:
+    """How a drain went."""
+
+    num_handed_over: int  # requests that routers were told to take elsewhere
+    num_left: int  # that could not be let go of
+
+
 class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
     """Everything about a worker that does not depend on its role.
 
-    A role passes `on_step` (called on the event loop after every engine step) and, to send KV away, `kv_written`
-    (called on the device thread). It counts its requests in `num_runs` through `run_started` and `run_ended`.
+    A role passes `on_step` (called on the event loop after every engine step), `hand_over` (ends every run with the
+    error it is given) and, to send KV away, `kv_written` (called on the device thread). It counts its requests in
+    `num_runs` through `run_started` and `run_ended`.
 
     Raises: AddressInUse, ModelLoadFailed, ModelUnsupported, ConfigError: it cannot start.
     """
@@ -72,6 +82,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         service_names: tuple[str, ...],
         *,
         on_step: Callable[[StepOutput], None],
+        hand_over: Callable[[Draining], None],
         kv_written: KvWritten | None = None,
     ) -> None:
         self.options = options
@@ -103,6 +114,10 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self._idle = asyncio.Event()
         self._idle.set()
         self._on_step = on_step
+        self._hand_over = hand_over
+        self._no_sessions = asyncio.Event()
+        self._stop = asyncio.Event()  # the first signal
+        self._hurry = asyncio.Event()  # the second
         self._prefill_tokens_per_s = 0.0
         self._decode_step_s = 0.0
         self._loop = asyncio.get_running_loop()
@@ -126,27 +141,34 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             boot_id=self.identity.boot_id,
         )
 
-    async def run_until_signalled(self) -> None:
-        """Serve until SIGTERM or SIGINT, then drain; a second signal stops at once."""
-        stop = asyncio.Event()
-        hurry = asyncio.Event()
+    def take_signals(self) -> None:
+        """From here on SIGTERM and SIGINT ask for the end; before anybody is told that this worker serves."""
 
         def signalled() -> None:
-            (hurry if stop.is_set() else stop).set()
+            (self._hurry if self._stop.is_set() else self._stop).set()
 
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, signalled)
-        await stop.wait()
+
+    async def run_until_signalled(self) -> None:
+        """Serve until SIGTERM or SIGINT, then drain; a second signal hands over at once what still runs."""
+        await self._stop.wait()
         logger.info("draining %d requests", self.num_runs)
         drain = asyncio.create_task(self.drain(self.options.drain_timeout_s))
-        now = asyncio.create_task(hurry.wait())
+        now = asyncio.create_task(self._hurry.wait())
         await asyncio.wait({drain, now}, return_when=asyncio.FIRST_COMPLETED)
         for task in (drain, now):
             task.cancel()
+        if self.num_runs:
+            await self.drain(0.0)
 
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
+        for session in self.sessions:
+            session.end()
+        if self.sessions and not await _within(_HAND_OVER_S, self._no_sessions):
+            logger.warning("%d routers do not read their sessions to the end", len(self.sessions))
         await self.rpc.stop()
         await asyncio.to_thread(self._device.stop)
         if self._ranks is not None:
@@ -173,20 +195,46 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         if self.fault:
             raise Unavailable(f"worker {self.identity.worker_id} is out of service: {self.fault}")
         if self.draining:
-            raise Unavailable(f"worker {self.identity.worker_id} is draining; send the request to another")
+            raise Draining(f"worker {self.identity.worker_id} is draining; send the request to another")
 
-    async def drain(self, timeout_s: float) -> int:
-        """Take no new work and wait for what runs; returns how many requests are left."""
-        self.draining = True
+    async def drain(self, timeout_s: float) -> Drained:
+        """Take no new work, give what runs `timeout_s`, then have the routers take the rest elsewhere."""
+        if not self.draining:
+            self.draining = True
+            for session in self.sessions:
+                session.announce_status()
         await self.rpc.set_serving(False)
+        num_handed_over = 0
+        if not await _within(timeout_s, self._idle):
+            num_handed_over = self.num_runs
+            logger.info("handing %d requests over after %.1f s of draining", num_handed_over, timeout_s)
+            self._hand_over(
+                Draining(f"worker {self.identity.worker_id} is draining; {timeout_s:g} s of grace are over")
+            )
+            if not await _within(_HAND_OVER_S, self._idle):
+                logger.warning("%d requests cannot be let go of", self.num_runs)
+        return Drained(num_handed_over=num_handed_over, num_left=self.num_runs)
+
+    async def undrain(self) -> None:
+        """Take work again."""
+        self.draining = False
         for session in self.sessions:
             session.status_changed()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            logger.warning("%d requests left after %.1f s of draining", self.num_runs, timeout_s)
-        return self.num_runs
+        await self.rpc.set_serving(self.is_healthy)
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it makes progress on sound devices and takes work."""
+        return not (self.draining or self.fault or self._device.stalled(self.options.stall_bound_s))
+
+    def session_began(self, session: Session[Any, Any]) -> None:
+        self.sessions.add(session)
+        self._no_sessions.clear()
+
+    def session_ended(self, session: Session[Any, Any]) -> None:
+        self.sessions.discard(session)
+        if not self.sessions:
+            self._no_sessions.set()
 
     # -- what routers and operators are told --
 
@@ -204,7 +252,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             eos_token_ids=sorted(self.model.eos_token_ids),
             block_size=self.options.engine.block_size,
             kv_bytes_per_token=geometry.bytes_per_token,
-            kv_address=self.rpc.address,
+            kv_address=self.options.kv_address or self.rpc.address,
             pid=os.getpid(),
             max_step_tokens=self.options.engine.max_step_tokens,
             kv_dtype=geometry.dtype,
@@ -237,7 +285,12 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         return worker_pb2.GetWorkerStatusResponse(info=self.info(), status=self.status())
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: object) -> worker_pb2.DrainResponse:
-        return worker_pb2.DrainResponse(num_left=await self.drain(request.timeout_s))
+        drained = await self.drain(max(0.0, request.timeout_s))
+        return worker_pb2.DrainResponse(num_left=drained.num_left, num_handed_over=drained.num_handed_over)
+
+    async def Undrain(self, request: worker_pb2.UndrainRequest, context: object) -> worker_pb2.UndrainResponse:
+        await self.undrain()
+        return worker_pb2.UndrainResponse()
 
     # -- after each step --
 
@@ -270,10 +323,8 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         while True:
             await self._read_devices()
             await asyncio.sleep(_HEALTH_PERIOD_S)
-            stalled = self._device.stalled(self.options.stall_bound_s)
-            healthy = not self.draining and not stalled and not self.fault
-            if healthy != serving:
-                serving = healthy
+            if self.is_healthy != serving:
+                serving = self.is_healthy
                 await self.rpc.set_serving(serving)
 
     async def _read_devices(self) -> None:
@@ -298,6 +349,16 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         metrics.running.set_function(lambda: engine.usage().num_running)
         metrics.waiting.set_function(lambda: engine.usage().num_waiting)
         metrics.held.set_function(lambda: engine.usage().num_held)
+
+
+async def _within(timeout_s: float, event: asyncio.Event) -> bool:
+    """Wait for an event; False when the time is up."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        return event.is_set()
+    return True
 
 
 def _average(old: float, new: float) -> float:

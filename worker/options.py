@@ -21,6 +21,7 @@ class WorkerOptions:
     host: str = "127.0.0.1"
     port: int = 0
     metrics_port: int = 0
+    kv_address: str = ""  # where decode workers reach this prefill worker; empty: host and port
     worker_id: str = ""  # unique in the cluster; empty makes one
     transports: tuple[str, ...] = ("cuda_ipc", "shared_memory", "grpc")  # how KV may move, best first
     kv_codec: Literal["none", "fp8", "int8", "auto"] = "none"  # of KV that a decode worker fetches

@@ -25,7 +25,7 @@ from ..output_format import OutputFormats
 from ..parallel.group import RankGroup
 from ..pool import KvPool
 from ..runner import SequenceTokens, StepMode, StepResult, is_plain, sample_inputs, sampled_rows, step_result
-from ..sampler import adjust, uniform
+from ..sampler import adjust, noise_keys
 from .attention_kernels import prefill_tiles
 from .batch import CUDNN_FROM_TOKENS, DecodeRows, GpuBatch, PrefillRows, SplitMemory, cudnn_length, layer_views
 from .captured_prefill import MAX_SEQUENCES, CapturedPrefill
@@ -36,7 +36,7 @@ from .step_kernels import FIELDS, unpack_rows
 logger = logging.getLogger(__name__)
 
 _GRAPH_BATCHES = (1, 2, 4, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-_PADDING = np.array([0, -1, 0, 0, 0, 0, 0, 0, 0], np.int32)
+_PADDING = np.array([0, -1, 0, 0, 0, 0, 0, 0, 0, 0], np.int32)
 
 
 @dataclass(slots=True)
@@ -284,7 +284,7 @@ class GpuRunner:
         sent = self._sent[0]
         self._sent.rotate(-1)
         rows = sent.numpy()
-        floats = rows.view(np.float32)
+        floats, keys = rows.view(np.float32), rows.view(np.uint32)[:, 8:]
         block_size = self._pool.block_size
         for i, part in enumerate(parts):
             sequence, position = part.sequence, part.end - 1
@@ -297,7 +297,8 @@ class GpuRunner:
                 rows[i, 4:] = 0
             else:
                 rows[i, 4] = params.top_k
-                floats[i, 5:] = (params.temperature, params.top_p, params.min_p, uniform(params.seed, part.index))
+                floats[i, 5:8] = (params.temperature, params.top_p, params.min_p)
+                keys[i] = noise_keys(params.seed, part.index)
         rows[len(parts) : padded] = _PADDING
         self._rows[:padded].copy_(sent[:padded], non_blocking=True)
         return self._rows[:padded]

@@ -14,6 +14,27 @@ _BLOCK = 8192  # vocabulary entries of one iteration
 
 
 @triton.jit
+def _mix(bits):
+    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
+    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def _noise(token_ids, first_key, second_key):
+    """`..sampler.noise` in fp32, as precise for the smallest values as for the largest."""
+    bits = _mix(_mix(token_ids.to(tl.uint32) * 0x9E3779B1 + first_key) ^ second_key)
+    # -log(1 - u): below one half by the series of 2 atanh(u / (2 - u)), since 1 - u would round the smallest away;
+    # above it 1 - u is small, and made from the bits directly.
+    u = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2 ** -32
+    s = u / (2.0 - u)
+    q = s * s
+    series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q / 15))))))
+    rest = ((bits ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    return tl.where(bits < 0x80000000, 2.0 * s * series, -tl.log(rest))
+
+
+@triton.jit
 def _sample_kernel(
     logits, parameters, slots, last_tokens, chosen,
     logits_row, vocab, parameters_row, slots_row,
@@ -30,7 +51,7 @@ def _sample_kernel(
         if highest > best:  # the first of equals, as torch.argmax on the host
             best_at = start + tl.argmax(x, 0, tie_break_left=True)
             best = highest
-    own = parameters + row * parameters_row  # top_k, temperature, top_p, min_p, uniform
+    own = parameters + row * parameters_row  # top_k, temperature, top_p, min_p, two keys
     temperature = tl.load(own + 1).to(tl.float32, bitcast=True)
     if temperature > 0:
         top_k = tl.load(own)
@@ -73,31 +94,18 @@ def _sample_kernel(
                 else:
                     high = middle
             threshold = low
-        total = 0.0
+        first_key = tl.load(own + 4).to(tl.uint32, bitcast=True)
+        second_key = tl.load(own + 5).to(tl.uint32, bitcast=True)
+        fastest = float("-inf")  # one over the arrival of the race's winner so far
         for start in range(0, vocab, BLOCK):
             x = tl.load(values + start + at, mask=start + at < vocab, other=float("-inf")).to(tl.float32)
             weight = tl.exp2((x - best) * scale)
-            keep = (weight.to(tl.int32, bitcast=True) >= threshold) & (weight >= min_p)
-            total += tl.sum(tl.where(keep, weight, 0.0), 0)
-        target = tl.load(own + 4).to(tl.float32, bitcast=True) * total
-        before = 0.0
-        found = False
-        for start in range(0, vocab, BLOCK):
-            if not found:
-                x = tl.load(values + start + at, mask=start + at < vocab, other=float("-inf")).to(tl.float32)
-                weight = tl.exp2((x - best) * scale)
-                keep = (weight.to(tl.int32, bitcast=True) >= threshold) & (weight >= min_p)
-                weight = tl.where(keep, weight, 0.0)
-                mass = tl.sum(weight, 0)
-                if before + mass > target:
-                    cumulative = before + tl.cumsum(weight, 0)
-                    # The first entry past the target; rounding of the scan may put all of them short of it.
-                    past = tl.where((cumulative > target) & (weight > 0), at, BLOCK)
-                    first = tl.min(past, 0)
-                    last = tl.max(tl.where(weight > 0, at, -1), 0)
-                    best_at = start + tl.where(first < BLOCK, first, last)
-                    found = True
-                before += mass
+            keep = (weight.to(tl.int32, bitcast=True) >= threshold) & (weight >= min_p) & (weight > 0)
+            speed = tl.where(keep, weight / _noise(start + at, first_key, second_key), float("-inf"))
+            highest = tl.max(speed, 0)
+            if highest > fastest:
+                best_at = start + tl.argmax(speed, 0, tie_break_left=True)
+                fastest = highest
     tl.store(chosen + row, best_at.to(tl.int64))
     slot = tl.load(slots + row * slots_row)
     if slot >= 0:
@@ -108,7 +116,8 @@ def sample_rows(logits: Tensor, parameters: Tensor, slots: Tensor, *, last_token
     """Write the chosen token of each row of `logits` [rows, vocab] to `chosen` [rows] int64.
 
     Args:
-        parameters: [rows, 5] int32: top_k, then the bits of fp32 temperature (0: greedy), top_p, min_p, uniform number.
+        parameters: [rows, 6] int32: top_k, the bits of fp32 temperature (0: greedy), top_p, min_p, the two keys of the
+            noise.
         slots: [rows] int32; the token is also written to `last_tokens` there, unless negative.
     """
     assert logits.stride(1) == parameters.stride(1) == 1, "the last dimension is contiguous"

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FIELDS = 9  # int32 per row: token, slot, position, block, top_k, then fp32 bits: temperature, top_p, min_p, uniform
+# int32 per row: token, slot, position, block, top_k, the fp32 bits of temperature, top_p, min_p, two keys of the noise
+FIELDS = 10
 
 
 @triton.jit

@@ -28,13 +28,13 @@ class Operation:
     errors: Sequence[int] = ()
 
 
-_GENERATION_ERRORS = (400, 401, 404, 413, 429, 499, 500, 503, 504)
+_GENERATION_ERRORS = (400, 401, 403, 404, 413, 429, 499, 500, 503, 504)
 OPERATIONS = (
     Operation(
-        path="/v1/models", method="get", summary="What can be asked for", answer=responses.ModelList, errors=(401,)
+        path="/v1/models", method="get", summary="What can be asked for", answer=responses.ModelList, errors=(401, 403)
     ),
     Operation(
-        path="/v1/models/{name}", method="get", summary="One model", answer=responses.ModelCard, errors=(401, 404)
+        path="/v1/models/{name}", method="get", summary="One model", answer=responses.ModelCard, errors=(401, 403, 404)
     ),
     Operation(
         path="/v1/completions",
@@ -54,14 +54,14 @@ OPERATIONS = (
         chunk=responses.ChatChunk,
         errors=_GENERATION_ERRORS,
     ),
-    Operation(path="/v1/embeddings", method="post", summary="Refused: not served", answer=None, errors=(400, 401)),
+    Operation(path="/v1/embeddings", method="post", summary="Refused: not served", answer=None, errors=(400, 401, 403)),
     Operation(
         path="/tokenize",
         method="post",
         summary="Text or messages as token ids",
         body=requests.TokenizeRequest,
         answer=responses.Tokenization,
-        errors=(400, 401, 404, 413, 503),
+        errors=(400, 401, 403, 404, 413, 503),
     ),
     Operation(
         path="/detokenize",
@@ -69,7 +69,7 @@ OPERATIONS = (
         summary="Token ids as text",
         body=requests.DetokenizeRequest,
         answer=responses.Detokenization,
-        errors=(400, 401, 404, 413),
+        errors=(400, 401, 403, 404, 413),
     ),
     Operation(
         path="/health", method="get", summary="Whether requests can be served", answer=responses.Health, errors=(503,)

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 from splitserve.core.events import Event, Recorder, StepRecord
@@ -48,3 +49,13 @@ def test_every_event_and_step_is_a_json_line(tmp_path: Path) -> None:
     assert rows[0]["event"] == "first_token"
     assert (rows[0]["process"], rows[0]["attempt"], rows[0]["detail"]) == ("decode-1", 2, {"bytes": 5})
     assert rows[1]["num_context_tokens"] == 64
+
+
+def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / f"decode-1-{os.getpid()}.jsonl").symlink_to("/dev/full")  # every write fails with ENOSPC
+    recorder = Recorder("decode-1", tmp_path)
+    recorder.event("a", Event.ARRIVED)
+    recorder.step(step(1))
+    assert [event.event for event in recorder.timeline("a")] == [Event.ARRIVED]
+    assert [record.step for record in recorder.recent_steps()] == [1]
+    recorder.close()

@@ -71,7 +71,7 @@ def test_every_option_of_the_engine_and_the_router_can_be_set() -> None:
     own = {"kv_memory_bytes", "num_threads", "shared_pool", "kv_dtype", "model_name", "max_packed_tokens"}
     for options in (EngineOptions, RouterOptions):
         names = {field.name for field in dataclasses.fields(options)} - own
-        assert names - keys <= {"prefill", "decode", "metrics_port", "router_id"}
+        assert names - keys <= {"prefill", "decode", "metrics_port", "router_id", "controller_key_sha256"}
 
 
 def test_threads_are_shared_out_among_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,5 +127,5 @@ def test_the_ranks_of_a_worker_are_placed_as_one() -> None:
     needs = role_needs(load_config(None, split), "colocated")
     assert needs.bundle() == {"CPU": 6.0, "GPU": 2.0}
     assert needs.num_threads == 3
-    with pytest.raises(ConfigError, match=r"colocated\.gpus: got 1, wanted: at least engine\.tensor_parallel, 2"):
+    with pytest.raises(ConfigError, match=r"colocated\.gpus: got 1, wanted: at least its tensor_parallel, 2"):
         load_config(None, {**split, "colocated.gpus": 1})

@@ -261,7 +261,7 @@ async def test_a_wrong_worker_address_is_told_in_the_status(start_cluster: Start
     cluster.router.pool.set_workers(
         ["127.0.0.1:1", cluster.host("decode-0").rpc.address], [], cluster.router.dispatcher
     )
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             views = {view.address: view for view in (await cluster.client.status()).workers}
             if views["127.0.0.1:1"].reason != "not connected yet" and len(views) == 2:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
-from splitserve.core.errors import KvCorrupted, ProtocolMismatch, StaleMessage, TransferFailed
+from splitserve.core.errors import KvCorrupted, StaleMessage, TransferFailed
 from splitserve.kv_transfer.frames import HEADER_BYTES, SERVICE, FrameHeader, checksum
 from splitserve.kv_transfer.grants import Grant
 from splitserve.proto import kv_transfer_pb2 as pb
@@ -92,8 +92,8 @@ EDITS: dict[str, tuple[type[Exception], Edit]] = {
     "tokens beyond the grant": (KvCorrupted, lambda f: [part_of(f[0], token_end=10**6), *f[1:]]),
     "empty range": (KvCorrupted, lambda f: [part_of(f[0], token_end=0), *f[1:]]),
     "other heads": (KvCorrupted, lambda f: [part_of(f[0], head_end=1), *f[1:]]),
-    "other magic": (ProtocolMismatch, lambda f: [b"KVSS" + f[0][4:], *f[1:]]),
-    "version of the future": (ProtocolMismatch, lambda f: [f[0][:4] + b"\x03\0" + f[0][6:], *f[1:]]),
+    "other magic": (KvCorrupted, lambda f: [b"KVSS" + f[0][4:], *f[1:]]),
+    "version of the future": (KvCorrupted, lambda f: [f[0][:4] + b"\x03\0" + f[0][6:], *f[1:]]),
     "no end": (TransferFailed, lambda f: f[:-1]),
     "nothing": (TransferFailed, lambda f: []),
 }
@@ -164,6 +164,50 @@ async def test_nobody_listening_is_a_failed_transfer(pair) -> None:
             pass
         request = p.request(40)
         with pytest.raises(TransferFailed, match="cannot be reached"):
+            await p.receiver.receive(p.grant(request), address, request.prompt_token_ids, p.target_table)
+
+
+@asynccontextmanager
+async def deaf_to_the_first(address: str, num_deaf: int) -> AsyncIterator[str]:
+    """In front of `address`: its first connections are accepted and then hear nothing."""
+    num_accepted = 0
+
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_accepted
+        num_accepted += 1
+        if num_accepted <= num_deaf:
+            await reader.read()
+        else:
+            back = await asyncio.open_connection(*address.split(":"))
+            await asyncio.gather(pipe(reader, back[1]), pipe(back[0], writer))
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    try:
+        yield "{}:{}".format(*server.sockets[0].getsockname())
+    finally:
+        server.close()
+
+
+async def test_a_connection_that_hangs_is_made_anew(pair, monkeypatch) -> None:
+    monkeypatch.setattr("splitserve.kv_transfer.peer.CONNECT_TRIES_S", (0.2, 30.0))
+    async with pair() as p, deaf_to_the_first(p.address, 1) as address:
+        request = p.request(40)
+        grant = p.grant(request)
+        p.complete(grant, request)
+        await p.receiver.receive(grant, address, request.prompt_token_ids, p.target_table)
+
+
+async def test_a_peer_that_never_answers_is_a_failed_transfer(pair, monkeypatch) -> None:
+    monkeypatch.setattr("splitserve.kv_transfer.peer.CONNECT_TRIES_S", (0.05, 0.1))
+    async with pair() as p, deaf_to_the_first(p.address, 2) as address:
+        request = p.request(40)
+        with pytest.raises(TransferFailed, match="did not answer within"):
             await p.receiver.receive(p.grant(request), address, request.prompt_token_ids, p.target_table)
 
 

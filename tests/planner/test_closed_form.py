@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from splitserve.planner.api import synthetic_requests, workers_needed
 from splitserve.planner.closed_form import (
-    erlang_c,
     estimate_colocated,
     estimate_decode,
     estimate_prefill,
@@ -20,6 +19,7 @@ from splitserve.planner.closed_form import (
 from splitserve.planner.latency import StepLatency
 from splitserve.planner.load import Load, cached_tokens
 from splitserve.planner.types import PoolSpec, SimRequest, Slo, WorkerSpec
+from splitserve.scheduling.queueing import erlang_c
 
 LATENCY = StepLatency(
     prefill_base_s=0.005,

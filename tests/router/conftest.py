@@ -18,7 +18,7 @@ from splitserve.proto import inference_pb2, kv_transfer_pb2, worker_pb2, worker_
 from splitserve.proto.convert import PROTOCOL_VERSION
 from splitserve.router.server import Router, RouterOptions
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 STATUS_S = 0.2
 LENGTH = inference_pb2.FINISH_REASON_LENGTH
 
@@ -45,7 +45,6 @@ class ScriptedWorker:
                 "max_model_len": 4096,
                 "vocab_size": 260,
                 "block_size": 16,
-                "kv_address": "127.0.0.1:1",
                 **changes,
             }
         )
@@ -68,6 +67,7 @@ class ScriptedWorker:
         else:
             worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, server)
         self.address = f"127.0.0.1:{server.add_insecure_port(self.address or '127.0.0.1:0')}"
+        self.info.kv_address = self.address
         await server.start()
 
     async def die(self) -> None:

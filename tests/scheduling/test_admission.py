@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ from splitserve.scheduling.admission import (
     MAX_RETRY_AFTER_S,
     MIN_RETRY_AFTER_S,
     Admission,
+    AdmissionPolicy,
     ModelLimits,
     check_model,
     make_request,
 )
+from splitserve.scheduling.fair_queue import FairQueue, Ticket
+from splitserve.scheduling.routing import PrefillLoad
 
 LIMITS = ModelLimits(max_model_len=64, vocab_size=100, eos_token_ids=frozenset({2}))
 
@@ -82,3 +86,71 @@ def test_what_the_model_cannot_serve_is_refused_by_field(
     with pytest.raises(error) as caught:
         make(**changes)
     assert (type(caught.value), caught.value.field) == (error, field)
+
+
+def ticket(at: float = 0.0, cost: int = 100) -> Ticket:
+    return Ticket(order=10**6, arrived_at=at, cost=cost)
+
+
+def queue_of(num_tokens: int) -> FairQueue[str]:
+    queue: FairQueue[str] = FairQueue(10.0)
+    queue.push(Ticket(order=0, arrived_at=0.0, cost=num_tokens), "ahead")
+    return queue
+
+
+BUSY = PrefillLoad(worker="p", outstanding_tokens=500, outstanding_prompts=1, tokens_per_s=1_000.0)
+IDLE = PrefillLoad(worker="p", outstanding_tokens=0, outstanding_prompts=0, tokens_per_s=1_000.0)
+
+
+def slo_admission(ttft_target_s: float | None = 1.0, policy: AdmissionPolicy = "refuse") -> Admission:
+    return Admission(max_queued=9, max_live=99, policy=policy, ttft_target_s=ttft_target_s)
+
+
+def admit(admission: Admission, queue: FairQueue[str], load: PrefillLoad, deadline_at: float = 600.0) -> float | None:
+    return admission.admit(ticket(), deadline_at=deadline_at, queue=queue, num_live=1, prefills=[load])
+
+
+def test_a_first_token_that_would_come_too_late_is_refused_at_once_with_when_to_come_back() -> None:
+    assert admit(slo_admission(), queue_of(300), BUSY) == pytest.approx(0.9)
+    with pytest.raises(Overloaded, match=r"after about 2.6 s, the target is 1 s") as caught:
+        admit(slo_admission(), queue_of(2_000), BUSY)
+    assert caught.value.retry_after_s == pytest.approx(1.6)
+
+
+def test_a_deadline_counts_as_a_target_does() -> None:
+    assert admit(slo_admission(None), queue_of(2_000), BUSY) == pytest.approx(2.6)
+    with pytest.raises(Overloaded, match="its deadline is 2 s"):
+        admit(slo_admission(None), queue_of(2_000), BUSY, deadline_at=2.0)
+
+
+def test_by_the_policy_queue_nothing_is_refused_but_what_there_is_no_room_for() -> None:
+    assert admit(slo_admission(policy="queue"), queue_of(2_000), BUSY) == pytest.approx(2.6)
+    with pytest.raises(Overloaded, match="wait for a worker"):
+        admit(Admission(max_queued=1, max_live=9, policy="queue"), queue_of(1), BUSY)
+
+
+def test_an_idle_cluster_refuses_nobody_however_slow_it_was_last_time() -> None:
+    """Otherwise one slow step, measured at a cold start, would keep everybody out for ever."""
+    slow = replace(IDLE, tokens_per_s=1.0)
+    assert admit(slo_admission(), FairQueue(10.0), slow) == pytest.approx(100.0)
+    slo_admission().check_start(ticket(), now=0.5, deadline_at=600.0, prefills=[slow])
+
+
+def test_past_errors_are_allowed_for_and_never_shut_everybody_out() -> None:
+    admission = slo_admission()
+    for _ in range(200):
+        admission.ttft.measured(0.5, 3.0)
+    assert admission.ttft.margin_s > 1.0
+    assert admit(admission, queue_of(0), replace(BUSY, outstanding_tokens=100)) == pytest.approx(0.2)
+    with pytest.raises(Overloaded):
+        admit(admission, queue_of(300), BUSY)
+
+
+def test_who_waited_longer_than_foreseen_is_told_before_its_work_is_done_for_nothing() -> None:
+    admission = slo_admission()
+    admission.check_start(ticket(), now=0.3, deadline_at=600.0, prefills=[BUSY])
+    with pytest.raises(Overloaded):
+        admission.check_start(ticket(), now=0.5, deadline_at=600.0, prefills=[BUSY])
+    assert admission.latest_start(ticket(at=5.0), deadline_at=600.0, prefills=[BUSY]) == pytest.approx(5.9)
+    assert admission.latest_start(ticket(cost=0), deadline_at=600.0, prefills=[BUSY]) == pytest.approx(0.98)
+    assert admission.too_late(3).retryable

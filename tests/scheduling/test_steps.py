@@ -349,6 +349,38 @@ def test_reservations_wait_behind_a_preempted_sequence() -> None:
     scheduler.reserve(make_request("c", 10, seed=3), headroom_tokens=0)
 
 
+@pytest.mark.parametrize("by_transfer", [True, False])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_preempted_sequences_come_back_under_pressure_that_never_ends(by_transfer: bool, prefix_cache: bool) -> None:
+    """More important requests are at the door before every step, and take whatever they are given."""
+    scheduler = make_scheduler(8, prefix_cache=prefix_cache, max_waiting=4)
+    patient = [make_request(f"patient {i}", 20, max_tokens=60, seed=i) for i in range(3)]
+    for request in patient:
+        scheduler.add(request)
+    finished: set[str] = set()
+    preempted: set[str] = set()
+    for number in range(2_000):
+        pushy = make_request(f"pushy {number}", 16, max_tokens=30, seed=100 + number, priority=9)
+        try:
+            if by_transfer:
+                scheduler.reserve(pushy, headroom_tokens=8)
+                scheduler.start_reserved(pushy.request_id, 1)
+            else:
+                scheduler.add(pushy)
+        except Overloaded:
+            pass
+        plan, tokens = run_step(scheduler)
+        assert plan is not None
+        preempted |= {sequence.request_id for sequence in plan.preempted}
+        finished |= {token.sequence.request_id for token in tokens if token.finish_reason is not None}
+        assert_conserved(scheduler)
+        if finished >= {request.request_id for request in patient}:
+            break
+    assert finished >= {request.request_id for request in patient}
+    assert preempted & {request.request_id for request in patient}
+    assert len(finished) > 3  # the important ones were served meanwhile
+
+
 def test_a_first_token_that_ends_the_request_is_not_started() -> None:
     scheduler = make_scheduler()
     scheduler.reserve(make_request("a", stop_token_ids=frozenset({END})), headroom_tokens=0)

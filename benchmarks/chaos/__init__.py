@@ -1,0 +1,1 @@
+"""Random faults against a cluster of real processes: `python -m splitserve.benchmarks.chaos`."""
