@@ -227,6 +227,7 @@ class Controller:
 
     def _member_changed(self, before: Member, after: Member) -> None:
         if before.serving != after.serving:
+            self._is_settled = False
             self._routing_changed.set()
         self._wake()
 
