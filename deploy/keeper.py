@@ -139,6 +139,10 @@ class Keeper:
             if order is _Order.REPLACE:
                 await self._stop_process(0.0)
                 reason = self._reason
+                if self.member.endpoint is not None:
+                    self._lost_node = self.member.endpoint.node
+                await self._discard_actor()
+                await asyncio.to_thread(remove_group, self.name)
             else:
                 reason = life.result()
             if not await self._may_restart(reason):
