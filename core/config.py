@@ -125,6 +125,16 @@ class RouterConfig(Section):
         description="Seconds of prefill work that a prefill worker may have outstanding; a second prompt always may",
     )
     max_attempts: int = Field(default=3, ge=1, description="Attempts at a request before its error goes to the client")
+    max_worker_deaths: int = Field(
+        default=2, ge=1, description="Workers that may die computing one request; then it fails as their likely cause"
+    )
+    retry_ratio: float = Field(
+        default=0.5, ge=0, description="Retries allowed in a minute for each request of that minute"
+    )
+    retry_floor: int = Field(default=64, ge=0, description="Retries allowed in a minute however few requests it had")
+    keep_answers_s: float = Field(
+        default=30.0, ge=0, description="Seconds for which a finished answer can be had again by its idempotency key"
+    )
     default_timeout_s: float = Field(
         default=600.0, gt=0, description="Seconds until a request without a deadline fails"
     )

@@ -44,6 +44,11 @@ class WorkerPool:
         yield from self.decodes.values()
 
     @property
+    def boot_ids(self) -> set[str]:
+        """Of all workers that are there."""
+        return {link.boot_id for link in self if link.info is not None}
+
+    @property
     def any_prefill_alive(self) -> bool:
         return any(link.state == "ready" for link in self.prefills.values())
 

@@ -19,6 +19,7 @@ from ..core.metrics import RouterMetrics
 from ..engine.model_files import resolve_model
 from ..proto.server import Ready, RpcServer, run
 from ..scheduling.admission import Admission, AdmissionPolicy
+from ..scheduling.retries import RetryBudget, RetryRules
 from .dispatch import Dispatcher
 from .front_door import FrontDoor
 from .frontend import ADMIN, INFERENCE, Inference, RouterAdmin, add_to_server
@@ -51,6 +52,10 @@ class RouterOptions:
     max_live: int = 8_192  # requests not ended; more are refused
     prefill_bound_s: float = 0.2  # seconds of prefill work that a worker may have outstanding
     max_attempts: int = 3  # failures of a request before its error goes to the client
+    max_worker_deaths: int = 2  # workers that may die computing one request before it is held to be the cause
+    retry_ratio: float = 0.5  # retries of a minute, for each of its requests
+    retry_floor: int = 64  # retries of a minute that are allowed in any case
+    keep_answers_s: float = 30.0  # how long the answer to a finished request can be asked for again with its key
     default_timeout_s: float = 600.0  # deadline of a call that has none
     no_worker_wait_s: float = 4.0  # how long a request waits while nobody can serve it
     admission: AdmissionPolicy = "refuse"  # of requests that would have their first token too late
@@ -87,7 +92,12 @@ class Router:
             self.metrics,
             self.recorder,
             prefill_bound_s=options.prefill_bound_s,
-            max_attempts=options.max_attempts,
+            retries=RetryRules(
+                max_attempts=options.max_attempts,
+                max_deaths=options.max_worker_deaths,
+                budget=RetryBudget(ratio=options.retry_ratio, floor=options.retry_floor),
+            ),
+            keep_answers_s=options.keep_answers_s,
             no_worker_wait_s=options.no_worker_wait_s,
             ageing_s=options.ageing_s,
         )
