@@ -22,6 +22,7 @@ from ..worker.edge import sequence_id
 from ..worker.fence import Fence
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
+from ..worker.role import RoleHooks
 from ..worker.session import Session
 
 logger = logging.getLogger(__name__)
@@ -51,11 +52,11 @@ class _Run:
 class DecodeWorker:
     """Engine plus incoming transfers. Lives on the event loop."""
 
-    def __init__(self, options: WorkerOptions) -> None:
+    def __init__(self, options: WorkerOptions, host: WorkerHost | None = None) -> None:
         self._runs: dict[str, _Run] = {}
         self._fence = Fence()
         self._transfers: set[asyncio.Task[None]] = set()
-        self.host = WorkerHost(options, SERVICES, on_step=self._on_step, hand_over=self.hand_over)
+        self.host = host or WorkerHost(options)
         self.receiver = KvReceiver(
             self.host.engine.pool,
             self.host.identity,
@@ -63,13 +64,19 @@ class DecodeWorker:
             codec=options.kv_codec,
             metrics=self.host.metrics,
         )
+        self.host.take_role(
+            RoleHooks(services=SERVICES, on_step=self._on_step, hand_over=self.hand_over, close=self.close)
+        )
 
-    async def stop(self) -> None:
+    async def close(self) -> None:
+        """Free what is left; the host goes on."""
         for run in list(self._runs.values()):
             self._end(run)
         if self._transfers:
             await asyncio.wait(self._transfers)
         await self.receiver.close()
+
+    async def stop(self) -> None:
         await self.host.stop()
 
     # -- what the router asks for; `request` carries the attempt's sequence id in place of `request_id` --

@@ -69,7 +69,7 @@ def worker_options(
             prefix_cache=engine.prefix_cache,
             num_threads=num_threads or config.pool(role).threads,
             self_check=engine.self_check,
-            shared_pool="shared_memory" in transports and role == "prefill",
+            shared_pool="shared_memory" in transports and role != "colocated",  # a decode worker may become one
         ),
         role=role,
         host=host,
@@ -104,6 +104,7 @@ def router_options(
         metrics_port=metrics_port,
         router_id=router_id,
         api_key_file=router.api_key_file,
+        policy=router.policy,
         controller_key_sha256=os.environ.get(CONTROLLER_KEY, ""),
         max_queued=router.max_queued,
         max_live=router.max_live,

@@ -102,9 +102,11 @@ class FrontDoor:
         return self._dispatcher.cancel(request_id)
 
     @property
-    def usable(self) -> bool:
-        """Somebody can serve a request, now or when it is less busy."""
-        return self._pool.usable
+    def out_of_service(self) -> str:
+        """Why it takes no requests; "" while somebody can serve one, now or when it is less busy."""
+        if self.draining:
+            return "the router is shutting down"
+        return "" if self._pool.usable else "no pair of workers is ready"
 
     def models(self) -> list[inference_pb2.Model]:
         """What can be asked for right now."""

@@ -28,12 +28,14 @@ from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
 from ..scheduling.attempts import NewTokens
 from ..scheduling.decode_pace import DecodePace
 from ..scheduling.routing import DecodeLoad, PrefillLoad
+from ..scheduling.step_times import MeasuredTimes, StepTimes
 
 logger = logging.getLogger(__name__)
 
 SILENCE_S = 3.0  # a worker reports at least once a second; silent for this long it hangs, or its host does
 MIN_RECONNECT_S, MAX_RECONNECT_S = 0.1, 1.0
 
+WorkerKind = Literal["prefill", "decode"]  # the two dialects; colocated workers speak decode
 State = Literal["connecting", "ready", "draining", "refused"]
 
 
@@ -86,7 +88,7 @@ class WorkerLink:
         judge: tells, from the worker's introduction, why it cannot be used ("" if it can).
     """
 
-    role: Literal["prefill", "decode"]
+    role: WorkerKind
     _service: str
 
     def __init__(self, address: str, router_id: str, events: WorkerEvents, judge: Callable[[WorkerLink], str]) -> None:
@@ -152,8 +154,9 @@ class WorkerLink:
     def stopping(self) -> bool:
         return self._task is not None and (self._task.done() or self._task.cancelling() > 0)
 
-    def start(self, on_gone: Callable[[WorkerLink], object]) -> None:
-        """Keep a session until stopped; `on_gone` is called after that."""
+    def start(self, on_gone: Callable[[WorkerLink], object], on_switched: Callable[[WorkerLink], object]) -> None:
+        """Keep a session until stopped, and then call `on_gone`; or until what is there has the other role."""
+        self._on_switched = on_switched
         self._task = asyncio.create_task(self._keep_session(), name=f"session with {self.address}")
         self._task.add_done_callback(lambda _: on_gone(self))
 
@@ -192,7 +195,7 @@ class WorkerLink:
         """Session after session until stopped, with back-off between them."""
         delay_s = MIN_RECONNECT_S
         while True:
-            reason, refusal, died = "the worker ended the session", "", False
+            reason, refusal, died, is_none = "the worker ended the session", "", False, False
             try:
                 async with asyncio.timeout(SILENCE_S) as watchdog:
                     await self._session(watchdog)
@@ -206,6 +209,7 @@ class WorkerLink:
                 died = error.code() is grpc.StatusCode.UNAVAILABLE
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                     reason = refusal = f"nothing at {self.address} is a {self.role} worker"
+                    is_none = True
                 elif isinstance(from_rpc_error(error), ProtocolMismatch):
                     refusal = reason
             except ProtocolMismatch as error:
@@ -226,8 +230,32 @@ class WorkerLink:
                     self._events.lost(self, kind(f"{self.role} worker {self.address} was lost: {reason}"))
                     self.runs.clear()
                 self._events.workers_changed()
+            if is_none and await self._has_other_role():
+                self._on_switched(self)
+                return
             delay_s = MIN_RECONNECT_S if was_up else min(2 * delay_s, MAX_RECONNECT_S)
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # back-off, not polling
+
+    async def _has_other_role(self) -> bool:
+        """Whether the worker there answers in the other dialect."""
+        hello = worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_id=self._router_id)
+        call: Any
+        first: Any
+        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+            if self.role == "prefill":
+                call = worker_pb2_grpc.DecodeWorkerStub(channel).DecodeSession(timeout=SILENCE_S)
+                first = worker_pb2.DecodeSessionRequest(hello=hello)
+            else:
+                call = worker_pb2_grpc.PrefillWorkerStub(channel).PrefillSession(timeout=SILENCE_S)
+                first = worker_pb2.PrefillSessionRequest(hello=hello)
+            try:
+                await call.write(first)
+                answer = await call.read()
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                return False
+            finally:
+                call.cancel()
+        return answer is not grpc.aio.EOF and answer.WhichOneof("message") == "hello"
 
     async def _session(self, watchdog: asyncio.Timeout) -> None:
         """One session from hello to its end. A fresh channel, so that no back-off of an old one delays it."""
@@ -395,12 +423,25 @@ class DecodeLink(WorkerLink):
         return (self.info.block_size if self.info is not None else 0) or 16
 
     @property
+    def times(self) -> StepTimes | None:
+        """Its steps as it measured them; None before its first prompt."""
+        if not self.status.prefill_tokens_per_s:
+            return None
+        return MeasuredTimes(
+            prefill_tokens_per_s=self.status.prefill_tokens_per_s, decode_step_time_s=self.status.decode_step_s
+        )
+
+    @property
     def load(self) -> DecodeLoad:
         available = self.status.num_free_blocks + self.status.num_cached_blocks
         return DecodeLoad(
             worker=self.address,
             available_blocks=available - sum(self.runs.values()),
             num_sequences=self._num_sequences,
+            num_blocks=self.status.num_blocks,
+            block_size=self.block_size,
+            local_prefill_tokens=self.status.num_outstanding_prefill_tokens,
+            times=self.times,
             colocated=self.colocated,
         )
 
