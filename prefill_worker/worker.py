@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from ..core.errors import Cancelled, DeadlineExceeded, Draining, SplitserveError
+from ..core.errors import Cancelled, DeadlineExceeded, Draining, SplitserveError, Superseded
 from ..core.events import Event
 from ..core.request import Request
 from ..engine.engine import StepOutput, TokenOutput
@@ -18,8 +18,10 @@ from ..kv_transfer.source_ranks import RankSender, SenderGroup
 from ..proto import worker_pb2
 from ..proto.convert import failure_to_proto, logprob_to_proto, reason_to_proto
 from ..worker.edge import sequence_id
+from ..worker.fence import Fence
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
+from ..worker.role import RoleHooks
 from ..worker.session import Session
 
 RouterSession = Session[worker_pb2.PrefillSessionRequest, worker_pb2.PrefillSessionResponse]
@@ -39,17 +41,15 @@ class _Run:
 
 
 class PrefillWorker:
-    """Engine plus outgoing transfers. Lives on the event loop; only kv_written comes from the device thread.
+    """Engine plus outgoing transfers. Lives on the event loop.
 
     A run ends when its sender says `released`: the KV was committed, or the attempt failed or was cancelled.
     """
 
-    def __init__(self, options: WorkerOptions) -> None:
+    def __init__(self, options: WorkerOptions, host: WorkerHost | None = None) -> None:
         self._runs: dict[str, _Run] = {}
-        self.host = WorkerHost(
-            options, SERVICES, on_step=self._on_step, hand_over=self.hand_over, kv_written=self._kv_written
-        )
-        host = self.host
+        self._fence = Fence()
+        self.host = host = host or WorkerHost(options)
 
         def make_sender(release: Callable[[str], None], report: Callable[[str, SplitserveError], None]) -> KvSender:
             sender = KvSender(
@@ -62,23 +62,31 @@ class PrefillWorker:
                 host=options.host,
                 lease_s=options.lease_s,
             )
-            sender.register(host.rpc.server)
+            sender.register(host.mount)
             return sender
 
         self.sender = SenderGroup(host.layout, release=self._released)
-        self._own_rank = RankSender(
+        own_rank = RankSender(
             make_sender,
             release=partial(self.sender.released, 0),
             report=lambda sequence, _: self.sender.failed(0, sequence),
         )
-        self.sender.add(self._own_rank)
+        self.sender.add(own_rank)
         for rank, link in enumerate(host.rank_links, 1):
             link.on_released = partial(self.sender.released, rank)
             link.on_failed = partial(self.sender.failed, rank)
             self.sender.add(link)
+        host.take_role(
+            RoleHooks(
+                services=SERVICES,
+                on_step=self._on_step,
+                hand_over=self.hand_over,
+                close=own_rank.close,
+                kv_written=own_rank.kv_written,
+            )
+        )
 
     async def stop(self) -> None:
-        await self._own_rank.close()
         await self.host.stop()
 
     # -- what the router asks for --
@@ -90,11 +98,11 @@ class PrefillWorker:
             request: carries the attempt's sequence id in place of `request_id`.
             grants: one for each pair of ranks that KV moves between, named by `share_id` of the sequence id.
         """
-        if request.request_id in self._runs:
-            self.host.metrics.stale_messages.inc()
-            return
-        self.cancel(request_id, request.attempt - 1)
         try:
+            if self._fence.is_repeated(request_id, request.attempt, session):
+                self.host.metrics.stale_messages.inc()
+                return
+            self.cancel(session, request_id, request.attempt - 1)
             self.host.refuse_if_out_of_service()
             if request.timeout_s <= 0:
                 raise DeadlineExceeded("the deadline passed before the prompt reached a prefill worker")
@@ -112,6 +120,7 @@ class PrefillWorker:
             deadline=asyncio.get_running_loop().call_later(request.timeout_s, self._expired, request.request_id),
         )
         self._runs[request.request_id] = run
+        self._fence.began(request_id, request.attempt, session)
         self.host.run_started()
         self._record(run, Event.PREFILL_QUEUED)
         try:
@@ -121,11 +130,15 @@ class PrefillWorker:
             return
         self.host.wake()
 
-    def cancel(self, request_id: str, attempt: int) -> None:
-        """Free what this and older attempts hold."""
-        for number in range(1, attempt + 1):
-            if (run := self._runs.get(sequence_id(request_id, number))) is not None:
-                self._cancel(run, "the router cancelled the request")
+    def cancel(self, session: RouterSession, request_id: str, attempt: int) -> None:
+        """Free what this and older attempts hold; another router that had one is told."""
+        self._fence.claim(request_id, attempt)
+        live = self._fence.live(request_id)
+        if live is not None and live.attempt <= attempt:
+            run = self._runs[sequence_id(request_id, live.attempt)]
+            if run.session is not session:
+                self.refuse(run.session, request_id, live.attempt, Superseded("another router took the request over"))
+            self._cancel(run, "the router cancelled the request")
 
     def session_ended(self, session: RouterSession) -> None:
         """The router is gone: nobody would read what it asked for."""
@@ -144,9 +157,6 @@ class PrefillWorker:
         session.send(worker_pb2.PrefillSessionResponse(failed=failed))
 
     # -- what the engine did --
-
-    def _kv_written(self, sequence: str, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
-        self._own_rank.kv_written(sequence, layer_start, layer_end, token_start, token_end)  # device thread
 
     def _on_step(self, output: StepOutput) -> None:
         for sequence in output.started:
@@ -201,6 +211,7 @@ class PrefillWorker:
         self.host.engine.release(sequence)
         run = self._runs.pop(sequence, None)
         if run is not None:
+            self._fence.ended(run.request_id, run.request.attempt)
             run.deadline.cancel()
             self.host.run_ended()
 
