@@ -33,6 +33,7 @@ from ..proto import kv_transfer_pb2
 from ..scheduling.admission import Admission
 from ..scheduling.attempts import Answer, NewTokens
 from ..scheduling.fair_queue import FairQueue, Ticket
+from ..scheduling.quotas import Quotas
 from ..scheduling.routing import Placement, PrefillLoad, place
 from .membership import WorkerPool
 from .session import DecodeLink, DecodeReport, PrefillLink, PrefillReport, TransferReport, WorkerLink
@@ -131,6 +132,7 @@ class Dispatcher:
         self._jobs: dict[str, Job] = {}
         self._queue: FairQueue[Job] = FairQueue(ageing_s)
         self._pumping = False
+        self._quotas = Quotas()
         self._num_submitted = 0
         self._unusable_since = time.monotonic()
         self._give_up_timer: asyncio.TimerHandle | None = None
@@ -147,12 +149,20 @@ class Dispatcher:
     def num_queued(self) -> int:
         return len(self._queue)
 
+    def check_room(self, num_preparing: int) -> None:
+        """Whether there is room for one more besides those on their way to `open`. Raises: Overloaded."""
+        try:
+            self._admission.check(num_queued=self.num_queued, num_live=self.num_live + num_preparing)
+        except Overloaded:
+            self._metrics.overloaded.inc()
+            raise
+
     @contextmanager
     def open(self, request: Request, *, arrived_at: float, deadline_at: float) -> Iterator[Job]:
         """Submit a request; on leaving, whatever it still holds anywhere is freed.
 
-        Raises: Overloaded: no room, or the first token would come too late. InvalidRequest: a live request has this id.
-            DeadlineExceeded: it is past.
+        Raises: Overloaded: no room, the first token would come too late, or the key has had its share.
+            InvalidRequest: a live request has this id. DeadlineExceeded: it is past.
         """
         if request.request_id in self._jobs:
             raise InvalidRequest(
@@ -282,12 +292,15 @@ class Dispatcher:
             order=self._num_submitted,
             arrived_at=arrived_at,
             cost=request.num_tokens,
-            tenant=request.tenant,
+            tenant=request.key.name or request.tenant,
+            weight=request.key.weight,
             priority=request.priority,
         )
 
     def _admit(self, job: Job) -> None:
         """Raises: Overloaded."""
+        key, num_tokens, now = job.request.key, job.request.num_prompt_tokens, time.monotonic()
+        self._quotas.begin(key, num_tokens, now)
         try:
             if job.num_given:  # its first token came from another router, its client is reading: it goes on if it can
                 self._admission.check(num_queued=self.num_queued, num_live=self.num_live)
@@ -300,6 +313,7 @@ class Dispatcher:
                 prefills=self._prefill_loads(),
             )
         except Overloaded:
+            self._quotas.take_back(key, num_tokens, now)
             self._metrics.overloaded.inc()
             raise
 
@@ -485,7 +499,9 @@ class Dispatcher:
             return
         now = time.monotonic()
         self._queue.discard(job.ticket)
-        self._queue.charge(job.ticket, len(job.answer.token_ids) - job.num_given)
+        num_new = len(job.answer.token_ids) - job.num_given
+        self._queue.charge(job.ticket, num_new)
+        self._quotas.end(job.request.key, num_new, now)
         self._revoke(job)
         _cancel(job.deadline_timer)
         _cancel(job.queue_timer)
