@@ -9,7 +9,7 @@ import asyncio
 import os
 import secrets
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +19,9 @@ from ..deploy.process import report_ready
 from ..proto import inference_pb2, kv_transfer_pb2, worker_pb2, worker_pb2_grpc
 from ..proto.convert import PROTOCOL_VERSION
 from ..proto.server import RpcServer, run
+from ..worker.session import Session
 
-STATUS_S = 0.5
+STATUS = worker_pb2.WorkerStatus(num_blocks=10**6, num_free_blocks=10**6, prefill_tokens_per_s=1e6)
 LENGTH = inference_pb2.FINISH_REASON_LENGTH
 Key = tuple[str, int]  # request id, attempt
 
@@ -34,7 +35,7 @@ class FakeWorker(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWo
     def __init__(self, model: str, step_s: float) -> None:
         self._model = model
         self._step_s = step_s
-        self._granted: dict[Key, DecodeSession] = {}
+        self._granted: dict[Key, DecodeBatch] = {}
         self._boot_id = secrets.token_hex(8)
         self.address = ""
 
@@ -52,16 +53,17 @@ class FakeWorker(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWo
             kv_address=self.address,
         )
 
-    async def PrefillSession(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # type: ignore[override]
-        await anext(request_iterator)
+    async def PrefillSession(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
+        hello = await context.read()
         await context.write(worker_pb2.PrefillSessionResponse(hello=self.info("prefill")))
-        reporter = asyncio.create_task(self._report(context, worker_pb2.PrefillSessionResponse))
-        try:
-            async for message in request_iterator:
-                if message.HasField("run"):
-                    await context.write(self._first_token(message.run.request))
-        finally:
-            reporter.cancel()
+        response = worker_pb2.PrefillSessionResponse
+        session: Session[Any, Any] = Session(hello.hello.router_id, lambda: response(status=STATUS))
+
+        def handle(message: worker_pb2.PrefillSessionRequest) -> None:
+            if message.HasField("run"):
+                session.send(self._first_token(message.run.request))
+
+        await session.run(context, handle)
 
     def _first_token(self, work: worker_pb2.WorkRequest) -> worker_pb2.PrefillSessionResponse:
         decode = self._granted.pop((work.request_id, work.attempt), None)
@@ -69,43 +71,44 @@ class FakeWorker(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWo
         if decode is not None and not only:
             decode.start(work)
         first = worker_pb2.FirstToken(
-            request_id=work.request_id, attempt=work.attempt, token_id=65, finish_reason=LENGTH if only else None
+            request_id=work.request_id,
+            attempt=work.attempt,
+            token_id=65,
+            finish_reason=LENGTH if only else inference_pb2.FINISH_REASON_UNSPECIFIED,
         )
         return worker_pb2.PrefillSessionResponse(first_token=first)
 
-    async def DecodeSession(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # type: ignore[override]
-        await anext(request_iterator)
+    async def DecodeSession(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
+        hello = await context.read()
         await context.write(worker_pb2.DecodeSessionResponse(hello=self.info("decode")))
-        session = DecodeSession(context)
-        tasks = [
-            asyncio.create_task(self._report(context, worker_pb2.DecodeSessionResponse)),
-            asyncio.create_task(session.step_for_ever(self._step_s)),
-        ]
+        response = worker_pb2.DecodeSessionResponse
+        session: Session[Any, Any] = Session(hello.hello.router_id, lambda: response(status=STATUS))
+        batch = DecodeBatch(session.send)
+
+        def handle(message: worker_pb2.DecodeSessionRequest) -> None:
+            if message.HasField("grant"):
+                work = message.grant.request
+                self._granted[work.request_id, work.attempt] = batch
+                session.send(
+                    response(
+                        grant=kv_transfer_pb2.Grant(grant_id="a" * 32, request_id=work.request_id, attempt=work.attempt)
+                    )
+                )
+            elif message.HasField("cancel"):
+                batch.forget(message.cancel.request_id)
+
+        steps = asyncio.create_task(batch.step_for_ever(self._step_s))
         try:
-            async for message in request_iterator:
-                if message.HasField("grant"):
-                    work = message.grant.request
-                    self._granted[work.request_id, work.attempt] = session
-                    grant = kv_transfer_pb2.Grant(grant_id="a" * 32, request_id=work.request_id, attempt=work.attempt)
-                    await context.write(worker_pb2.DecodeSessionResponse(grant=grant))
-                elif message.HasField("cancel"):
-                    session.forget(message.cancel.request_id)
+            await session.run(context, handle)
         finally:
-            for task in tasks:
-                task.cancel()
-
-    async def _report(self, context: Any, response: type[Any]) -> None:
-        status = worker_pb2.WorkerStatus(num_blocks=10**6, num_free_blocks=10**6, prefill_tokens_per_s=1e6)
-        while True:
-            await context.write(response(status=status))
-            await asyncio.sleep(STATUS_S)
+            steps.cancel()
 
 
-class DecodeSession:
+class DecodeBatch:
     """The sequences of one router: each gets a token a step, all of them in one message."""
 
-    def __init__(self, context: Any) -> None:
-        self._context = context
+    def __init__(self, send: Callable[[worker_pb2.DecodeSessionResponse], None]) -> None:
+        self._send = send
         self._entries: dict[str, tuple[worker_pb2.SequenceTokens, int]] = {}  # next message, and tokens in all
         self._joined: list[worker_pb2.WorkRequest] = []
 
@@ -124,13 +127,13 @@ class DecodeSession:
             joined, self._joined = self._joined, []
             for work in joined:
                 done = worker_pb2.TransferDone(request_id=work.request_id, attempt=work.attempt, first_token_id=65)
-                await self._context.write(worker_pb2.DecodeSessionResponse(transfer_done=done))
+                self._send(worker_pb2.DecodeSessionResponse(transfer_done=done))
                 entry = worker_pb2.SequenceTokens(
                     request_id=work.request_id, attempt=work.attempt, index=1, token_ids=[66]
                 )
                 self._entries[work.request_id] = (entry, work.max_tokens)
             if self._entries:
-                await self._context.write(worker_pb2.DecodeSessionResponse(tokens=self._step()))
+                self._send(worker_pb2.DecodeSessionResponse(tokens=self._step()))
 
     def _step(self) -> worker_pb2.StepTokens:
         step, ended = worker_pb2.StepTokens(), []

@@ -44,10 +44,10 @@ class Load:
     concurrency: int
 
 
-LOADS = (
-    Load(name="1-token answers", output_tokens=1, concurrency=64),
-    Load(name="streams", output_tokens=200, concurrency=400),
-)
+LOADS = {
+    "requests": Load(name="1-token answers", output_tokens=1, concurrency=64),
+    "streams": Load(name="streams", output_tokens=200, concurrency=400),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +68,9 @@ class Figures:
 
 def main(
     routers: Annotated[list[int] | None, typer.Option(help="Routers at once; repeatable.", show_default="1, 2")] = None,
+    load: Annotated[
+        list[str] | None, typer.Option(help="requests or streams; repeatable.", show_default="both")
+    ] = None,
     clients: Annotated[int, typer.Option(min=1, help="Client processes.")] = 2,
     seconds: Annotated[float, typer.Option(min=2, help="Of each load, after the warm-up.")] = 8.0,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 64,
@@ -78,8 +81,11 @@ def main(
 ) -> None:
     """Requests and tokens a second, with the router's CPU time for each."""
     rows = []
+    if unknown := set(load or ()) - set(LOADS):
+        raise typer.BadParameter(f"unknown load {', '.join(sorted(unknown))}; known: {', '.join(LOADS)}")
+    loads = [LOADS[name] for name in load or LOADS]
     for num_routers in routers or [1, 2]:
-        rows += asyncio.run(_measure(num_routers, clients, seconds, prompt_tokens, step_ms, model, profile))
+        rows += asyncio.run(_measure(num_routers, loads, clients, seconds, prompt_tokens, step_ms, model, profile))
     Console().print(_table(rows))
     for row in rows:
         if row.num_routers == 1:
@@ -93,7 +99,14 @@ def main(
 
 
 async def _measure(
-    num_routers: int, num_clients: int, seconds: float, prompt_tokens: int, step_ms: float, model: str, profile: bool
+    num_routers: int,
+    loads: Sequence[Load],
+    num_clients: int,
+    seconds: float,
+    prompt_tokens: int,
+    step_ms: float,
+    model: str,
+    profile: bool,
 ) -> list[Figures]:
     """Every load on a fresh cluster's routers, one after the other."""
     async with AsyncExitStack() as stack:
@@ -118,7 +131,7 @@ async def _measure(
             if profile:
                 words = _profiled(words, Path.cwd() / f"{name}.prof")
             routers.append(await start(name, words))
-        return [await _run(load, routers, worker, num_clients, seconds, prompt_tokens) for load in LOADS]
+        return [await _run(load, routers, worker, num_clients, seconds, prompt_tokens) for load in loads]
 
 
 def _profiled(words: list[str], path: Path) -> list[str]:
