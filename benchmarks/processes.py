@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.config import ClusterConfig, WorkerRole
 from ..core.errors import SplitserveError
-from ..deploy.process import Endpoint, RoleProcess, StartFailure
+from ..deploy.process import Endpoint, Exit, RoleProcess, StartFailure
 from ..deploy.roles import role_command, role_environment
 
 WORKER_ROLES: tuple[WorkerRole, ...] = ("prefill", "decode", "colocated")
@@ -22,6 +22,8 @@ class ProcessCluster:
 
     router: Endpoint
     workers: dict[str, Endpoint]
+    restart: Callable[[str, float], Awaitable[Exit]]
+    """restart(name, grace_s): stop a worker with SIGTERM, start it anew at the same address; how the old one ended."""
 
 
 @asynccontextmanager
@@ -33,38 +35,43 @@ async def process_cluster(
     Args: gpus: the GPU that each worker, by name, may see.
     Raises: SplitserveError: a process did not start; the end of its log is in the message.
     """
-    processes: list[RoleProcess] = []
+    processes: dict[str, RoleProcess] = {}
+    workers: dict[str, Endpoint] = {}
 
-    async def start(role: WorkerRole, name: str) -> Endpoint:
-        command = role_command(config, role, name=name, host="127.0.0.1", port=0, num_threads=num_threads)
+    async def start(name: str, port: int = 0) -> Endpoint:
+        command = role_command(config, names[name], name=name, host="127.0.0.1", port=port, num_threads=num_threads)
         devices = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": str(gpus[name])}
-        return await _start(processes, log_dir / f"{name}.log", command, num_threads, config, devices)
+        processes[name] = process = RoleProcess(log_dir / f"{name}.log")
+        return await _start(process, command, num_threads, config, devices)
+
+    async def restart(name: str, grace_s: float) -> Exit:
+        await processes[name].stop(grace_s)
+        ended = await processes[name].wait()
+        workers[name] = await start(name, int(workers[name].address.rpartition(":")[2]))
+        return ended
 
     names = {f"{role}-{index}": role for role in WORKER_ROLES for index in range(config.replicas(role))}
     try:
-        endpoints = await asyncio.gather(*(start(role, name) for name, role in names.items()))
-        workers = dict(zip(names, endpoints, strict=True))
+        workers.update(zip(names, await asyncio.gather(*map(start, names)), strict=True))
         command = [
             *role_command(config, "router", name="router-0", host="127.0.0.1", port=0, num_threads=1, http_port=0)
         ]
         for name, endpoint in workers.items():
             command += ["--prefill" if names[name] == "prefill" else "--decode", endpoint.address]
-        router = await _start(processes, log_dir / "router-0.log", command, 1, config, {})
-        yield ProcessCluster(router=router, workers=workers)
+        processes["router-0"] = process = RoleProcess(log_dir / "router-0.log")
+        router = await _start(process, command, 1, config, {})
+        yield ProcessCluster(router=router, workers=workers, restart=restart)
     finally:
-        await asyncio.gather(*(process.stop(2.0) for process in processes))
+        await asyncio.gather(*(process.stop(2.0) for process in processes.values()))
 
 
 async def _start(
-    processes: list[RoleProcess],
-    log: Path,
+    process: RoleProcess,
     command: Sequence[str],
     threads: int,
     config: ClusterConfig,
     devices: Mapping[str, str],
 ) -> Endpoint:
-    process = RoleProcess(log)
-    processes.append(process)
     started = await process.start(command, {**role_environment(threads), **devices}, config.startup_timeout_s)
     if isinstance(started, StartFailure):
         raise SplitserveError(f"{started.message}\n{started.log_tail}")

@@ -21,7 +21,7 @@ from ..deploy.ray_environment import prepare_ray_environment
 from .background import continue_in_own_session
 
 if TYPE_CHECKING:  # Ray must not be imported before its environment is prepared
-    from ..deploy.controller import ClusterView
+    from ..deploy.members import ClusterView
 
 PROMPTS = (
     "What is the capital of France?",
@@ -53,7 +53,7 @@ def command(
     continue_in_own_session()
     prepare_ray_environment(None)
     from ..deploy.cluster import cluster_ray
-    from ..deploy.controller import MemberFailed
+    from ..deploy.members import MemberFailed
 
     console = Console(highlight=False)
     with console.status("starting Ray") as status, cluster_ray(config):

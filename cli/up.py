@@ -5,32 +5,30 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.live import Live
 
-from ..core.config import ClusterConfig, load_config
-from ..core.errors import SplitserveError
-from ..core.state import ClusterState, write_state
+from ..core.config import WORKER_ROLES, ClusterConfig, load_config
+from ..core.errors import ConfigError, SplitserveError
+from ..core.state import write_state
+from ..deploy.changes import NOTHING_CHANGES
 from ..deploy.claim import claim_local_cluster
 from ..deploy.process import report_ready
 from ..deploy.ray_environment import prepare_ray_environment
+from .attached import attached, cluster_state, remember_routers, running_state
 from .background import continue_in_background, continue_in_own_session
-from .status import Row, cluster_table, worker_row
+from .screen import REFRESH_S, Screen, follow
 
 if TYPE_CHECKING:  # Ray must not be imported before its environment is prepared
-    from ..deploy.controller import ClusterView, Controller, MemberFailed
-    from ..deploy.throughput import Throughput
-
-_REFRESH_S = 0.5
+    from ..deploy.cluster_handle import ClusterHandle
+    from ..deploy.members import ClusterView
 
 
 def command(
-    config_file: Annotated[Path | None, typer.Option("--config", help="YAML file; flags go over it.")] = None,
+    file: Annotated[Path | None, typer.Argument(help="YAML file; flags go over it.", show_default="none")] = None,
+    config_file: Annotated[Path | None, typer.Option("--config", help="The same, as an option.")] = None,
     model: Annotated[
         str | None,
         typer.Option(help="Directory, .gguf file, hub id or built-in name.", show_default="smollm2-135m"),
@@ -66,7 +64,8 @@ def command(
     trace_dir: Annotated[Path | None, typer.Option(help="Write step records and request events here.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Write the processes' logs here.")] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join, as HOST:PORT.", show_default="a local one is started")
+        str | None,
+        typer.Option(help="Ray cluster to join, as HOST:PORT; or auto.", show_default="a local one is started"),
     ] = None,
     timeout: Annotated[
         float | None, typer.Option(help="Seconds that each process may take to serve.", show_default="300")
@@ -74,6 +73,7 @@ def command(
     detach: Annotated[
         bool, typer.Option("--detach", help="Return once it serves; `splitserve down` stops it.")
     ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do, and do nothing.")] = False,
     ready_file: Annotated[Path | None, typer.Option(help="Write one JSON line here once it serves.")] = None,
 ) -> None:
     """Start a cluster: routers, prefill workers and decode workers, on a Ray of its own or one that runs.
@@ -81,11 +81,14 @@ def command(
     Without flags: one of each on this machine, with a small built-in model. Ctrl-C drains and stops everything;
     a second Ctrl-C does not wait.
 
+    If the cluster runs already, it is changed to what the file and the flags say: workers are added, drained and
+    removed, or restarted one after another with their new settings.
+
     $ splitserve up
 
     $ splitserve up --prefill 2 --decode 2 --model ./my-model --detach
 
-    $ splitserve up --config cluster.yaml --port 0
+    $ splitserve up cluster.yaml --dry-run
     """
     overrides = {
         "model": model,
@@ -107,154 +110,137 @@ def command(
         "ray.address": ray_address,
         "startup_timeout_s": timeout,
     }
-    config = load_config(config_file, overrides)
+    config = load_config(config_file or file, overrides)
+    if running_state() is not None:
+        _change(config, dry_run=dry_run)
+        return
+    if dry_run:
+        print("\n".join(_what_starts(config)))
+        return
     if detach:
         ready_file = continue_in_background()
     else:
         continue_in_own_session()
     try:
-        with claim_local_cluster():
-            _run(config, ready_file)
+        with claim_local_cluster() as claim:
+            if _run(config, ready_file, detach=detach):
+                claim.leave()
     except SplitserveError as error:
         report_ready(ready_file, {"error": error.code, "message": error.message})
         raise
 
 
-def _run(config: ClusterConfig, ready_file: Path | None) -> None:
-    """Raises: SplitserveError: it cannot start, or cannot serve any more."""
-    prepare_ray_environment(config.ray.address)
+def _change(config: ClusterConfig, *, dry_run: bool) -> None:
+    """Make of the cluster that runs what the configuration says. Raises: ConfigError: this cannot be."""
+
+    async def change(handle: ClusterHandle) -> None:
+        text = await handle.preview(config)
+        print(text, flush=True)
+        if dry_run or text == NOTHING_CHANGES:
+            return
+        await handle.apply(config)
+        screen = Screen()
+        view = await follow(handle, screen)
+        remember_routers(view)
+        screen.say(f"[green]done[/]: {config.model} at [bold]{', '.join(view.router_addresses)}[/]")
+
+    with attached() as handle:
+        asyncio.run(change(handle))
+
+
+def _what_starts(config: ClusterConfig) -> list[str]:
+    counts = [("router", config.router.replicas), *((f"{role} worker", config.replicas(role)) for role in WORKER_ROLES)]
+    where = "a Ray of its own on this machine" if config.ray.address is None else f"Ray at {config.ray.address}"
+    lines = [f"starts {count} {name}{'s' if count > 1 else ''}" for name, count in counts if count]
+    return [f"no cluster runs; would serve {config.model} on {where}:", *lines]
+
+
+def _run(config: ClusterConfig, ready_file: Path | None, *, detach: bool) -> bool:
+    """Returns whether the cluster goes on without this process. Raises: SplitserveError: it cannot start or serve."""
     screen = Screen()
+    prepare_ray_environment(config.ray.address)
     screen.say("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
     from ..deploy.cluster import cluster_ray, new_log_dir
-    from ..deploy.controller import MemberFailed
+    from ..deploy.members import MemberFailed
 
     log_dir = new_log_dir(config)
     try:
-        with cluster_ray(config):
-            asyncio.run(_serve(config, log_dir, screen, ready_file))
+        with cluster_ray(config) as config:
+            # A Ray of our own ends with this process.
+            leave = detach and config.ray.address is not None
+            asyncio.run(_serve(config, log_dir, screen, ready_file, leave=leave))
     except MemberFailed as error:
         screen.show_log(error)
         report_ready(ready_file, {"error": error.code, "message": error.message})
         raise typer.Exit(2) from error
     except KeyboardInterrupt:  # while Ray was starting
         raise typer.Exit(130) from None
-    screen.say("everything has stopped")
+    if not leave:
+        screen.say("everything has stopped")
+    return leave
 
 
-async def _serve(config: ClusterConfig, log_dir: Path, screen: Screen, ready_file: Path | None) -> None:
-    from ..deploy.cluster import running_cluster
+async def _serve(config: ClusterConfig, log_dir: Path, screen: Screen, ready_file: Path | None, *, leave: bool) -> None:
+    """Until the cluster has ended or, with `leave`, serves."""
+    from ..deploy.cluster_handle import ClusterHandle, raise_refusal
     from ..deploy.throughput import Throughput
 
-    async with running_cluster(config, log_dir) as controller:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, _stop, controller, screen)
-        with screen:
-            throughput = Throughput()
-            ready = False
-            while not controller.stopping.is_set():
-                view = controller.view()
-                await throughput.measure({m.name: m.endpoint.metrics_address for m in view.members if m.endpoint})
-                screen.show(view, throughput)
-                if view.ready and not ready:
-                    ready = True
+    handle = await asyncio.to_thread(ClusterHandle.find)
+    if handle is not None:
+        raise ConfigError(
+            f"a cluster runs in the Ray namespace {config.ray.namespace!r} already; change it where it was "
+            "started, or set ray.namespace to another"
+        )
+    handle = await asyncio.to_thread(ClusterHandle.start, config, log_dir)
+    stopper = _Stopper(handle, screen)
+    throughput = Throughput()
+    remembered = None
+    with screen:
+        while (outcome := await handle.outcome()) is None:
+            view = await handle.view()
+            await throughput.measure({m.name: m.endpoint.metrics_address for m in view.members if m.endpoint})
+            screen.show(view, throughput)
+            state = cluster_state(config, view, log_dir, leave=leave)
+            if view.ready and state != remembered and not stopper.stopping.is_set():
+                write_state(state)
+                if remembered is None:
                     _announce(config, view, screen, log_dir, ready_file)
-                try:
-                    async with asyncio.timeout(_REFRESH_S):
-                        await (controller.stopping if ready else controller.ready).wait()
-                except TimeoutError:
-                    continue
+                    if leave:
+                        return
+                remembered = state
+            await asyncio.sleep(REFRESH_S)
+    await handle.dismiss()
+    if outcome.refusal is not None:
+        raise_refusal(outcome.refusal)
 
 
-def _stop(controller: Controller, screen: Screen) -> None:
-    screen.say("stopping at once" if controller.stopping.is_set() else "stopping; once more does not wait for requests")
-    controller.stop()
+class _Stopper:
+    """Turns signals into orders to the controller; the second means hurry."""
+
+    def __init__(self, handle: ClusterHandle, screen: Screen) -> None:
+        self.stopping = asyncio.Event()
+        self._handle = handle
+        self._screen = screen
+        self._tasks: set[asyncio.Task[None]] = set()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop)
+
+    def _stop(self) -> None:
+        hurry = self.stopping.is_set()
+        self._screen.say("stopping at once" if hurry else "stopping; once more does not wait for requests")
+        self.stopping.set()
+        task = asyncio.create_task(self._handle.stop())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
 def _announce(config: ClusterConfig, view: ClusterView, screen: Screen, log_dir: Path, ready_file: Path | None) -> None:
-    """The cluster serves: tell other commands, a waiting parent and the person."""
-    routers = view.router_addresses
-    metrics = tuple(member.endpoint.metrics_address for member in view.members if member.endpoint)
-    namespace = config.ray.namespace
-    write_state(
-        ClusterState(
-            router_addresses=routers,
-            namespace=namespace,
-            pid=os.getpid(),
-            metrics_addresses=metrics,
-            http_addresses=view.http_addresses,
-        )
-    )
-    http = view.http_addresses[0] if view.http_addresses else ""
+    """The cluster serves: tell a waiting parent and the person."""
     row: dict[str, str | int] = {
-        "address": routers[0],
-        "http_address": http,
+        "address": view.router_addresses[0],
+        "http_address": view.http_addresses[0] if view.http_addresses else "",
         "log_dir": str(log_dir),
         "pid": os.getpid(),
     }
     report_ready(ready_file, row)
     screen.announce(config.model, view, log_dir)
-
-
-class Screen:
-    """What a person sees: a live table on a terminal, one line for each change elsewhere."""
-
-    def __init__(self) -> None:
-        self._console = Console()
-        self._started = time.monotonic()
-        self._live: Live | None = None
-        self._seen: dict[str, str] = {}
-
-    def __enter__(self) -> None:
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, auto_refresh=False, transient=True)
-            self._live.start()
-
-    def __exit__(self, *exception: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-
-    def say(self, text: str) -> None:
-        self._console.print(
-            f"[dim]{time.monotonic() - self._started:6.1f} s[/]  {text}", highlight=False, soft_wrap=True
-        )
-
-    def announce(self, model: str, view: ClusterView, log_dir: Path) -> None:
-        self.say(f"[green]ready[/]: {model} at [bold]{', '.join(view.router_addresses)}[/], logs in {log_dir}")
-        if view.http_addresses:
-            urls = ", ".join(f"http://{address}/v1" for address in view.http_addresses)
-            self.say(f"OpenAI API at [bold]{urls}[/]")
-        self.say('try: [bold]splitserve generate "The capital of France is"[/]')
-
-    def show(self, view: ClusterView, throughput: Throughput) -> None:
-        rows = _rows(view, throughput)
-        if self._live is not None:
-            self._live.update(cluster_table(rows, view.routers), refresh=True)
-            return
-        for row in rows:
-            if self._seen.get(row.name) != row.state:
-                self._seen[row.name] = row.state
-                self.say(" ".join(filter(None, (row.name, row.state, row.address, row.note))))
-
-    def show_log(self, error: MemberFailed) -> None:
-        if error.log_tail:
-            self._console.print(f"[dim]the end of {error.log_path}:[/]", highlight=False)
-            self._console.print(error.log_tail.rstrip(), markup=False, highlight=False)
-        typer.secho(f"error: {error.message}", fg="red", err=True)
-
-
-def _rows(view: ClusterView, throughput: Throughput) -> list[Row]:
-    """One row a process: the router's word on a worker once it has one, the controller's before."""
-    seen = {worker.address: worker for router in view.routers for worker in router.workers}
-    rows = []
-    for member in view.members:
-        note = f"restarted {member.num_restarts} times" if member.num_restarts else ""
-        worker = seen.get(member.endpoint.address) if member.endpoint else None
-        if worker is not None:
-            rows.append(worker_row(member.name, worker, throughput.tokens_per_s(member.name), note))
-            continue
-        address = member.endpoint.address if member.endpoint else ""
-        state, reason = member.phase.value, member.reason or note
-        rows.append(Row(name=member.name, role=member.role, state=state, address=address, note=reason))
-    return rows

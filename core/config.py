@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
+from .config_section import Section
 from .errors import ConfigError
+from .pool_config import MAX_REPLICAS, PlacementConfig, PoolConfig, ScalingConfig, SloConfig
 
 DEFAULT_HTTP_PORT = 8000
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
@@ -34,11 +36,7 @@ WorkerRole = Literal["prefill", "decode", "colocated"]
 WORKER_ROLES: tuple[WorkerRole, ...] = ("prefill", "decode", "colocated")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """`engine`: the model runner of every worker."""
 
     device: str | None = Field(
@@ -85,7 +83,7 @@ class EngineConfig(_Section):
     self_check: bool = Field(default=True, description="Compare logits with plain transformers before serving")
 
 
-class RouterConfig(_Section):
+class RouterConfig(Section):
     """`router`: the front door."""
 
     replicas: int = Field(default=1, ge=1, le=64, description="Routers to start, on consecutive ports")
@@ -102,6 +100,12 @@ class RouterConfig(_Section):
     api_key_file: Path | None = Field(
         default=None,
         description="File of API keys (`splitserve keys new`), asked of every caller; empty: everybody may call",
+    )
+    policy: str = Field(
+        default="prefix",
+        min_length=1,
+        description="How workers are chosen: prefix, least_loaded, power_of_two, round_robin, session, or the name of "
+        "an installed entry point (docs/routing.md)",
     )
     max_queued: int = Field(default=256, ge=1, description="Requests waiting for dispatch; more are refused")
     max_live: int = Field(default=8_192, ge=1, description="Requests not ended, queued ones included; more are refused")
@@ -127,6 +131,16 @@ class RouterConfig(_Section):
         description="Seconds of prefill work that a prefill worker may have outstanding; a second prompt always may",
     )
     max_attempts: int = Field(default=3, ge=1, description="Attempts at a request before its error goes to the client")
+    max_worker_deaths: int = Field(
+        default=2, ge=1, description="Workers that may die computing one request; then it fails as their likely cause"
+    )
+    retry_ratio: float = Field(
+        default=0.5, ge=0, description="Retries allowed in a minute for each request of that minute"
+    )
+    retry_floor: int = Field(default=64, ge=0, description="Retries allowed in a minute however few requests it had")
+    keep_answers_s: float = Field(
+        default=30.0, ge=0, description="Seconds for which a finished answer can be had again by its idempotency key"
+    )
     default_timeout_s: float = Field(
         default=600.0, gt=0, description="Seconds until a request without a deadline fails"
     )
@@ -142,34 +156,18 @@ class RouterConfig(_Section):
         return first + index if first > 0 else first
 
 
-class PoolConfig(_Section):
-    """`prefill`, `decode`, `colocated`: one pool of workers."""
-
-    replicas: int | None = Field(
-        default=None,
-        ge=0,
-        le=1024,
-        description="Workers; empty: 1 prefill and 1 decode, or none if there are colocated ones",
-    )
-    threads: int | None = Field(
-        default=None, ge=1, description="CPU threads of each of its processes; empty: the host's cores shared out"
-    )
-    gpus: int = Field(default=0, ge=0, description="GPUs of each: engine.tensor_parallel, or 0 for none")
-    labels: dict[str, str] = Field(
-        default_factory=dict, description="Ray node labels that its node must have, such as splitserve/role: decode"
-    )
-
-
-class RayConfig(_Section):
+class RayConfig(Section):
     """`ray`: where workers are placed."""
 
     address: str | None = Field(
-        default=None, description="host:port of a Ray cluster to join; empty: a local one is started"
+        default=None,
+        description="host:port of a Ray cluster to join; auto: one that runs on this machine, or RAY_ADDRESS; empty: a "
+        "local one is started",
     )
     namespace: str = Field(default="splitserve", min_length=1, description="Ray namespace; one cluster in each")
 
 
-class RestartConfig(_Section):
+class RestartConfig(Section):
     """`restart`: what happens when a process dies."""
 
     max_restarts: int = Field(
@@ -179,9 +177,12 @@ class RestartConfig(_Section):
     backoff_s: float = Field(
         default=0.5, ge=0, description="Wait before the second restart in a row; doubles, up to 30 s"
     )
+    unhealthy_s: float = Field(
+        default=7.0, gt=0, description="Seconds after which a worker that does not answer is killed and started again"
+    )
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """A whole cluster."""
 
     model: str = Field(
@@ -219,6 +220,9 @@ class ClusterConfig(_Section):
     prefill: PoolConfig = Field(default_factory=PoolConfig, description="Workers that compute prompts")
     decode: PoolConfig = Field(default_factory=PoolConfig, description="Workers that stream answers")
     colocated: PoolConfig = Field(default_factory=PoolConfig, description="Workers that do both")
+    slo: SloConfig = Field(default_factory=SloConfig, description="What users were promised")
+    scaling: ScalingConfig = Field(default_factory=ScalingConfig, description="Whether and how pools change their size")
+    placement: PlacementConfig = Field(default_factory=PlacementConfig, description="Which nodes workers go to")
     ray: RayConfig = Field(default_factory=RayConfig, description="Where workers are placed")
     restart: RestartConfig = Field(default_factory=RestartConfig, description="What happens when a process dies")
 
@@ -235,10 +239,10 @@ class ClusterConfig(_Section):
     @model_validator(mode="after")
     def _gpus_fit_ranks(self) -> Self:
         for role in WORKER_ROLES:
-            if 0 < self.pool(role).gpus < self.engine.tensor_parallel:
+            if 0 < self.pool(role).gpus < self.tensor_parallel(role):
                 raise ValueError(
-                    f"{role}.gpus: got {self.pool(role).gpus}, wanted: at least engine.tensor_parallel, "
-                    f"{self.engine.tensor_parallel}"
+                    f"{role}.gpus: got {self.pool(role).gpus}, wanted: at least its tensor_parallel, "
+                    f"{self.tensor_parallel(role)}"
                 )
         return self
 
@@ -247,10 +251,34 @@ class ClusterConfig(_Section):
 
     def replicas(self, role: WorkerRole) -> int:
         """Workers of a pool; 1 prefill and 1 decode if nothing was said."""
-        stated = self.pool(role).replicas
-        if stated is not None:
-            return stated
-        return 0 if role == "colocated" or self.colocated.replicas else 1
+        pool = self.pool(role)
+        if pool.replicas is not None:
+            return pool.replicas
+        least = 0 if role == "colocated" or self.colocated.replicas or self.colocated.min else 1
+        return max(least, pool.min or 0) if pool.max is None else min(max(least, pool.min or 0), pool.max)
+
+    def bounds(self, role: WorkerRole) -> tuple[int, int]:
+        """Fewest and most workers that a pool may be scaled to."""
+        pool = self.pool(role)
+        least = pool.min if pool.min is not None else min(1, self.replicas(role))
+        return least, pool.max if pool.max is not None else MAX_REPLICAS
+
+    def tensor_parallel(self, role: WorkerRole) -> int:
+        """Processes that hold the model of each worker of a pool."""
+        return self.pool(role).tensor_parallel or self.engine.tensor_parallel
+
+    def scaled(self, counts: Mapping[WorkerRole, int]) -> ClusterConfig:
+        """The same cluster with other numbers of workers. Raises: ConfigError: out of bounds, or nobody could serve."""
+        tree = self.model_dump()
+        for role, replicas in counts.items():
+            least, most = self.bounds(role)
+            if not least <= replicas <= most:
+                raise ConfigError(
+                    f"{role}: got {replicas} workers, wanted: {least} to {most}; change {role}.min or {role}.max to "
+                    "allow more or fewer"
+                )
+            tree[role]["replicas"] = replicas
+        return _validate(tree, "")
 
 
 def fields(model: type[BaseModel] = ClusterConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -278,10 +306,13 @@ def load_config(path: Path | None, overrides: Mapping[str, object]) -> ClusterCo
             if not isinstance(place, dict):
                 raise ConfigError(f"{path}: {section}: got {place!r}, wanted keys and values")
         place[name] = value
+    return _validate(tree, f"{path}: " if path is not None else "")
+
+
+def _validate(tree: Mapping[str, Any], where: str) -> ClusterConfig:
     try:
         return ClusterConfig.model_validate(tree)
     except ValidationError as error:
-        where = f"{path}: " if path is not None else ""
         raise ConfigError(where + "; ".join(_explain(row) for row in error.errors())) from error
 
 

@@ -8,10 +8,7 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
-    start_http_server,
 )
-
-from .errors import AddressInUse
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -80,6 +77,17 @@ class RouterMetrics:
             "splitserve_overloaded_requests", "Requests refused for lack of room", registry=registry
         )
         self.retries = Counter("splitserve_retries", "Attempts after the first", registry=registry)
+        self.retries_left = Gauge(
+            "splitserve_retry_budget", "Retries that the budget still allowed after the last one", registry=registry
+        )
+        self.takeovers = Counter(
+            "splitserve_takeovers", "Calls that went on with a request of an earlier one", ["kind"], registry=registry
+        )
+        self.handed_over = Counter(
+            "splitserve_handed_over_attempts",
+            "Attempts that a draining worker ended, to go on elsewhere",
+            registry=registry,
+        )
         self.tokens = Counter("splitserve_streamed_tokens", "Tokens streamed to clients", registry=registry)
         self.duplicate_tokens = Counter(
             "splitserve_duplicate_tokens", "Token messages dropped as already seen", registry=registry
@@ -106,12 +114,3 @@ def new_registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     return registry
-
-
-def serve(registry: CollectorRegistry, host: str, port: int) -> int:
-    """Serve `/metrics` in a daemon thread; returns the bound port. Raises: AddressInUse."""
-    try:
-        server, _ = start_http_server(port, addr=host, registry=registry)
-    except OSError as error:
-        raise AddressInUse(f"cannot serve metrics on {host}:{port}: {error}; choose another --metrics-port") from error
-    return int(server.server_port)

@@ -17,9 +17,12 @@ class ClusterState:
 
     router_addresses: tuple[str, ...]  # host:port of each router's gRPC server
     namespace: str  # Ray namespace that holds the cluster's actors
-    pid: int  # process to signal in order to stop it
+    pid: int  # process to signal in order to stop it; 0: it runs without one, on a Ray that others run
     metrics_addresses: tuple[str, ...] = ()  # host:port of each process's /metrics
     http_addresses: tuple[str, ...] = ()  # host:port of each router's OpenAI API
+    ray_address: str = ""  # host:port of the Ray that holds it
+    ray_token: str = ""  # of a Ray of our own; empty: RAY_AUTH_MODE and its files say how
+    log_dir: str = ""
 
 
 def state_path() -> Path:
@@ -43,6 +46,7 @@ def read_state() -> ClusterState | None:
             pid=int(row["pid"]),
             metrics_addresses=tuple(row.get("metrics_addresses", ())),
             http_addresses=tuple(row.get("http_addresses", ())),
+            **{name: str(row.get(name, "")) for name in ("ray_address", "ray_token", "log_dir")},
         )
     except FileNotFoundError:
         return None

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
-from ..core.errors import DeadlineExceeded, EngineFailed, SplitserveError
+from ..core.errors import DeadlineExceeded, Draining, EngineFailed, SplitserveError, Superseded
 from ..core.events import Event
 from ..core.request import Request
 from ..engine.engine import Reservation, StepOutput, TokenOutput
@@ -19,8 +19,10 @@ from ..kv_transfer.receiver import KvReceiver, Received
 from ..proto import worker_pb2
 from ..proto.convert import failure_to_proto, logprob_to_proto, reason_to_proto
 from ..worker.edge import sequence_id
+from ..worker.fence import Fence
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
+from ..worker.role import RoleHooks
 from ..worker.session import Session
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class _Run:
     deadline: asyncio.TimerHandle
     ready_s: float  # local: received; split: committed
     transfer: asyncio.Task[None] | None = None
+    adopted: bool = False  # the engine took over what was reserved for the transfer
     started_s: float | None = None  # first step
     first_token_s: float | None = None
     preemptions: int = 0
@@ -49,10 +52,11 @@ class _Run:
 class DecodeWorker:
     """Engine plus incoming transfers. Lives on the event loop."""
 
-    def __init__(self, options: WorkerOptions) -> None:
+    def __init__(self, options: WorkerOptions, host: WorkerHost | None = None) -> None:
         self._runs: dict[str, _Run] = {}
+        self._fence = Fence()
         self._transfers: set[asyncio.Task[None]] = set()
-        self.host = WorkerHost(options, SERVICES, on_step=self._on_step)
+        self.host = host or WorkerHost(options)
         self.receiver = KvReceiver(
             self.host.engine.pool,
             self.host.identity,
@@ -60,20 +64,26 @@ class DecodeWorker:
             codec=options.kv_codec,
             metrics=self.host.metrics,
         )
+        self.host.take_role(
+            RoleHooks(services=SERVICES, on_step=self._on_step, hand_over=self.hand_over, close=self.close)
+        )
 
-    async def stop(self) -> None:
+    async def close(self) -> None:
+        """Free what is left; the host goes on."""
         for run in list(self._runs.values()):
             self._end(run)
         if self._transfers:
             await asyncio.wait(self._transfers)
         await self.receiver.close()
+
+    async def stop(self) -> None:
         await self.host.stop()
 
     # -- what the router asks for; `request` carries the attempt's sequence id in place of `request_id` --
 
     def grant(self, session: RouterSession, request_id: str, request: Request, source: KvSource) -> None:
         """Reserve blocks and open the fetch, or answer with RunFailed. Older attempts are revoked."""
-        if not self._is_new(request_id, request):
+        if not self._is_new(session, request_id, request):
             return
         request = replace(request, prompt_logprobs=None)  # the prefill worker's business
         try:
@@ -91,11 +101,11 @@ class DecodeWorker:
         session.send(worker_pb2.DecodeSessionResponse(grant=told))
         run.transfer = asyncio.create_task(self._receive(run, grant, source.address, reservation))
         self._transfers.add(run.transfer)
-        run.transfer.add_done_callback(self._transfers.discard)
+        run.transfer.add_done_callback(lambda task: self._transfer_ended(run, task))
 
     def run_local(self, session: RouterSession, request_id: str, request: Request) -> None:
         """Prefill and decode here, or answer with RunFailed. Older attempts are revoked."""
-        if not self._is_new(request_id, request):
+        if not self._is_new(session, request_id, request):
             return
         try:
             self._refuse_early(request)
@@ -108,12 +118,16 @@ class DecodeWorker:
         self._record(run, Event.PREFILL_QUEUED)
         self.host.wake()
 
-    def cancel(self, request_id: str, attempt: int) -> None:
-        """Free what this and older attempts hold."""
-        for number in range(1, attempt + 1):
-            if (run := self._runs.get(sequence_id(request_id, number))) is not None:
-                self._record(run, Event.CANCELLED)
-                self._end(run)
+    def cancel(self, session: RouterSession, request_id: str, attempt: int) -> None:
+        """Free what this and older attempts hold; another router that had one is told."""
+        self._fence.claim(request_id, attempt)
+        live = self._fence.live(request_id)
+        if live is not None and live.attempt <= attempt:
+            run = self._runs[sequence_id(request_id, live.attempt)]
+            self._record(run, Event.CANCELLED)
+            if run.session is not session:
+                self.refuse(run.session, request_id, live.attempt, Superseded("another router took the request over"))
+            self._end(run)
 
     def session_ended(self, session: RouterSession) -> None:
         """The router is gone: free all that it had here."""
@@ -121,17 +135,28 @@ class DecodeWorker:
             self._record(run, Event.CANCELLED)
             self._end(run)
 
+    def hand_over(self, error: Draining) -> None:
+        """The routers are to take everything elsewhere, from the tokens that they have."""
+        for run in list(self._runs.values()):
+            self._fail(run, error)
+
     def refuse(self, session: RouterSession, request_id: str, attempt: int, error: SplitserveError) -> None:
         """Answer one attempt with RunFailed."""
         self.host.recorder.event(request_id, Event.FAILED, attempt=attempt, code=error.code)
         failed = worker_pb2.RunFailed(request_id=request_id, attempt=attempt, failure=failure_to_proto(error))
         session.send(worker_pb2.DecodeSessionResponse(failed=failed))
 
-    def _is_new(self, request_id: str, request: Request) -> bool:
-        if request.request_id in self._runs:
+    def _is_new(self, session: RouterSession, request_id: str, request: Request) -> bool:
+        """Whether the attempt may begin; the older one is revoked for it."""
+        try:
+            repeated = self._fence.is_repeated(request_id, request.attempt, session)
+        except Superseded as error:
+            self.refuse(session, request_id, request.attempt, error)
+            return False
+        if repeated:
             self.host.metrics.stale_messages.inc()
             return False
-        self.cancel(request_id, request.attempt - 1)
+        self.cancel(session, request_id, request.attempt - 1)
         return True
 
     def _refuse_early(self, request: Request) -> None:
@@ -148,6 +173,7 @@ class DecodeWorker:
             ready_s=time.monotonic(),
         )
         self._runs[request.request_id] = run
+        self._fence.began(request_id, request.attempt, session)
         self.host.run_started()
         return run
 
@@ -157,7 +183,6 @@ class DecodeWorker:
         """Fetch, verify, join the running batch, commit. Holds the reservation until the link is quiet."""
         request = run.request
         token_ids = request.prompt_token_ids + request.output_token_ids
-        adopted = False
         try:
             received = await self.receiver.receive(
                 grant,
@@ -170,7 +195,7 @@ class DecodeWorker:
             self._record(run, Event.TRANSFER_FINISHED)
             if not received.finished:
                 self.host.engine.start_reserved(request.request_id, received.first_token_id)
-                adopted, run.transfer = True, None
+                run.adopted, run.transfer = True, None
                 run.ready_s = time.monotonic()
                 self._record(run, Event.DECODE_QUEUED)
                 self.host.wake()
@@ -183,9 +208,12 @@ class DecodeWorker:
         except Exception:
             logger.exception("receiving KV of request %s failed", run.request_id)
             self._fail(run, EngineFailed("the decode worker failed while it received KV; see its log"))
-        finally:
-            if not adopted:  # and the link is quiet now
-                self._release(run)
+
+    def _transfer_ended(self, run: _Run, task: asyncio.Task[None]) -> None:
+        """The link is quiet now. Not the task's own last act: one that is cancelled before it began does nothing."""
+        self._transfers.discard(task)
+        if not run.adopted:
+            self._release(run)
 
     def _transfer_done(self, run: _Run, received: Received) -> None:
         metrics = self.host.metrics
@@ -271,6 +299,7 @@ class DecodeWorker:
     def _end(self, run: _Run) -> None:
         """Forget the run and free its blocks; while KV may still arrive, the transfer frees them when it is quiet."""
         del self._runs[run.request.request_id]
+        self._fence.ended(run.request_id, run.request.attempt)
         run.deadline.cancel()
         if run.transfer is None:
             self._release(run)

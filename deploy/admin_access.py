@@ -11,10 +11,12 @@ from .options import CONTROLLER_KEY
 
 
 class AdminAccess:
-    """A key for the life of one controller. Only its digest leaves the process, and only to routers."""
+    """A key for the life of one cluster. Routers get its digest alone; the controller keeps it with Ray's head, for its
+    own next incarnation.
+    """
 
-    def __init__(self) -> None:
-        secret = secrets.token_urlsafe(32)
+    def __init__(self, secret: str = "") -> None:
+        self.secret = secret = secret or secrets.token_urlsafe(32)
         self.metadata = key_metadata(secret)  # of calls to routers
         self.environment: Mapping[str, str] = {  # of routers
             CONTROLLER_KEY: hashlib.sha256(secret.encode()).hexdigest()

@@ -17,8 +17,19 @@ def _lock_path() -> Path:
     return state_path().with_suffix(".lock")
 
 
+class Claim:
+    """On the name of a local cluster, while `claim_local_cluster` holds it."""
+
+    def __init__(self) -> None:
+        self.left = False
+
+    def leave(self) -> None:
+        """The cluster goes on without this process, and so does its state file."""
+        self.left = True
+
+
 @contextmanager
-def claim_local_cluster() -> Iterator[None]:
+def claim_local_cluster() -> Iterator[Claim]:
     """Hold the lock; the state file is gone afterwards. Raises: ConfigError: another process holds it."""
     path = _lock_path()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -33,10 +44,12 @@ def claim_local_cluster() -> Iterator[None]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
+        claim = Claim()
         try:
-            yield
+            yield claim
         finally:
-            remove_state()
+            if not claim.left:
+                remove_state()
             lock.truncate(0)
 
 

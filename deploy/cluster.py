@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from ..core.config import WORKER_ROLES, ClusterConfig
 from ..core.state import state_path
 from .controller import Controller, first_error
-from .placement import joined_ray, local_ray
+from .ray_start import joined_ray, local_ray, running_ray
 from .roles import role_needs
 
+_ROOM_CPUS = 64
 
-def cluster_ray(config: ClusterConfig) -> AbstractContextManager[None]:
-    """The Ray that `config` asks for: one to join, or one of our own with room for every worker."""
-    if config.ray.address is not None:
-        return joined_ray(config.ray.address, config.ray.namespace)
+
+@contextmanager
+def cluster_ray(config: ClusterConfig) -> Iterator[ClusterConfig]:
+    """The Ray that `config` asks for: one to join, or one of our own. Yields the configuration with its address."""
+    address, namespace = config.ray.address, config.ray.namespace
+    if address == "auto":
+        address = running_ray()
+    config = config.model_copy(update={"ray": config.ray.model_copy(update={"address": address})})
+    if address is not None:
+        with joined_ray(address, namespace):
+            yield config
+        return
     num_cpus = sum(role_needs(config, role).num_cpus * config.replicas(role) for role in WORKER_ROLES)
-    return local_ray(num_cpus + config.router.replicas, config.ray.namespace)
+    # Ray only counts them: on one's own machine `scale` may ask for more workers than there are cores.
+    with local_ray(num_cpus + config.router.replicas + _ROOM_CPUS, namespace):
+        yield config
 
 
 @asynccontextmanager

@@ -1,320 +1,297 @@
-"""The cluster's desired state: starts every process, keeps it running, tells routers who serves."""
+"""The cluster's desired state: starts every process, keeps it running, tells routers who serves, changes all of it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
-import grpc.aio
-import ray
-from ray.exceptions import RayActorError
-
-from ..client.results import RouterStatus, status_from_proto
-from ..core.config import WORKER_ROLES, ClusterConfig, Role
-from ..core.errors import SplitserveError
-from ..proto import inference_pb2, inference_pb2_grpc
-from ..proto.rpc import CHANNEL_OPTIONS
+from ..core.config import WORKER_ROLES, ClusterConfig, Role, WorkerRole
+from ..core.errors import ConfigError, SplitserveError
 from .admin_access import AdminAccess
-from .placement import create_actor, find_group, place
-from .process import Endpoint, Exit, StartFailure
-from .roles import role_command, role_environment, role_needs
+from .changes import least_useful
+from .keeper import Keeper
+from .launch import Command
+from .members import ClusterView, Member, Phase, PoolView
+from .neighbours import preferred_nodes
+from .roles import role_command, with_threads
+from .router_links import RouterLinks
+from .worker_watch import WorkerWatch
 
 logger = logging.getLogger(__name__)
 
-_RPC_TIMEOUT_S = 2.0
+_ROLES: tuple[Role, ...] = (*WORKER_ROLES, "router")
 _STATUS_PERIOD_S = 0.5
 _STARTING_PERIOD_S = 0.1
-_MAX_BACKOFF_S = 30.0
-_EXIT_S = 3.0  # for a process to end once it has drained
-
-
-class Phase(Enum):
-    """What the controller is doing with a process."""
-
-    PLACING = "placing"
-    STARTING = "starting"
-    READY = "ready"
-    WAITING = "waiting to restart"
-    FAILED = "failed"
-    STOPPED = "stopped"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
-    """One process of the cluster as the controller sees it."""
-
-    name: str
-    role: Role
-    phase: Phase = Phase.PLACING
-    endpoint: Endpoint | None = None
-    num_restarts: int = 0
-    reason: str = ""  # why it is not ready
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterView:
-    """A snapshot. `routers` holds the answer of each router that answers."""
-
-    members: tuple[Member, ...]
-    routers: tuple[RouterStatus, ...]
-    ready: bool
-
-    @property
-    def router_addresses(self) -> tuple[str, ...]:
-        return tuple(m.endpoint.address for m in self.members if m.role == "router" and m.endpoint)
-
-    @property
-    def http_addresses(self) -> tuple[str, ...]:
-        """Of the routers that serve HTTP."""
-        return tuple(m.endpoint.http_address for m in self.members if m.endpoint and m.endpoint.http_address)
-
-
-class MemberFailed(SplitserveError):
-    """A process did not come up; `log_tail` is the end of what it wrote, if it wrote anything."""
-
-    code = "internal"
-
-    def __init__(self, name: str, failure: StartFailure) -> None:
-        super().__init__(f"{name} did not start: {failure.message}")
-        self.log_path = failure.log_path
-        self.log_tail = failure.log_tail
-
-
-class Command(Protocol):
-    """Makes the command line of one process; see roles.role_command."""
-
-    def __call__(
-        self,
-        config: ClusterConfig,
-        role: Role,
-        *,
-        name: str,
-        host: str,
-        port: int,
-        num_threads: int,
-        http_port: int,
-    ) -> Sequence[str]: ...
+_WATCH_PERIOD_S = 1.0
 
 
 class Controller:
     """Owns the processes of one cluster; needs an initialised Ray.
 
     `run` returns after `stop`, or raises when the cluster cannot start or serve any more; either way it leaves no
-    process, actor or placement group behind.
+    process, actor or placement group behind. Should its own process die, all of them stay, for the next incarnation to
+    go on with.
+
+    Args:
+        adopt: names of processes that an earlier incarnation left.
+        access: what that incarnation proved to routers who it was with.
     """
 
-    def __init__(self, config: ClusterConfig, log_dir: Path, *, command: Command = role_command) -> None:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        log_dir: Path,
+        *,
+        command: Command = role_command,
+        adopt: Iterable[str] = (),
+        access: AdminAccess | None = None,
+    ) -> None:
         self.ready = asyncio.Event()  # every process serves and every router has a session with every worker
         self.stopping = asyncio.Event()
-        self._config = config
+        self.config = with_threads(config)
         self._log_dir = log_dir
         self._command = command
-        self._access = AdminAccess()
-        roles: list[tuple[Role, int]] = [(role, config.replicas(role)) for role in WORKER_ROLES]
-        roles.append(("router", config.router.replicas))
-        self._members = {
-            name: Member(name=name, role=role)
-            for role, count in roles
-            for name in (f"{role}-{index}" for index in range(count))
-        }
-        self._actors: dict[str, Any] = {}
-        self._views: dict[str, RouterStatus] = {}
-        self._routing_changed = asyncio.Event()
-        self._hurry = asyncio.Event()
+        self._adopt = tuple(adopt)
+        if self._adopt:
+            self.ready.set()
+        self._keepers: dict[str, Keeper] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._access = access or AdminAccess()
+        self._links = RouterLinks(self._access)
+        self._watch = WorkerWatch()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._routing_changed = asyncio.Event()  # routers must be told
+        self._change = asyncio.Event()  # of any member; each change sets it and puts a new one in its place
+        self._rolling: asyncio.Task[None] | None = None
+        self._is_settled = False
 
     def view(self) -> ClusterView:
         return ClusterView(
-            members=tuple(self._members.values()), routers=tuple(self._views.values()), ready=self.ready.is_set()
+            members=tuple(keeper.member for keeper in self._keepers.values()),
+            routers=self._links.views,
+            ready=self.ready.is_set(),
+            settled=self._is_settled,
+            pools=tuple(self._pool_view(role) for role in WORKER_ROLES if self._wanted(role) or self._of(role)),
         )
 
     def stop(self) -> None:
         """Ask `run` to end; a second call cuts the draining short."""
         if self.stopping.is_set():
-            self._hurry.set()
+            for keeper in self._keepers.values():
+                keeper.hurry.set()
         self.stopping.set()
 
     async def run(self) -> None:
         """Raises: MemberFailed, ConfigError, Unavailable: see the class."""
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._keep(name)) for name in self._members]
-                tasks.append(group.create_task(self._tell_routers()))
+                self._tasks = group
+                for name in self._adopt:
+                    self._add(_role_of(name), name)
+                self._reconcile()
+                watching = [group.create_task(self._tell_routers()), group.create_task(self._watch_workers())]
+                self._roll_outdated()
                 await self.stopping.wait()
-                for task in tasks:
+                for task in (*watching, *self._running.values(), *filter(None, [self._rolling])):
                     task.cancel()
         except BaseExceptionGroup as failed:
             raise first_error(failed) from failed
         finally:
             await self._stop_all()
 
-    # -- one process --
+    # -- changes --
 
-    async def _keep(self, name: str) -> None:
-        """Start one process and start it again whenever it dies, within the bounds of `restart`."""
-        bounds = self._config.restart
-        restarts: deque[float] = deque()
-        ports = self._ports(name)
-        while True:
-            started = await self._start(name, *ports)
-            if isinstance(started, Endpoint):
-                if self._members[name].role == "router":  # its clients find it again
-                    ports = _port(started.address), _port(started.http_address) if started.http_address else -1
-                reason = str(await self._death(name))
-            else:
-                reason = started.message
-                if not self.ready.is_set():
-                    raise MemberFailed(name, started)
-            now = time.monotonic()
-            restarts.append(now)
-            while now - restarts[0] > bounds.window_s:
-                restarts.popleft()
-            if len(restarts) > bounds.max_restarts:
-                logger.error("%s %s; it stays down after %d restarts", name, reason, bounds.max_restarts)
-                self._update(name, phase=Phase.FAILED, endpoint=None, reason=reason)
-                if self._members[name].role == "router":
-                    raise SplitserveError(f"{name} {reason} and stays down after {bounds.max_restarts} restarts")
-                return
-            backoff_s = min(_MAX_BACKOFF_S, bounds.backoff_s * 2 ** (len(restarts) - 2)) if len(restarts) > 1 else 0.0
-            logger.warning("%s %s; restarting in %.1f s", name, reason, backoff_s)
-            num_restarts = self._members[name].num_restarts + 1
-            self._update(name, phase=Phase.WAITING, endpoint=None, num_restarts=num_restarts, reason=reason)
-            await asyncio.sleep(backoff_s)
+    def apply(self, config: ClusterConfig) -> None:
+        """Carry out another configuration: start what is missing, drain what is too much, restart what is outdated."""
+        self.config = self.complete(config)
+        self._is_settled = False
+        for keeper in self._keepers.values():
+            keeper.config = self.config
+        self._reconcile()
+        self._roll_outdated()
 
-    async def _start(self, name: str, port: int, http_port: int) -> Endpoint | StartFailure:
-        config, role = self._config, self._members[name].role
-        self._update(name, phase=Phase.PLACING)
-        needs = role_needs(config, role)
-        log_path = self._log_dir / f"{name}.log"
-        try:
-            group = await place(name, needs, timeout_s=config.startup_timeout_s)
-            self._update(name, phase=Phase.STARTING)
-            # The first handle is kept: the actor ends with it, whatever handles were made since.
-            if name not in self._actors:
-                self._actors[name] = create_actor(name, group, needs, log_path=log_path)
-            command = self._command(
-                config,
-                role,
-                name=name,
-                host=self._host(role),
-                port=port,
-                num_threads=needs.num_threads,
-                http_port=http_port,
-            )
-            environment = {**role_environment(needs.num_threads), **self._access.environment}
-            started: Endpoint | StartFailure = await self._actors[name].start.remote(
-                command, environment, config.startup_timeout_s
-            )
-        except SplitserveError as error:  # it cannot be placed
-            return StartFailure(code=error.code, message=error.message)
-        except RayActorError as error:
-            self._actors.pop(name, None)
-            return StartFailure(code="worker_lost", message=f"its actor died: {error}")
-        if isinstance(started, Endpoint):
-            logger.info("%s serves at %s, pid %d", name, started.address, started.pid)
-            self._update(name, phase=Phase.READY, endpoint=started, reason="")
-        return started
+    def complete(self, config: ClusterConfig) -> ClusterConfig:
+        """The configuration with what it leaves to the running cluster: Ray, threads, and the size of scaled pools."""
+        if config.ray.address == "auto":
+            config = config.model_copy(update={"ray": self.config.ray})
+        config = with_threads(config, self.config)
+        sizes: dict[str, object] = {}
+        for role in WORKER_ROLES:
+            pool, running = config.pool(role), self.config.pool(role).replicas
+            if running is not None and (pool.replicas is None or config.scaling.enabled):
+                fewest, most = config.bounds(role)
+                sizes[role] = pool.model_copy(update={"replicas": min(max(running, fewest), most)})
+        return config.model_copy(update=sizes)
 
-    async def _death(self, name: str) -> Exit | str:
-        """How the process ended; its actor or its node may have gone with it."""
-        try:
-            ended: Exit = await self._actors[name].wait.remote()
-            return ended
-        except RayActorError:
-            del self._actors[name]
-            return "lost its actor"
+    def drain(self, name: str, *, restart: bool) -> None:
+        """Drain one process by name, and start it again or take it out of its pool.
 
-    def _update(self, name: str, **changes: Any) -> None:
-        before = self._members[name]
-        self._members[name] = after = replace(before, **changes)
-        if before.endpoint != after.endpoint:
-            self._routing_changed.set()
-
-    def _host(self, role: Role) -> str:
-        if role == "router":
-            return self._config.router.host
-        return self._config.worker_host or ("{node_ip}" if self._config.ray.address else "127.0.0.1")
-
-    def _ports(self, name: str) -> tuple[int, int]:
-        """For gRPC and HTTP: routers have consecutive ports from the configured ones, workers listen where there is
-        room.
+        Raises: ConfigError: there is none of this name, or its pool would be too small.
         """
-        router = self._config.router
-        role, _, index = name.rpartition("-")
-        if role != "router":
-            return 0, -1
-        return router.port + int(index) if router.port else 0, router.http_port_of(int(index))
+        keeper = self._keepers.get(name)
+        if keeper is None or keeper.retiring:
+            raise ConfigError(f"there is no {name!r}; the cluster has {', '.join(sorted(self._keepers))}")
+        self._is_settled = False
+        if restart:
+            keeper.renew()
+            return
+        role = keeper.member.role
+        if role == "router":
+            raise ConfigError(f"{name} is a router: drain it with a restart, or change router.replicas in the file")
+        self.config = self.config.scaled({role: self.config.replicas(role) - 1})
+        keeper.retire()
+
+    def _wanted(self, role: Role) -> int:
+        return self.config.router.replicas if role == "router" else self.config.replicas(role)
+
+    def _of(self, role: Role) -> list[Keeper]:
+        """The processes of a role that shall stay."""
+        return [k for k in self._keepers.values() if k.member.role == role and not k.retiring]
+
+    def _reconcile(self) -> None:
+        """Start what is missing, retire what is too much."""
+        num_running = {w.address: w.num_running for view in self._links.views for w in view.workers}
+        for role in _ROLES:
+            while len(self._of(role)) < self._wanted(role):
+                self._add(role)
+            excess = len(self._of(role)) - self._wanted(role)
+            for member in least_useful([k.member for k in self._of(role)], excess, num_running):
+                self._keepers[member.name].retire()
+
+    def _add(self, role: Role, name: str = "") -> Keeper:
+        free = (f"{role}-{index}" for index in range(len(self._keepers) + 1) if f"{role}-{index}" not in self._keepers)
+        keeper = Keeper(
+            name or next(free),
+            role,
+            self.config,
+            self._log_dir,
+            command=self._command,
+            environment=self._access.environment if role == "router" else {},
+            changed=self._member_changed,
+            prefer=self._preferred_nodes,
+            must_start=lambda: not self.ready.is_set(),
+        )
+        self._keepers[keeper.name] = keeper
+        assert self._tasks is not None
+        self._running[keeper.name] = self._tasks.create_task(self._keep(keeper))
+        return keeper
+
+    async def _keep(self, keeper: Keeper) -> None:
+        await keeper.run()
+        if keeper.retiring:
+            del self._keepers[keeper.name], self._running[keeper.name]
+            self._wake()
+
+    def _roll_outdated(self) -> None:
+        if self._rolling is None or self._rolling.done():
+            assert self._tasks is not None
+            self._rolling = self._tasks.create_task(self._roll())
+
+    async def _roll(self) -> None:
+        """Renew outdated processes one after another, each once the one before serves again."""
+        while outdated := [k for k in self._keepers.values() if k.outdated and not k.retiring]:
+            logger.info("%s gets new settings", outdated[0].name)
+            await self._renew(outdated[0])
+        self._reconcile()
+
+    async def _renew(self, keeper: Keeper) -> None:
+        """The only worker of its pool gets a successor first, where there is room for one."""
+        role = keeper.member.role
+        if role != "router" and sum(k.member.phase is Phase.READY for k in self._of(role)) == 1:
+            successor = self._add(role)
+            if await self._until(successor, Phase.READY, Phase.UNPLACED, Phase.FAILED) is Phase.READY:
+                await self._until_used(successor)
+                keeper.retire()
+                await self._until(keeper, Phase.STOPPED)
+                return
+            successor.retire()
+        keeper.renew()
+        await self._until(keeper, Phase.DRAINING, Phase.PLACING)
+        await self._until(keeper, Phase.READY, Phase.FAILED)
+        await self._until_used(keeper)
+
+    async def _until(self, keeper: Keeper, *phases: Phase) -> Phase:
+        """Returns as soon as the process is in one of the phases, or gone."""
+        while keeper.member.phase not in (*phases, Phase.STOPPED):
+            await self._change.wait()
+        return keeper.member.phase
+
+    async def _until_used(self, keeper: Keeper) -> None:
+        """Returns as soon as routers send work to the process, or it does not serve any more."""
+        while keeper.member.role != "router" and keeper.member.serving and not self._links.use(keeper.member):
+            await self._change.wait()
+
+    def _member_changed(self, before: Member, after: Member) -> None:
+        if before.serving != after.serving:
+            self._is_settled = False
+            self._routing_changed.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        self._change.set()
+        self._change = asyncio.Event()
+
+    def _preferred_nodes(self, name: str, nodes: Sequence[str]) -> Sequence[str]:
+        members = [keeper.member for keeper in self._keepers.values() if keeper.name != name]
+        return preferred_nodes(_role_of(name), members, nodes, self.config.placement.pairs)
 
     # -- routers --
 
     async def _tell_routers(self) -> None:
         """Give every router the list of workers whenever it changes, and ask each how it fares."""
-        channels: dict[str, grpc.aio.Channel] = {}
-        metadata = self._access.metadata
-        told: dict[str, tuple[str, inference_pb2.SetWorkersRequest]] = {}  # router -> (its boot id, the list)
         try:
             while True:
                 self._routing_changed.clear()
-                workers = self._workers()
-                for member in self._members.values():
-                    if member.role != "router":
-                        continue
-                    if member.endpoint is None:
-                        self._views.pop(member.name, None)
-                        told.pop(member.name, None)
-                        continue
-                    address = member.endpoint.address
-                    if address not in channels:
-                        channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-                    stub = inference_pb2_grpc.RouterAdminStub(channels[address])
-                    try:
-                        if told.get(member.name) != (member.endpoint.boot_id, workers):
-                            await stub.SetWorkers(workers, timeout=_RPC_TIMEOUT_S, metadata=metadata)
-                            told[member.name] = (member.endpoint.boot_id, workers)
-                        request = inference_pb2.GetRouterStatusRequest()
-                        answer = await stub.GetRouterStatus(request, timeout=_RPC_TIMEOUT_S, metadata=metadata)
-                        self._views[member.name] = status_from_proto(answer)
-                    except grpc.aio.AioRpcError as error:
-                        logger.warning("%s does not answer: %s", member.name, error.details())
-                        self._views.pop(member.name, None)
-                self._judge_ready()
-                await self._next_round()
+                await self._links.tell(keeper.member for keeper in self._keepers.values())
+                self._is_settled = self._settled()
+                if self._is_settled:
+                    self.ready.set()
+                self._wake()
+                try:
+                    async with asyncio.timeout(_STATUS_PERIOD_S if self.ready.is_set() else _STARTING_PERIOD_S):
+                        await self._routing_changed.wait()
+                except TimeoutError:
+                    pass
         finally:
-            await asyncio.gather(*(channel.close() for channel in channels.values()))
+            await self._links.close()
 
-    def _workers(self) -> inference_pb2.SetWorkersRequest:
-        ready = [m for m in self._members.values() if m.endpoint is not None]
-        return inference_pb2.SetWorkersRequest(
-            prefill_addresses=[m.endpoint.address for m in ready if m.endpoint and m.role == "prefill"],
-            decode_addresses=[m.endpoint.address for m in ready if m.endpoint and m.role in ("decode", "colocated")],
-        )
-
-    def _judge_ready(self) -> None:
-        """Raises: SplitserveError: at start, a router refuses a worker."""
-        if self.ready.is_set() or any(m.endpoint is None for m in self._members.values()):
-            return
-        num_workers = sum(m.role != "router" for m in self._members.values())
-        views = list(self._views.values())
-        for worker in (worker for view in views for worker in view.workers):
-            if worker.state == "refused":
-                raise SplitserveError(f"the router refuses the worker at {worker.address}: {worker.reason}")
-        ready_counts = [sum(worker.state == "ready" for worker in view.workers) for view in views]
-        if ready_counts == [num_workers] * self._config.router.replicas:
-            self.ready.set()
-
-    async def _next_round(self) -> None:
-        """Wait for a change of the list of workers, or for the next status."""
+    async def _watch_workers(self) -> None:
+        """Replace workers that live and do not work."""
         try:
-            async with asyncio.timeout(_STATUS_PERIOD_S if self.ready.is_set() else _STARTING_PERIOD_S):
-                await self._routing_changed.wait()
-        except TimeoutError:
-            pass
+            while True:
+                members = [keeper.member for keeper in self._keepers.values() if not keeper.ordered]
+                problems = await self._watch.look(members, self.config.restart.unhealthy_s)
+                for name, reason in problems.items():
+                    if name in self._keepers:
+                        self._keepers[name].replace(reason)
+                await asyncio.sleep(_WATCH_PERIOD_S)
+        finally:
+            await self._watch.close()
+
+    def _settled(self) -> bool:
+        """Nothing starts, drains or runs with old settings, and every router knows who serves.
+
+        Raises: SplitserveError: at start, a router refuses a worker.
+        """
+        keepers = self._keepers.values()
+        if any(k.member.phase is not Phase.READY or k.ordered or k.outdated for k in keepers):
+            return False
+        if any(len(self._of(role)) != self._wanted(role) for role in _ROLES):
+            return False
+        try:
+            return self._links.knows(k.member for k in keepers)
+        except SplitserveError as error:
+            if not self.ready.is_set():
+                raise
+            logger.error("%s", error.message)
+            return False
+
+    def _pool_view(self, role: WorkerRole) -> PoolView:
+        fewest, most = self.config.bounds(role)
+        ready = sum(k.member.phase is Phase.READY for k in self._of(role))
+        return PoolView(role=role, wanted=self._wanted(role), ready=ready, fewest=fewest, most=most)
 
     # -- the end --
 
@@ -322,24 +299,8 @@ class Controller:
         """Routers first, so that no request meets a worker that is going; then workers, all at once."""
         self.stopping.set()
         for is_router in (True, False):
-            names = [name for name in self._actors if (self._members[name].role == "router") == is_router]
-            await asyncio.gather(*(self._stop_one(name) for name in names))
-        for name in self._members:
-            group = find_group(name)
-            if group is not None:
-                ray.util.remove_placement_group(group)
-
-    async def _stop_one(self, name: str) -> None:
-        actor = self._actors[name]
-        grace_s = self._config.drain_timeout_s + _EXIT_S
-        drained = asyncio.wrap_future(actor.stop.remote(grace_s).future())
-        hurry = asyncio.create_task(self._hurry.wait())
-        await asyncio.wait({drained, hurry}, timeout=grace_s + _EXIT_S, return_when=asyncio.FIRST_COMPLETED)
-        hurry.cancel()
-        if not drained.cancel() and drained.exception() is not None:
-            logger.warning("%s lost its actor while it was stopped", name)
-        ray.kill(actor)  # its process, if it still lives, is killed with it
-        self._update(name, phase=Phase.STOPPED, endpoint=None)
+            keepers = [k for k in self._keepers.values() if (k.member.role == "router") == is_router]
+            await asyncio.gather(*(keeper.remove(drain=False) for keeper in keepers))
 
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -351,5 +312,5 @@ def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return found
 
 
-def _port(address: str) -> int:
-    return int(address.rpartition(":")[2])
+def _role_of(name: str) -> Role:
+    return next(role for role in _ROLES if role == name.rpartition("-")[0])

@@ -43,16 +43,17 @@ def worker_options(
     transports = _TRANSPORTS[config.transport]
     device = engine.device or ("cuda" if config.pool(role).gpus else "cpu")
     on_gpu = device != "cpu"
-    if engine.tensor_parallel > 1 and role != "colocated":
+    ranks = config.tensor_parallel(role)
+    if ranks > 1 and role != "colocated":
         raise ConfigError(
-            f"engine.tensor_parallel is {engine.tensor_parallel} and the role is {role}: KV that is split over ranks "
+            f"tensor_parallel is {ranks} and the role is {role}: KV that is split over ranks "
             "does not move between workers yet; use colocated workers, or tensor_parallel 1"
         )
     return WorkerOptions(
         engine=EngineOptions(
             model=config.model,
             device=device,
-            tensor_parallel=engine.tensor_parallel,
+            tensor_parallel=ranks,
             dtype=engine.dtype,
             random_weights=engine.random_weights,
             block_size=engine.block_size,
@@ -68,7 +69,7 @@ def worker_options(
             prefix_cache=engine.prefix_cache,
             num_threads=num_threads or config.pool(role).threads,
             self_check=engine.self_check,
-            shared_pool="shared_memory" in transports and role == "prefill",
+            shared_pool="shared_memory" in transports and role != "colocated",  # a decode worker may become one
         ),
         role=role,
         host=host,
@@ -103,6 +104,7 @@ def router_options(
         metrics_port=metrics_port,
         router_id=router_id,
         api_key_file=router.api_key_file,
+        policy=router.policy,
         controller_key_sha256=os.environ.get(CONTROLLER_KEY, ""),
         max_queued=router.max_queued,
         max_live=router.max_live,
@@ -112,6 +114,10 @@ def router_options(
         ageing_s=router.ageing_s,
         prefill_bound_s=router.prefill_bound_s,
         max_attempts=router.max_attempts,
+        max_worker_deaths=router.max_worker_deaths,
+        retry_ratio=router.retry_ratio,
+        retry_floor=router.retry_floor,
+        keep_answers_s=router.keep_answers_s,
         default_timeout_s=router.default_timeout_s,
         no_worker_wait_s=router.no_worker_wait_s,
         drain_timeout_s=config.drain_timeout_s,

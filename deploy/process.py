@@ -24,8 +24,9 @@ class Endpoint:
     metrics_address: str
     boot_id: str
     pid: int
-    node: str = ""
+    node: str = ""  # Ray's id of the node
     http_address: str = ""  # of a router that serves HTTP
+    launch: str = ""  # digest of what it was started with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,11 +7,16 @@ import secrets
 import sys
 
 
-def prepare_ray_environment(address: str | None) -> None:
-    """For a Ray of our own (`address` None) a random token, unless the user chose a mode; usage reports off."""
+def prepare_ray_environment(address: str | None, token: str = "") -> None:
+    """For a Ray of our own (`address` None) a random token, unless the user chose a mode; usage reports off.
+
+    `token`: of the Ray of our own that is to be joined.
+    """
     assert "ray" not in sys.modules, "Ray was imported too early to be told how to authenticate"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    if address is not None:
+    if token:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
+    elif address is not None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     elif os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
         # Ray listens on every interface: without a token, anyone who reaches the machine could run code on it.

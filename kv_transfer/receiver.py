@@ -17,7 +17,7 @@ import grpc.aio
 import numpy as np
 import torch
 
-from ..core.errors import KvCorrupted, LeaseExpired, SplitserveError, StaleMessage, TransferFailed
+from ..core.errors import Draining, KvCorrupted, SplitserveError, StaleMessage, TransferFailed
 from ..core.metrics import WorkerMetrics
 from ..core.request import Request
 from ..proto import kv_transfer_pb2 as pb
@@ -379,8 +379,8 @@ async def _quiet(copying: asyncio.Future[int]) -> None:
 def _typed(error: grpc.aio.AioRpcError) -> SplitserveError:
     """What the prefill worker said; a broken link is a failed transfer."""
     typed = from_rpc_error(error)
-    if isinstance(typed, TransferFailed | LeaseExpired | StaleMessage) or error.code() is not (
-        grpc.StatusCode.UNAVAILABLE
-    ):
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return TransferFailed("what was a prefill worker is none any more; prefill it elsewhere")
+    if isinstance(typed, Draining | TransferFailed | StaleMessage) or error.code() is not (grpc.StatusCode.UNAVAILABLE):
         return typed
     return TransferFailed(f"the prefill worker cannot be reached any more: {error.details()}")

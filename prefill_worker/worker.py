@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from ..core.errors import Cancelled, DeadlineExceeded, SplitserveError
+from ..core.errors import Cancelled, DeadlineExceeded, Draining, SplitserveError, Superseded
 from ..core.events import Event
 from ..core.request import Request
 from ..engine.engine import StepOutput, TokenOutput
@@ -15,8 +15,10 @@ from ..kv_transfer.sender import KvSender
 from ..proto import worker_pb2
 from ..proto.convert import failure_to_proto, logprob_to_proto, reason_to_proto
 from ..worker.edge import sequence_id
+from ..worker.fence import Fence
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
+from ..worker.role import RoleHooks
 from ..worker.session import Session
 
 RouterSession = Session[worker_pb2.PrefillSessionRequest, worker_pb2.PrefillSessionResponse]
@@ -36,14 +38,15 @@ class _Run:
 
 
 class PrefillWorker:
-    """Engine plus outgoing transfers. Lives on the event loop; only kv_written comes from the device thread.
+    """Engine plus outgoing transfers. Lives on the event loop.
 
     A run ends when its sender says `released`: the KV was committed, or the attempt failed or was cancelled.
     """
 
-    def __init__(self, options: WorkerOptions) -> None:
+    def __init__(self, options: WorkerOptions, host: WorkerHost | None = None) -> None:
         self._runs: dict[str, _Run] = {}
-        self.host = WorkerHost(options, SERVICES, on_step=self._on_step, kv_written=self._kv_written)
+        self._fence = Fence()
+        self.host = host or WorkerHost(options)
         self.sender = KvSender(
             self.host.engine.pool,
             self.host.identity,
@@ -52,10 +55,18 @@ class PrefillWorker:
             host=options.host,
             lease_s=options.lease_s,
         )
-        self.sender.register(self.host.rpc.server)
+        self.sender.register(self.host.mount)
+        self.host.take_role(
+            RoleHooks(
+                services=SERVICES,
+                on_step=self._on_step,
+                hand_over=self.hand_over,
+                close=self.sender.close,
+                kv_written=self.sender.kv_written,
+            )
+        )
 
     async def stop(self) -> None:
-        await self.sender.close()
         await self.host.stop()
 
     # -- what the router asks for --
@@ -65,11 +76,11 @@ class PrefillWorker:
 
         Args: request, grant: both carry the attempt's sequence id in place of `request_id`.
         """
-        if request.request_id in self._runs:
-            self.host.metrics.stale_messages.inc()
-            return
-        self.cancel(request_id, request.attempt - 1)
         try:
+            if self._fence.is_repeated(request_id, request.attempt, session):
+                self.host.metrics.stale_messages.inc()
+                return
+            self.cancel(session, request_id, request.attempt - 1)
             self.host.refuse_if_out_of_service()
             if request.timeout_s <= 0:
                 raise DeadlineExceeded("the deadline passed before the prompt reached a prefill worker")
@@ -86,6 +97,7 @@ class PrefillWorker:
             deadline=asyncio.get_running_loop().call_later(request.timeout_s, self._expired, request.request_id),
         )
         self._runs[request.request_id] = run
+        self._fence.began(request_id, request.attempt, session)
         self.host.run_started()
         self._record(run, Event.PREFILL_QUEUED)
         try:
@@ -95,16 +107,25 @@ class PrefillWorker:
             return
         self.host.wake()
 
-    def cancel(self, request_id: str, attempt: int) -> None:
-        """Free what this and older attempts hold."""
-        for number in range(1, attempt + 1):
-            if (run := self._runs.get(sequence_id(request_id, number))) is not None:
-                self._cancel(run, "the router cancelled the request")
+    def cancel(self, session: RouterSession, request_id: str, attempt: int) -> None:
+        """Free what this and older attempts hold; another router that had one is told."""
+        self._fence.claim(request_id, attempt)
+        live = self._fence.live(request_id)
+        if live is not None and live.attempt <= attempt:
+            run = self._runs[sequence_id(request_id, live.attempt)]
+            if run.session is not session:
+                self.refuse(run.session, request_id, live.attempt, Superseded("another router took the request over"))
+            self._cancel(run, "the router cancelled the request")
 
     def session_ended(self, session: RouterSession) -> None:
         """The router is gone: nobody would read what it asked for."""
         for run in [run for run in self._runs.values() if run.session is session]:
             self._cancel(run, "the router's session ended")
+
+    def hand_over(self, error: Draining) -> None:
+        """The routers are to take everything elsewhere."""
+        for run in list(self._runs.values()):
+            self._fail(run, error)
 
     def refuse(self, session: RouterSession, request_id: str, attempt: int, error: SplitserveError) -> None:
         """Answer one attempt with RunFailed."""
@@ -113,9 +134,6 @@ class PrefillWorker:
         session.send(worker_pb2.PrefillSessionResponse(failed=failed))
 
     # -- what the engine did --
-
-    def _kv_written(self, sequence: str, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
-        self.sender.kv_written(sequence, layer_start, layer_end, token_start, token_end)  # device thread
 
     def _on_step(self, output: StepOutput) -> None:
         for sequence in output.started:
@@ -170,6 +188,7 @@ class PrefillWorker:
         self.host.engine.release(sequence)
         run = self._runs.pop(sequence, None)
         if run is not None:
+            self._fence.ended(run.request_id, run.request.attempt)
             run.deadline.cancel()
             self.host.run_ended()
 

@@ -100,7 +100,15 @@ class WorkerAdminStub:
     GetWorkerStatus: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetWorkerStatusRequest, _worker_pb2.GetWorkerStatusResponse]
     """GetWorkerStatus tells who the worker is and how it fares."""
     Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]
-    """Drain stops taking new work, and returns when nothing is left or the time is up."""
+    """Drain stops taking new work, and returns when nothing is left. What still runs when the time is up is handed over:
+    each attempt ends with the error "draining", and its router takes the request elsewhere.
+    """
+    Undrain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.UndrainRequest, _worker_pb2.UndrainResponse]
+    """Undrain takes new work again."""
+    SwitchRole: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SwitchRoleRequest, _worker_pb2.SwitchRoleResponse]
+    """SwitchRole drains a prefill or decode worker and makes it the other one, without loading its model again. It has
+    another boot id afterwards; the end of its sessions tells its routers, which find its new role by themselves.
+    """
 
 @_typing.type_check_only
 class WorkerAdminAsyncStub(WorkerAdminStub):
@@ -110,7 +118,15 @@ class WorkerAdminAsyncStub(WorkerAdminStub):
     GetWorkerStatus: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetWorkerStatusRequest, _worker_pb2.GetWorkerStatusResponse]  # type: ignore[assignment]
     """GetWorkerStatus tells who the worker is and how it fares."""
     Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
-    """Drain stops taking new work, and returns when nothing is left or the time is up."""
+    """Drain stops taking new work, and returns when nothing is left. What still runs when the time is up is handed over:
+    each attempt ends with the error "draining", and its router takes the request elsewhere.
+    """
+    Undrain: _aio.UnaryUnaryMultiCallable[_worker_pb2.UndrainRequest, _worker_pb2.UndrainResponse]  # type: ignore[assignment]
+    """Undrain takes new work again."""
+    SwitchRole: _aio.UnaryUnaryMultiCallable[_worker_pb2.SwitchRoleRequest, _worker_pb2.SwitchRoleResponse]  # type: ignore[assignment]
+    """SwitchRole drains a prefill or decode worker and makes it the other one, without loading its model again. It has
+    another boot id afterwards; the end of its sessions tells its routers, which find its new role by themselves.
+    """
 
 class WorkerAdminServicer(metaclass=_abc_1.ABCMeta):
     """WorkerAdmin is served by every worker, for the operator and the cluster controller."""
@@ -129,6 +145,26 @@ class WorkerAdminServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.DrainResponse, _abc.Awaitable[_worker_pb2.DrainResponse]]:
-        """Drain stops taking new work, and returns when nothing is left or the time is up."""
+        """Drain stops taking new work, and returns when nothing is left. What still runs when the time is up is handed over:
+        each attempt ends with the error "draining", and its router takes the request elsewhere.
+        """
+
+    @_abc_1.abstractmethod
+    def Undrain(
+        self,
+        request: _worker_pb2.UndrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.UndrainResponse, _abc.Awaitable[_worker_pb2.UndrainResponse]]:
+        """Undrain takes new work again."""
+
+    @_abc_1.abstractmethod
+    def SwitchRole(
+        self,
+        request: _worker_pb2.SwitchRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.SwitchRoleResponse, _abc.Awaitable[_worker_pb2.SwitchRoleResponse]]:
+        """SwitchRole drains a prefill or decode worker and makes it the other one, without loading its model again. It has
+        another boot id afterwards; the end of its sessions tells its routers, which find its new role by themselves.
+        """
 
 def add_WorkerAdminServicer_to_server(servicer: WorkerAdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

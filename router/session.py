@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import grpc
 import grpc.aio
 
-from ..core.errors import ProtocolMismatch, SplitserveError, WorkerLost
+from ..core.errors import Draining, ProtocolMismatch, SplitserveError, WorkerDied, WorkerLost
 from ..core.request import Request
 from ..proto import kv_transfer_pb2, worker_pb2, worker_pb2_grpc
 from ..proto.convert import (
@@ -28,12 +28,14 @@ from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
 from ..scheduling.attempts import NewTokens
 from ..scheduling.decode_pace import DecodePace
 from ..scheduling.routing import DecodeLoad, PrefillLoad
+from ..scheduling.step_times import MeasuredTimes, StepTimes
 
 logger = logging.getLogger(__name__)
 
 SILENCE_S = 3.0  # a worker reports at least once a second; silent for this long it hangs, or its host does
 MIN_RECONNECT_S, MAX_RECONNECT_S = 0.1, 1.0
 
+WorkerKind = Literal["prefill", "decode"]  # the two dialects; colocated workers speak decode
 State = Literal["connecting", "ready", "draining", "refused"]
 
 
@@ -75,7 +77,7 @@ class WorkerEvents(Protocol):
     def transferred(self, worker: WorkerLink, tokens: NewTokens, report: TransferReport) -> None: ...
     def decoded(self, worker: WorkerLink, tokens: NewTokens, report: DecodeReport | None) -> None: ...
     def failed(self, worker: WorkerLink, request_id: str, attempt: int, error: SplitserveError) -> None: ...
-    def lost(self, worker: WorkerLink, error: WorkerLost) -> None: ...
+    def lost(self, worker: WorkerLink, error: WorkerLost | Draining) -> None: ...
 
 
 class WorkerLink:
@@ -86,13 +88,14 @@ class WorkerLink:
         judge: tells, from the worker's introduction, why it cannot be used ("" if it can).
     """
 
-    role: Literal["prefill", "decode"]
+    role: WorkerKind
     _service: str
 
     def __init__(self, address: str, router_id: str, events: WorkerEvents, judge: Callable[[WorkerLink], str]) -> None:
         self.address = address
         self.reason = "not connected yet"
         self.info: worker_pb2.WorkerInfo | None = None  # None while there is no session
+        self.boot_id = ""  # of the process that the session is with, or was
         self.status = worker_pb2.WorkerStatus()
         self.full = False  # it said "overloaded"; asked again after its next status or when a run here ends
         self.retired = False  # no longer on the list: finishes what it runs
@@ -142,12 +145,18 @@ class WorkerLink:
             self._send(cancel=worker_pb2.CancelRun(request_id=request_id, attempt=attempt))
             self.detach(request_id)
 
+    def claim(self, request_id: str, attempt: int) -> None:
+        """Tell the worker that this router takes the request over from whoever runs attempts before this one there."""
+        if self.info is not None:
+            self._send(cancel=worker_pb2.CancelRun(request_id=request_id, attempt=attempt - 1))
+
     @property
     def stopping(self) -> bool:
         return self._task is not None and (self._task.done() or self._task.cancelling() > 0)
 
-    def start(self, on_gone: Callable[[WorkerLink], object]) -> None:
-        """Keep a session until stopped; `on_gone` is called after that."""
+    def start(self, on_gone: Callable[[WorkerLink], object], on_switched: Callable[[WorkerLink], object]) -> None:
+        """Keep a session until stopped, and then call `on_gone`; or until what is there has the other role."""
+        self._on_switched = on_switched
         self._task = asyncio.create_task(self._keep_session(), name=f"session with {self.address}")
         self._task.add_done_callback(lambda _: on_gone(self))
 
@@ -186,7 +195,7 @@ class WorkerLink:
         """Session after session until stopped, with back-off between them."""
         delay_s = MIN_RECONNECT_S
         while True:
-            reason, refusal = "the worker ended the session", ""
+            reason, refusal, died, is_none = "the worker ended the session", "", False, False
             try:
                 async with asyncio.timeout(SILENCE_S) as watchdog:
                     await self._session(watchdog)
@@ -197,12 +206,17 @@ class WorkerLink:
                 reason = f"no word for {SILENCE_S:g} s: the worker or its host hangs"
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
+                died = error.code() is grpc.StatusCode.UNAVAILABLE
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                     reason = refusal = f"nothing at {self.address} is a {self.role} worker"
+                    is_none = True
                 elif isinstance(from_rpc_error(error), ProtocolMismatch):
                     refusal = reason
             except ProtocolMismatch as error:
                 reason = refusal = error.message
+            except Exception:
+                logger.exception("the session with %s worker %s failed", self.role, self.address)
+                reason = "the router failed to handle what it said; see the router's log"
             finally:  # also when stopped
                 was_up, self.info = self.info is not None, None
                 self._refusal, self.full = refusal, False
@@ -211,11 +225,37 @@ class WorkerLink:
                     logger.log(level, "%s worker %s: %s", self.role, self.address, reason)
                 self.reason = reason
                 if was_up:
-                    self._events.lost(self, WorkerLost(f"{self.role} worker {self.address} was lost: {reason}"))
+                    # What it still had when it went was on its way to it, or would have been handed over.
+                    kind = Draining if self.status.draining else WorkerDied if died else WorkerLost
+                    self._events.lost(self, kind(f"{self.role} worker {self.address} was lost: {reason}"))
                     self.runs.clear()
                 self._events.workers_changed()
+            if is_none and await self._has_other_role():
+                self._on_switched(self)
+                return
             delay_s = MIN_RECONNECT_S if was_up else min(2 * delay_s, MAX_RECONNECT_S)
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # back-off, not polling
+
+    async def _has_other_role(self) -> bool:
+        """Whether the worker there answers in the other dialect."""
+        hello = worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_id=self._router_id)
+        call: Any
+        first: Any
+        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+            if self.role == "prefill":
+                call = worker_pb2_grpc.DecodeWorkerStub(channel).DecodeSession(timeout=SILENCE_S)
+                first = worker_pb2.DecodeSessionRequest(hello=hello)
+            else:
+                call = worker_pb2_grpc.PrefillWorkerStub(channel).PrefillSession(timeout=SILENCE_S)
+                first = worker_pb2.PrefillSessionRequest(hello=hello)
+            try:
+                await call.write(first)
+                answer = await call.read()
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                return False
+            finally:
+                call.cancel()
+        return answer is not grpc.aio.EOF and answer.WhichOneof("message") == "hello"
 
     async def _session(self, watchdog: asyncio.Timeout) -> None:
         """One session from hello to its end. A fresh channel, so that no back-off of an old one delays it."""
@@ -227,26 +267,30 @@ class WorkerLink:
             try:
                 async for message in call:
                     watchdog.reschedule(loop.time() + SILENCE_S)
-                    kind = message.WhichOneof("message")
-                    body: Any = getattr(message, kind) if kind else None
-                    if kind == "hello":
-                        self._hello(body)
-                    elif self.info is None:
-                        raise ProtocolMismatch(f"{self.address} sent {kind} before its hello")
-                    elif kind == "status":
-                        self._status(body)
-                    elif kind == "failed":
-                        error = failure_from_proto(body.failure)
-                        self._events.failed(self, body.request_id, body.attempt, error)
-                    elif kind is not None:  # None: a message of a newer minor version, not for us
-                        self._received(kind, body)
+                    self.take(message)
             finally:
                 call.cancel()
                 outbox.put_nowait(None)  # ends _drain, which the call no longer reads
 
+    def take(self, message: Any) -> None:
+        """One message of the worker. Raises: ProtocolMismatch: this build cannot make sense of it."""
+        kind = message.WhichOneof("message")
+        body: Any = getattr(message, kind) if kind else None
+        if kind == "hello":
+            self._hello(body)
+        elif self.info is None:
+            raise ProtocolMismatch(f"{self.address} sent {kind} before its hello")
+        elif kind == "status":
+            self._status(body)
+        elif kind == "failed":
+            error = failure_from_proto(body.failure)
+            self._events.failed(self, body.request_id, body.attempt, error)
+        elif kind is not None:  # None: a message of a newer minor version, not for us
+            self._received(kind, body)
+
     def _hello(self, info: worker_pb2.WorkerInfo) -> None:
         check_protocol(info.protocol_version, f"{self.role} worker {self.address}")
-        self.info = info
+        self.info, self.boot_id = info, info.boot_id
         self.status = worker_pb2.WorkerStatus()
         self.reconsider()
         logger.info("%s worker %s (%s): %s", self.role, self.address, info.worker_id, self.reason or "connected")
@@ -274,10 +318,6 @@ class PrefillLink(WorkerLink):
         # Of our runs without a first token, and of other routers' as of the last status.
         self._own_tokens = self._own_prompts = 0
         self._others_tokens = self._others_prompts = 0
-
-    @property
-    def boot_id(self) -> str:
-        return self.info.boot_id if self.info is not None else ""
 
     @property
     def kv_address(self) -> str:
@@ -383,12 +423,25 @@ class DecodeLink(WorkerLink):
         return (self.info.block_size if self.info is not None else 0) or 16
 
     @property
+    def times(self) -> StepTimes | None:
+        """Its steps as it measured them; None before its first prompt."""
+        if not self.status.prefill_tokens_per_s:
+            return None
+        return MeasuredTimes(
+            prefill_tokens_per_s=self.status.prefill_tokens_per_s, decode_step_time_s=self.status.decode_step_s
+        )
+
+    @property
     def load(self) -> DecodeLoad:
         available = self.status.num_free_blocks + self.status.num_cached_blocks
         return DecodeLoad(
             worker=self.address,
             available_blocks=available - sum(self.runs.values()),
             num_sequences=self._num_sequences,
+            num_blocks=self.status.num_blocks,
+            block_size=self.block_size,
+            local_prefill_tokens=self.status.num_outstanding_prefill_tokens,
+            times=self.times,
             colocated=self.colocated,
         )
 
@@ -454,6 +507,8 @@ class DecodeLink(WorkerLink):
             )
 
     def _decoded(self, entry: worker_pb2.SequenceTokens) -> None:
+        if entry.logprobs and len(entry.logprobs) != len(entry.token_ids):
+            raise ProtocolMismatch(f"{self.address} sent {len(entry.token_ids)} tokens, {len(entry.logprobs)} logprobs")
         tokens = NewTokens(
             request_id=entry.request_id,
             attempt=entry.attempt,

@@ -28,20 +28,25 @@ def num_gpus(workers: Mapping[Pool, int], bounds: Mapping[Pool, PoolBounds]) -> 
     return sum(workers[pool] * bounds[pool].gpus_per_worker for pool in POOLS)
 
 
-def share(wants: Mapping[Pool, int], bounds: Mapping[Pool, PoolBounds], max_gpus: int | None) -> dict[Pool, int]:
-    """The wants, or as much of both as fits: worker by worker to the pool that has the smaller part of its want.
+def share(
+    steady: Mapping[Pool, int], wants: Mapping[Pool, int], bounds: Mapping[Pool, PoolBounds], max_gpus: int | None
+) -> dict[Pool, int]:
+    """The wants, or as much of both as fits: first of what each needs all the time, then of what a backlog adds.
 
-    A request passes through both pools, so the one with the smaller part is the one that limits it.
+    Worker by worker to the pool that has the smaller part of its want: a request passes through both pools, so that one
+    limits it. A backlog comes second because it says where requests wait, not for how long they would if all were well.
     """
     if max_gpus is None or num_gpus(wants, bounds) <= max_gpus:
         return dict(wants)
     shared = {pool: min(bounds[pool].min_workers, wants[pool]) for pool in POOLS}
-    while True:
-        free = max_gpus - num_gpus(shared, bounds)
-        short = [p for p in POOLS if shared[p] < wants[p] and bounds[p].gpus_per_worker <= free]
-        if not short:
-            return shared
-        shared[min(short, key=lambda p: shared[p] / wants[p])] += 1
+    for most in ({pool: min(steady[pool], wants[pool]) for pool in POOLS}, wants):
+        while True:
+            free = max_gpus - num_gpus(shared, bounds)
+            short = [p for p in POOLS if shared[p] < most[p] and bounds[p].gpus_per_worker <= free]
+            if not short:
+                break
+            shared[min(short, key=lambda p: shared[p] / most[p])] += 1
+    return shared
 
 
 def actions_for(

@@ -108,15 +108,13 @@ def _prompt_s(tokens: float, cached: float, times: StepTimes, limits: WorkerLimi
     return seconds
 
 
-def prefill_workers(
-    demand: Demand, cost: Prefill, level: ServiceLevel, *, backlog_s: float, recover_s: float, max_utilisation: float
-) -> int:
-    """Fewest workers that keep the percentile's wait within the TTFT slack, and clear the backlog in `recover_s`.
+def prefill_workers(demand: Demand, cost: Prefill, level: ServiceLevel, *, max_utilisation: float) -> int:
+    """Fewest workers that keep the percentile's wait within the TTFT slack.
 
     Waits are those of M/G/c: Erlang C's probability, an exponential tail, Pollaczek and Khinchine's correction.
     """
     offered = demand.requests_per_s * cost.mean_s
-    fewest = math.ceil((offered + backlog_s / recover_s) / max_utilisation - 1e-9)
+    fewest = math.ceil(offered / max_utilisation - 1e-9)
     if level.ttft_s is None or offered <= 0:
         return fewest
     slack_s = ttft_slack_s(cost, level)

@@ -32,14 +32,17 @@ from .scaling_signals import POOLS, Pool, ScalingDecision, ScalingSignals, Worke
 from .traffic_forecast import TrafficForecast
 
 _MAX_CORRECTION = 2.0  # of a need, by service levels that were missed
+_CORRECTION = 1.2  # one of these
+_PATIENCE = 3  # intervals in a row that miss it before a need is corrected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Need:
-    """Of one pool: to serve the forecast, and to serve it with the margin."""
+    """Of one pool."""
 
-    workers: int
-    keep: int
+    steady: int  # to serve the forecast
+    workers: int  # and to clear what is queued
+    keep: int  # the same, with the margin
     reason: str
 
 
@@ -51,6 +54,7 @@ class _Memory:
     changed_at: float = -math.inf
     grown_at: float = -math.inf
     correction: float = 1.0
+    num_missed: int = 0  # intervals in a row in which the service level was missed and nobody else is to blame
 
     def remember(self, now: float, keep: int, for_s: float) -> None:
         self.keeps.append((now, keep))
@@ -116,34 +120,30 @@ class SloScaling:
         config, active = self.config, _active(signals.prefill)
         times: StepTimes | None = self._times or (self._measured if self._measured.prefill_tokens_per_s > 0 else None)
         if times is None:
-            return _Need(workers=active, keep=active, reason="no latency model, and no prefill speed measured yet")
+            reason = "no latency model, and no prefill speed measured yet"
+            return _Need(steady=active, workers=active, keep=active, reason=reason)
         demand = self._traffic.demand(config.startup_s)
         if demand is None:
-            return _Need(workers=0, keep=0, reason="no prompts arrive")
+            return _Need(steady=0, workers=0, keep=0, reason="no prompt has arrived")
         queued_tokens = sum(w.queued_prefill_tokens for w in signals.prefill)
         if not self._decode_is_full(signals):  # otherwise that is what they wait for
             queued_tokens += signals.traffic.queued_prefill_tokens
         cost = prompt_cost(demand, times, config.limits)
         backlog_s = queued_tokens * cost.mean_s / demand.prefill_tokens if demand.prefill_tokens else 0.0
-
-        def workers(factor: float) -> int:
-            return prefill_workers(
-                replace(demand, requests_per_s=demand.requests_per_s * factor),
-                cost,
-                config.level,
-                backlog_s=backlog_s,
-                recover_s=config.recover_s,
-                max_utilisation=config.max_utilisation,
-            )
-
-        needed = workers(1.0)
+        backlog_s = max(0.0, backlog_s - active * cost.mean_s)  # what is being computed is none
+        more = replace(demand, requests_per_s=demand.requests_per_s * (1 + config.margin))
+        steady, keep = (
+            prefill_workers(load, cost, config.level, max_utilisation=config.max_utilisation) for load in (demand, more)
+        )
+        offered = demand.requests_per_s * cost.mean_s
         reason = (
-            f"{demand.requests_per_s:,.1f} prompts/s of {demand.prefill_tokens:,.0f} tokens are "
-            f"{demand.requests_per_s * cost.mean_s:.1f} s of prefill a second, {backlog_s:.1f} s are queued"
+            f"{demand.requests_per_s:,.1f} prompts/s of {demand.prefill_tokens:,.0f} tokens are {offered:.1f} s of "
+            f"prefill a second, {backlog_s:.1f} s are queued"
         )
         if config.level.ttft_s is not None:
             reason += f", the TTFT slack is {ttft_slack_s(cost, config.level):.2f} s"
-        return _Need(workers=needed, keep=max(needed, workers(1 + config.margin)), reason=reason)
+        behind = math.ceil((offered + backlog_s / config.recover_s) / config.max_utilisation - 1e-9)
+        return _need(steady, behind, keep, reason)
 
     def _decode_need(self, signals: ScalingSignals) -> _Need:
         config, active = self.config, _active(signals.decode)
@@ -155,31 +155,31 @@ class SloScaling:
         waiting = 0.0
         if demand is not None and kv_tokens and self._decode_is_full(signals):
             waiting = signals.traffic.num_queued * demand.context_tokens / kv_tokens
-        by_memory = (held + waiting) / config.max_kv_used
         reason = f"KV of {held:.1f} workers is used" + (f", of {waiting:.1f} more is waited for" if waiting else "")
-        needed, keep = math.ceil(by_memory - 1e-9), math.ceil(by_memory * (1 + config.margin) - 1e-9)
+        steady = math.ceil(held / config.max_kv_used - 1e-9)
+        keep = math.ceil(held / config.max_kv_used * (1 + config.margin) - 1e-9)
+        behind = math.ceil((held + waiting) / config.max_kv_used - 1e-9)
         times: StepTimes | None = self._times or (self._measured if self._measured.step_s > 0 else None)
-        if times is None or (demand is not None and not self._traffic.knows_output):
+        if times is None or demand is None or not self._traffic.knows_output:
             reason += "; no latency model or answer lengths yet"
-            return _Need(workers=needed, keep=max(keep, active), reason=reason)
-        if demand is not None:
-            batch = decode_batch(
-                demand,
-                times,
-                config.level,
-                config.limits,
-                kv_tokens=kv_tokens,
-                max_kv_used=config.max_kv_used,
-                tpot_margin=config.tpot_margin,
-            )
-            larger = replace(demand, requests_per_s=demand.requests_per_s * (1 + config.margin))
-            needed, keep = max(needed, decode_workers(demand, batch)), max(keep, decode_workers(larger, batch))
-            tokens_per_s = demand.requests_per_s * max(0.0, demand.output_tokens - 1)
-            reason = (
-                f"{tokens_per_s:,.0f} tokens/s are to be made, a worker makes {batch.tokens_per_s:,.0f} in batches of "
-                f"{batch.sequences:.0f} (bound by {batch.bound}); {reason}"
-            )
-        return _Need(workers=needed, keep=max(needed, keep), reason=reason)
+            return _need(steady, behind, max(keep, active), reason)
+        batch = decode_batch(
+            demand,
+            times,
+            config.level,
+            config.limits,
+            kv_tokens=kv_tokens,
+            max_kv_used=config.max_kv_used,
+            tpot_margin=config.tpot_margin,
+        )
+        more = replace(demand, requests_per_s=demand.requests_per_s * (1 + config.margin))
+        steady, keep = max(steady, decode_workers(demand, batch)), max(keep, decode_workers(more, batch))
+        tokens_per_s = demand.requests_per_s * max(0.0, demand.output_tokens - 1)
+        reason = (
+            f"{tokens_per_s:,.0f} tokens/s are to be made, a worker makes {batch.tokens_per_s:,.0f} in batches of "
+            f"{batch.sequences:.0f} (bound by {batch.bound}); {reason}"
+        )
+        return _need(steady, behind, keep, reason)
 
     def _decode_is_full(self, signals: ScalingSignals) -> bool:
         ready = [w for w in signals.decode if w.state == "ready"]
@@ -195,17 +195,17 @@ class SloScaling:
         missed = limit_s is not None and got_s is not None and got_s > limit_s
         blamed = missed and not (pool == "prefill" and self._decode_is_full(signals))
         active, reason = _active(workers), need.reason
-        if blamed and need.workers and len(self._warm(workers)) == active >= need.workers * memory.correction:
-            more = active + max(1, active // 10)
-            memory.correction = min(_MAX_CORRECTION, max(memory.correction, more / need.workers))
+        enough = len(self._warm(workers)) == active >= need.workers > 0
+        memory.num_missed = memory.num_missed + 1 if blamed and enough else 0
+        if memory.num_missed == _PATIENCE:  # a first one may be of requests that waited before the pool had grown
+            memory.num_missed = 0
+            memory.correction = min(_MAX_CORRECTION, memory.correction * _CORRECTION)
         if memory.correction > 1.01 and need.workers:
             reason += f"; x {memory.correction:.2f}, since its service level was missed with what the model asked for"
-        keep = math.ceil(need.keep * memory.correction - 1e-9)
-        return _Need(
-            workers=math.ceil(need.workers * memory.correction - 1e-9),
-            keep=max(keep, active) if blamed else keep,
-            reason=reason,
+        steady, wanted, keep = (
+            math.ceil(count * memory.correction - 1e-9) for count in (need.steady, need.workers, need.keep)
         )
+        return _Need(steady=steady, workers=wanted, keep=max(keep, active) if blamed else keep, reason=reason)
 
     # --- what is done ---
 
@@ -218,7 +218,7 @@ class SloScaling:
                 if wants[pool] > active[pool]:
                     spare = self._spare(other(pool), wants[other(pool)], now)
                     wants[other(pool)] -= min(spare, wants[pool] - active[pool])
-        targets = self._within_budget(wants, active, bounds)
+        targets = self._within_budget(wants, active, needs, now)
         actions = actions_for(
             targets,
             {pool: signals.pool(pool) for pool in POOLS},
@@ -263,20 +263,33 @@ class SloScaling:
         return max(0, want - self.config.bounds()[pool].clip(kept))
 
     def _within_budget(
-        self, wants: Mapping[Pool, int], active: Mapping[Pool, int], bounds: Mapping[Pool, PoolBounds]
+        self, wants: Mapping[Pool, int], active: Mapping[Pool, int], needs: Mapping[Pool, _Need], now: float
     ) -> dict[Pool, int]:
-        """The budget shared out; a pool below its want gives workers up only where the other is clearly worse off."""
-        targets = share(wants, bounds, self.config.max_gpus)
+        """The budget shared out. A pool that lacks workers gives some up only where the other is clearly worse off, a
+        part at a time and with the cool-down of shrinking.
+        """
+        config, bounds, most = self.config, self.config.bounds(), self.config.max_gpus
+        steady = {pool: bounds[pool].clip(needs[pool].steady) for pool in POOLS}
+        targets = share(steady, wants, bounds, most)
         for pool in POOLS:
-            loses = targets[pool] < active[pool] <= wants[pool]
-            if not loses or self.config.max_gpus is None or num_gpus(active, bounds) > self.config.max_gpus:
+            if most is None or not targets[pool] < active[pool] <= wants[pool] or num_gpus(active, bounds) > most:
                 continue
-            parts = {p: active[p] / max(1, wants[p]) for p in POOLS}
-            if parts[pool] - parts[other(pool)] < self.config.margin:
-                free = self.config.max_gpus - active[pool] * bounds[pool].gpus_per_worker
-                most = free // bounds[other(pool)].gpus_per_worker
-                return {**targets, pool: active[pool], other(pool): min(wants[other(pool)], most)}
+            parts = {p: active[p] / max(1, min(steady[p], wants[p])) for p in POOLS}
+            step = max(1, math.floor(active[pool] * config.max_down_share))
+            if parts[pool] - parts[other(pool)] < config.margin:
+                step = 0
+            if now - self._memory[pool].changed_at < config.down_cooldown_s:
+                step = 0
+            least = max(targets[pool], active[pool] - step)
+            room = (most - least * bounds[pool].gpus_per_worker) // bounds[other(pool)].gpus_per_worker
+            return {**targets, pool: least, other(pool): min(wants[other(pool)], room)}
         return targets
+
+
+def _need(steady: int, behind: int, keep: int, reason: str) -> _Need:
+    """A backlog asks for as much again as the forecast at most: it is gone before more would have started."""
+    workers = max(steady, min(behind, 2 * max(1, steady)))
+    return _Need(steady=steady, workers=workers, keep=max(workers, keep), reason=reason)
 
 
 def _active(workers: tuple[WorkerSignal, ...]) -> int:

@@ -31,7 +31,7 @@ class ScalingConfig:
     cold_start_s: float = 10.0  # what a worker reports so soon after it became ready says nothing
     margin: float = 0.15  # a pool shrinks only to what would carry so much more
     down_after_s: float = 120.0  # a pool shrinks to the most that it needed for so long
-    switch_after_s: float = 30.0  # the same, where the other pool takes the worker
+    switch_after_s: float = 60.0  # the same, where the other pool takes the worker
     up_cooldown_s: float = 5.0  # between two growths of a pool
     down_cooldown_s: float = 30.0  # from any change of a pool to its shrinking
     max_down_share: float = 0.25  # of a pool, in one decision
@@ -39,7 +39,7 @@ class ScalingConfig:
     max_utilisation: float = 0.9  # of prefill workers
     max_kv_used: float = 0.85  # of decode workers' KV
     tpot_margin: float = 0.9  # of the TPOT limit that a step may take
-    correction_s: float = 900.0  # in which what missed service levels taught is forgotten
+    correction_s: float = 300.0  # in which what missed service levels taught is forgotten
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: no size of the pools would do."""

@@ -28,6 +28,7 @@ class WorkerSignal:
     decode_step_s: float = 0.0  # a recent decode step; 0 when unknown
     kv_used: float = 0.0  # share of its KV blocks that live sequences and grants hold
     kv_tokens: int = 0  # that its whole KV pool has room for
+    busy: float = 0.0  # share of the interval that it spent in engine steps; says little of a decode worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,15 +38,15 @@ class TrafficForecast:
         self._output = self._output * keep + traffic.output_tokens
 
     def demand(self, horizon_s: float) -> Demand | None:
-        """The larger of now and `horizon_s` from now; None without traffic."""
+        """The larger of now and `horizon_s` from now; None before the first request."""
         requests_per_s = max(self._requests.level, self._requests.ahead(horizon_s))
         tokens_per_s = max(self._tokens.level, self._tokens.ahead(horizon_s))
-        if requests_per_s <= 0 or self._arrived <= 0:
+        if self._arrived <= 0:
             return None
         mean = self._prefill / self._arrived
         return Demand(
             requests_per_s=requests_per_s,
-            prefill_tokens=tokens_per_s / requests_per_s,
+            prefill_tokens=tokens_per_s / requests_per_s if requests_per_s > 0 else mean,
             prefill_spread=math.sqrt(max(0.0, self._squared / self._arrived - mean**2)),
             cached_tokens=self._cached / self._arrived,
             output_tokens=self._output / self._ended if self.knows_output else 1.0,

@@ -38,7 +38,7 @@ async def open_session(
         await abort(context, error)
     await context.write(hello)
     session: Session[Any, Out] = Session(first.hello.router_id, status)
-    host.sessions.add(session)
+    host.session_began(session)
     return session
 
 

@@ -8,15 +8,17 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.errors import Unavailable
+import grpc.aio
+
+from ..core.errors import Draining, InvalidRequest, SplitserveError, Unavailable
 from ..core.events import Recorder
 from ..core.metrics import WorkerMetrics, new_registry
-from ..core.metrics import serve as serve_metrics
-from ..engine.attention import KvWritten
+from ..core.probes import serve_probes
+from ..core.pulse import Pulse
 from ..engine.engine import Engine, StepOutput
 from ..engine.loading import load_model
 from ..engine.loop import DeviceLoop
@@ -24,19 +26,27 @@ from ..engine.parallel.ranks import start_ranks
 from ..kv_transfer.identity import WorkerIdentity, current_host_id
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.convert import PROTOCOL_VERSION
+from ..proto.mount import ServiceMount
+from ..proto.rpc import abort
 from ..proto.server import Ready, RpcServer
 from .device import THROTTLE_REASONS, DeviceReader, DeviceState, open_devices
-from .options import WorkerOptions
+from .options import Role, WorkerOptions
+from .role import RoleHooks, RoleSwitch
 from .session import Session
 
 logger = logging.getLogger(__name__)
 
-_ROLES = {
+_ROLES: dict[Role, worker_pb2.Role.ValueType] = {
     "prefill": worker_pb2.ROLE_PREFILL,
     "decode": worker_pb2.ROLE_DECODE,
     "colocated": worker_pb2.ROLE_COLOCATED,
 }
+_ROLE_NAMES: dict[int, Role] = {value: name for name, value in _ROLES.items()}
+_ADMIN = "splitserve.v1.WorkerAdmin"
+# Whatever its role is or becomes: what reflection tells of.
+SERVICES = ("splitserve.v1.PrefillWorker", "splitserve.v1.DecodeWorker", "splitserve.v1.KvTransfer", _ADMIN)
 _HEALTH_PERIOD_S = 1.0
+_HAND_OVER_S = 2.0  # for what was handed over to be let go of, and for sessions to end
 _RATE_WEIGHT = 0.2  # of the newest step in the moving averages
 
 
@@ -57,26 +67,30 @@ class _Counts:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drained:
+    """How a drain went."""
+
+    num_handed_over: int  # requests that routers were told to take elsewhere
+    num_left: int  # that could not be let go of
+
+
 class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
     """Everything about a worker that does not depend on its role.
 
-    A role passes `on_step` (called on the event loop after every engine step) and, to send KV away, `kv_written`
-    (called on the device thread). It counts its requests in `num_runs` through `run_started` and `run_ended`.
+    It has one role at a time: `take_role`. The role registers its services on `mount`, and counts its requests in
+    `num_runs` through `run_started` and `run_ended`.
 
     Raises: AddressInUse, ModelLoadFailed, ModelUnsupported, ConfigError: it cannot start.
     """
 
-    def __init__(
-        self,
-        options: WorkerOptions,
-        service_names: tuple[str, ...],
-        *,
-        on_step: Callable[[StepOutput], None],
-        kv_written: KvWritten | None = None,
-    ) -> None:
+    def __init__(self, options: WorkerOptions) -> None:
         self.options = options
+        self.switch: RoleSwitch | None = None  # None: its role is for life
         # The address is taken before the model is loaded: a port in use is told at once.
-        self.rpc = RpcServer(options.host, options.port, (*service_names, "splitserve.v1.WorkerAdmin"))
+        self.rpc = RpcServer(options.host, options.port, SERVICES)
+        self.mount = ServiceMount()
+        self.rpc.server.add_generic_rpc_handlers((self.mount,))
         self.identity = WorkerIdentity(
             worker_id=options.worker_id or f"{options.role}-{self.rpc.port}",
             boot_id=secrets.token_hex(8),
@@ -88,8 +102,9 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self._ranks = start_ranks(options.engine)
         try:
             self.model = load_model(options.engine, None if self._ranks is None else self._ranks.group)
+            sends_kv = None if options.role == "colocated" else self._kv_written
             self.engine = Engine(
-                self.model, options.engine, recorder=self.recorder, kv_written=kv_written, others=self._ranks
+                self.model, options.engine, recorder=self.recorder, kv_written=sends_kv, others=self._ranks
             )
         except BaseException:
             if self._ranks is not None:
@@ -102,11 +117,15 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self.sessions: set[Session[Any, Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._on_step = on_step
+        self._role: RoleHooks | None = None
+        self._no_sessions = asyncio.Event()
+        self._stop = asyncio.Event()  # the first signal
+        self._hurry = asyncio.Event()  # the second
         self._prefill_tokens_per_s = 0.0
         self._decode_step_s = 0.0
         self._loop = asyncio.get_running_loop()
         self._device = DeviceLoop(self.engine, self._step_done)
+        self._pulse = Pulse(options.stall_bound_s)
         self._tasks: list[asyncio.Task[None]] = []
         self._device_states: Sequence[DeviceState] = ()
         self._told = _Counts()
@@ -115,8 +134,15 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
 
     async def start(self) -> Ready:
         """Start serving; the address is reachable when this returns."""
-        metrics_port = serve_metrics(self.registry, self.options.host, self.options.metrics_port)
+        metrics_port = serve_probes(
+            self.options.host,
+            self.options.metrics_port,
+            registry=lambda: self.registry,
+            alive=lambda: self.stuck,
+            ready=lambda: self.stuck or self.out_of_service,
+        )
         self._device.start()
+        self._pulse.start()
         await self.rpc.start()
         self._tasks.append(asyncio.create_task(self._watch_health()))
         return Ready(
@@ -126,28 +152,66 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             boot_id=self.identity.boot_id,
         )
 
-    async def run_until_signalled(self) -> None:
-        """Serve until SIGTERM or SIGINT, then drain; a second signal stops at once."""
-        stop = asyncio.Event()
-        hurry = asyncio.Event()
+    def take_role(self, role: RoleHooks) -> None:
+        """Run requests this way from now on."""
+        self._role = role
+        self.rpc.offer((*role.services, _ADMIN))
+
+    async def leave_role(self, successor: Role) -> None:
+        """End every session of the role, free what it holds, and be somebody else for whoever knew it.
+
+        A new boot id, so that no grant, frame or message of the old role is taken for the new; metrics begin anew.
+        """
+        assert self._role is not None, "it has no role to leave"
+        self.mount.clear()
+        await self._end_sessions()
+        await self._role.close()
+        self._role = None
+        self.options = dataclasses.replace(self.options, role=successor)
+        self.identity = dataclasses.replace(self.identity, boot_id=secrets.token_hex(8))
+        self.registry = new_registry()
+        self.metrics = WorkerMetrics(self.registry, successor)
+        self._told = _Counts.of(self.engine)
+        self._publish_gauges()
+
+    async def _end_sessions(self) -> None:
+        for session in self.sessions:
+            session.end()
+        if self.sessions and not await _within(_HAND_OVER_S, self._no_sessions):
+            logger.warning("%d routers do not read their sessions to the end", len(self.sessions))
+            for session in self.sessions:
+                session.abort()
+
+    def take_signals(self) -> None:
+        """From here on SIGTERM and SIGINT ask for the end; before anybody is told that this worker serves."""
 
         def signalled() -> None:
-            (hurry if stop.is_set() else stop).set()
+            (self._hurry if self._stop.is_set() else self._stop).set()
 
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, signalled)
-        await stop.wait()
+
+    async def run_until_signalled(self) -> None:
+        """Serve until SIGTERM or SIGINT, then drain; a second signal hands over at once what still runs."""
+        await self._stop.wait()
         logger.info("draining %d requests", self.num_runs)
         drain = asyncio.create_task(self.drain(self.options.drain_timeout_s))
-        now = asyncio.create_task(hurry.wait())
+        now = asyncio.create_task(self._hurry.wait())
         await asyncio.wait({drain, now}, return_when=asyncio.FIRST_COMPLETED)
         for task in (drain, now):
             task.cancel()
+        if self.num_runs:
+            await self.drain(0.0)
 
     async def stop(self) -> None:
+        """Fail what still runs, and go."""
         for task in self._tasks:
             task.cancel()
+        if self._role is not None:
+            await self._role.close()
+        await self._end_sessions()
         await self.rpc.stop()
+        self._pulse.stop()
         await asyncio.to_thread(self._device.stop)
         if self._ranks is not None:
             await asyncio.to_thread(self._ranks.close)
@@ -173,20 +237,59 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         if self.fault:
             raise Unavailable(f"worker {self.identity.worker_id} is out of service: {self.fault}")
         if self.draining:
-            raise Unavailable(f"worker {self.identity.worker_id} is draining; send the request to another")
+            raise Draining(f"worker {self.identity.worker_id} is draining; send the request to another")
 
-    async def drain(self, timeout_s: float) -> int:
-        """Take no new work and wait for what runs; returns how many requests are left."""
-        self.draining = True
+    async def drain(self, timeout_s: float) -> Drained:
+        """Take no new work, give what runs `timeout_s`, then have the routers take the rest elsewhere."""
+        if not self.draining:
+            self.draining = True
+            for session in self.sessions:
+                session.announce_status()
         await self.rpc.set_serving(False)
+        num_handed_over = 0
+        if not await _within(timeout_s, self._idle):
+            num_handed_over = self.num_runs
+            logger.info("handing %d requests over after %.1f s of draining", num_handed_over, timeout_s)
+            assert self._role is not None, "requests run without a role"
+            self._role.hand_over(
+                Draining(f"worker {self.identity.worker_id} is draining; {timeout_s:g} s of grace are over")
+            )
+            if not await _within(_HAND_OVER_S, self._idle):
+                logger.warning("%d requests cannot be let go of", self.num_runs)
+        return Drained(num_handed_over=num_handed_over, num_left=self.num_runs)
+
+    async def undrain(self) -> None:
+        """Take work again."""
+        self.draining = False
         for session in self.sessions:
             session.status_changed()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            logger.warning("%d requests left after %.1f s of draining", self.num_runs, timeout_s)
-        return self.num_runs
+        await self.rpc.set_serving(self.is_healthy)
+
+    @property
+    def stuck(self) -> str:
+        """Why it counts as hanging, from any thread; "" while it makes progress or has nothing to do."""
+        if self._device.stalled(self.options.stall_bound_s):
+            return f"work is queued and no step finished for {self.options.stall_bound_s:g} s or more"
+        return self._pulse.silence()
+
+    @property
+    def out_of_service(self) -> str:
+        """Why it takes no work although it makes progress; "" if it does."""
+        return self.fault or ("it is draining" if self.draining else "")
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it makes progress on sound devices and takes work."""
+        return not (self.stuck or self.out_of_service)
+
+    def session_began(self, session: Session[Any, Any]) -> None:
+        self.sessions.add(session)
+        self._no_sessions.clear()
+
+    def session_ended(self, session: Session[Any, Any]) -> None:
+        self.sessions.discard(session)
+        if not self.sessions:
+            self._no_sessions.set()
 
     # -- what routers and operators are told --
 
@@ -237,7 +340,29 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         return worker_pb2.GetWorkerStatusResponse(info=self.info(), status=self.status())
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: object) -> worker_pb2.DrainResponse:
-        return worker_pb2.DrainResponse(num_left=await self.drain(request.timeout_s))
+        drained = await self.drain(max(0.0, request.timeout_s))
+        return worker_pb2.DrainResponse(num_left=drained.num_left, num_handed_over=drained.num_handed_over)
+
+    async def Undrain(self, request: worker_pb2.UndrainRequest, context: object) -> worker_pb2.UndrainResponse:
+        await self.undrain()
+        return worker_pb2.UndrainResponse()
+
+    async def SwitchRole(
+        self, request: worker_pb2.SwitchRoleRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.SwitchRoleResponse:
+        try:
+            if self.switch is None or request.role not in _ROLE_NAMES:
+                raise InvalidRequest(
+                    f"worker {self.identity.worker_id} cannot take role {request.role}: it has its role for life, or "
+                    "there is no such role",
+                    field="role",
+                )
+            switched = await self.switch.to(_ROLE_NAMES[request.role], max(0.0, request.timeout_s))
+        except SplitserveError as error:
+            await abort(context, error)
+        return worker_pb2.SwitchRoleResponse(
+            info=self.info(), switch_s=switched.switch_s, num_handed_over=switched.num_handed_over
+        )
 
     # -- after each step --
 
@@ -262,7 +387,12 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             )
         elif record.kind == "decode":
             self._decode_step_s = _average(self._decode_step_s, record.total_s)
-        self._on_step(output)
+        if self._role is not None:
+            self._role.on_step(output)
+
+    def _kv_written(self, sequence: str, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
+        if self._role is not None and self._role.kv_written is not None:  # device thread
+            self._role.kv_written(sequence, layer_start, layer_end, token_start, token_end)
 
     async def _watch_health(self) -> None:
         """Health means progress on sound devices: NOT_SERVING while it stalls, drains or is broken."""
@@ -270,10 +400,8 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         while True:
             await self._read_devices()
             await asyncio.sleep(_HEALTH_PERIOD_S)
-            stalled = self._device.stalled(self.options.stall_bound_s)
-            healthy = not self.draining and not stalled and not self.fault
-            if healthy != serving:
-                serving = healthy
+            if self.is_healthy != serving:
+                serving = self.is_healthy
                 await self.rpc.set_serving(serving)
 
     async def _read_devices(self) -> None:
@@ -298,6 +426,16 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         metrics.running.set_function(lambda: engine.usage().num_running)
         metrics.waiting.set_function(lambda: engine.usage().num_waiting)
         metrics.held.set_function(lambda: engine.usage().num_held)
+
+
+async def _within(timeout_s: float, event: asyncio.Event) -> bool:
+    """Wait for an event; False when the time is up."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        return event.is_set()
+    return True
 
 
 def _average(old: float, new: float) -> float:

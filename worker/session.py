@@ -25,13 +25,13 @@ class Session(Generic[In, Out]):
         self._status_due = True
         self._outbox: deque[Out] = deque()
         self._wake = asyncio.Event()
+        self._ending = False
         self._handler = asyncio.current_task()
 
     def send(self, message: Out) -> None:
         """Queue a message. A router that no longer reads is disconnected rather than buffered for without bound."""
         if len(self._outbox) >= MAX_OUTBOX:
-            if self._handler is not None:
-                self._handler.cancel()
+            self.abort()
             return
         self._outbox.append(message)
         self._wake.set()
@@ -41,14 +41,37 @@ class Session(Generic[In, Out]):
         self._status_due = True
         self._wake.set()
 
+    def announce_status(self) -> None:
+        """Queue a status: the router knows it before it reads whatever is sent after this."""
+        self.send(self._status())
+
+    def end(self) -> None:
+        """Write what is queued, then end the call: the router sees a session that is over, not one that broke."""
+        self._ending = True
+        self._wake.set()
+
+    def abort(self) -> None:
+        """Cut the call off."""
+        if self._handler is not None:
+            self._handler.cancel()
+
     async def run(self, context: grpc.aio.ServicerContext[In, Out], handle: Callable[[In], None]) -> None:
-        """Read and write until the router closes its side or the call is cancelled."""
+        """Read and write until the router closes its side, the call is cancelled or `end` was called."""
         writer = asyncio.create_task(self._write(context))
+        reader = asyncio.create_task(self._read(context, handle))
         try:
-            while (message := await context.read()) is not grpc.aio.EOF:
-                handle(message)
+            await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             writer.cancel()
+            reader.cancel()
+            failures = await asyncio.gather(reader, writer, return_exceptions=True)
+        for failure in failures:
+            if isinstance(failure, Exception) and not isinstance(failure, grpc.aio.BaseError):  # those: the router left
+                raise failure
+
+    async def _read(self, context: grpc.aio.ServicerContext[In, Out], handle: Callable[[In], None]) -> None:
+        while (message := await context.read()) is not grpc.aio.EOF:
+            handle(message)
 
     async def _write(self, context: grpc.aio.ServicerContext[Any, Out]) -> None:
         while True:
@@ -60,6 +83,8 @@ class Session(Generic[In, Out]):
             self._wake.clear()
             while self._outbox:
                 await context.write(self._outbox.popleft())
+            if self._ending:
+                return
             if self._status_due:
                 self._status_due = False
                 await context.write(self._status())

@@ -3,7 +3,7 @@
 #
 #   on the head:          on_premise.sh head
 #   on each GPU machine:  on_premise.sh prefill 10.0.0.1     or     on_premise.sh decode 10.0.0.1
-#   then on the head:     splitserve up --config deploy/ray/cluster.yaml
+#   then on the head:     splitserve up deploy/ray/cluster.yaml
 #
 # Copy the head's token (~/.ray/auth_token) to the other machines first. The labels are what cluster.yaml's pools ask for.
 set -eu

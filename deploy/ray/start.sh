@@ -1,4 +1,4 @@
 #!/bin/sh
 # Starts splitserve on the Ray cluster whose head this is, and returns once it serves.
 set -eu
-exec splitserve up --config "${1:-/etc/splitserve/cluster.yaml}" --detach
+exec splitserve up "${1:-/etc/splitserve/cluster.yaml}" --detach

@@ -50,6 +50,9 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
             "transport: pigeon",
             r"transport: got 'pigeon', wanted: 'auto', 'grpc', 'shared-memory', 'cuda-ipc' or 'gloo'",
         ),
+        ("prefill: {min: 3, max: 2}", r"prefill: .*min is 3 and max is 2, wanted: min <= replicas <= max"),
+        ("decode: {gpus: 1, tensor_parallel: 2}", r"decode\.gpus: got 1, wanted: at least its tensor_parallel, 2"),
+        ("prefil: {min: 3}", r"prefil: unknown key; did you mean prefill"),
         ("decode: {replicas: 0}", r"1 prefill, 0 decode and 0 colocated workers cannot serve"),
         ("prefill: {replicas: 0}", r"0 prefill, 1 decode and 0 colocated workers cannot serve"),
         ("[1, 2]", r"got list, wanted keys and values"),
@@ -82,3 +85,13 @@ def test_every_key_has_a_default_and_says_what_it_means() -> None:
     for key, field in fields():
         assert not field.is_required(), key
         assert field.description, key
+
+
+def test_pools_scale_within_their_bounds() -> None:
+    config = load_config(None, {"prefill.min": 2, "prefill.max": 4})
+    assert [config.replicas("prefill"), *config.bounds("prefill")] == [2, 2, 4]
+    assert config.scaled({"prefill": 4, "decode": 9}).replicas("decode") == 9
+    with pytest.raises(ConfigError, match=r"prefill: got 5 workers, wanted: 2 to 4; change prefill\.min or"):
+        config.scaled({"prefill": 5})
+    with pytest.raises(ConfigError, match="decode: got 0 workers, wanted: 1 to"):
+        config.scaled({"decode": 0})

@@ -14,7 +14,7 @@ prepare_ray_environment(None)
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    from splitserve.deploy.placement import local_ray
+    from splitserve.deploy.ray_start import local_ray
 
     before = set(psutil.Process().children(recursive=True))
     with local_ray(num_cpus=8, namespace="test"):

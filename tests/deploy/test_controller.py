@@ -5,70 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import ray
-from splitserve.core.config import ClusterConfig, Role, load_config
-from splitserve.core.errors import SplitserveError
-from splitserve.deploy.controller import ClusterView, Controller, MemberFailed, Phase
-from splitserve.deploy.process import Endpoint
+from splitserve.core.errors import ConfigError, SplitserveError
+from splitserve.deploy.controller import Controller
+from splitserve.deploy.members import MemberFailed, Phase
 
-STAND_IN = str(Path(__file__).with_name("stand_in.py"))
+from .stand_in_roles import config, endpoints, running, stand_in, until, workers_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
-
-
-def stand_in(
-    config: ClusterConfig, role: Role, *, name: str, host: str, port: int, num_threads: int, http_port: int
-) -> Sequence[str]:
-    """`model` names the process that must fail, and how: "decode-0:typed"."""
-    failing, _, how = config.model.partition(":")
-    return [
-        *(sys.executable, STAND_IN, role, "--host", host, "--port", str(port)),
-        *(("--fail", how) if name == failing else ()),
-    ]
-
-
-def config(**overrides: Any) -> ClusterConfig:
-    base = {"router.port": 0, "drain_timeout_s": 5.0, "restart.backoff_s": 0.0, "startup_timeout_s": 30.0}
-    return load_config(None, base | {key.replace("__", "."): value for key, value in overrides.items()})
-
-
-async def until(controller: Controller, condition: Callable[[ClusterView], bool]) -> ClusterView:
-    async with asyncio.timeout(60):
-        while not condition(controller.view()):
-            await asyncio.sleep(0.02)
-    return controller.view()
-
-
-@asynccontextmanager
-async def running(cluster: ClusterConfig, log_dir: Path) -> AsyncIterator[Controller]:
-    controller = Controller(cluster, log_dir, command=stand_in)
-    run = asyncio.create_task(controller.run())
-    ready = asyncio.create_task(controller.ready.wait())
-    await asyncio.wait({run, ready}, return_when=asyncio.FIRST_COMPLETED)
-    try:
-        if run.done():
-            await run
-        yield controller
-    finally:
-        ready.cancel()
-        controller.stop()
-        await run
-
-
-def endpoints(view: ClusterView) -> dict[str, Endpoint]:
-    return {member.name: member.endpoint for member in view.members if member.endpoint}
-
-
-def workers_of(view: ClusterView) -> set[str]:
-    return {worker.address for router in view.routers for worker in router.workers}
 
 
 async def test_everything_starts_is_restarted_and_ends(tmp_path: Path) -> None:
@@ -140,6 +88,55 @@ async def test_a_failure_at_start_ends_the_start(tmp_path: Path, how: str, messa
 async def test_what_no_node_has_is_an_error(tmp_path: Path) -> None:
     asked = config(decode__gpus=1, decode__labels={"splitserve/role": "decode"})
     with pytest.raises(
-        SplitserveError, match=r"no node has what decode-0 needs \(.*1 GPU, label splitserve/role=decode"
+        SplitserveError,
+        match=r"no node has what decode-0 needs \(.*1 GPU, label splitserve/role=decode\): "
+        r"[\d.]+ has 0 of 1 GPU, no label splitserve/role\. Add such a node",
     ):
         await Controller(asked, tmp_path, command=stand_in).run()
+
+
+async def test_pools_grow_and_shrink_and_new_settings_are_rolled_out(tmp_path: Path) -> None:
+    async with running(config(prefill__replicas=2), tmp_path) as controller:
+        first = endpoints(controller.view())
+        controller.apply(controller.config.scaled({"prefill": 1, "decode": 2}))
+        assert not controller.view().settled
+        view = await until(controller, lambda view: view.settled)
+        grown = endpoints(view)
+        assert set(grown) == {"prefill-0", "decode-0", "decode-1", "router-0"}
+        assert (grown["prefill-0"], grown["decode-0"]) == (first["prefill-0"], first["decode-0"])
+        assert not psutil.pid_exists(first["prefill-1"].pid)
+        assert [(pool.role, pool.wanted, pool.ready) for pool in view.pools] == [("prefill", 1, 1), ("decode", 2, 2)]
+
+        # The only prefill worker gets a successor before it goes; the file leaves the size of scaled pools alone.
+        controller.apply(config(prefill__env={"COLOUR": "blue"}))
+        view = await until(controller, lambda view: view.settled)
+        renewed = endpoints(view)
+        assert set(renewed) == {"prefill-1", "decode-0", "decode-1", "router-0"}
+        assert {name: renewed[name] for name in ("decode-0", "decode-1", "router-0")} == {
+            name: grown[name] for name in ("decode-0", "decode-1", "router-0")
+        }
+        assert psutil.Process(renewed["prefill-1"].pid).environ()["COLOUR"] == "blue"
+
+        controller.drain("decode-1", restart=True)
+        again = endpoints(await until(controller, lambda view: view.settled))
+        assert again["decode-1"].pid != grown["decode-1"].pid
+        assert again["decode-0"] == grown["decode-0"]
+        controller.drain("decode-0", restart=False)
+        assert set(endpoints(await until(controller, lambda view: view.settled))) == {
+            "prefill-1",
+            "decode-1",
+            "router-0",
+        }
+        with pytest.raises(ConfigError, match=r"there is no 'decode-7'; the cluster has decode-1, prefill-1, router-0"):
+            controller.drain("decode-7", restart=True)
+    assert not ray.util.list_named_actors()
+
+
+async def test_a_worker_that_hangs_is_killed_and_started_again(tmp_path: Path) -> None:
+    async with running(config(restart__unhealthy_s=3.0), tmp_path) as controller:
+        before = endpoints(controller.view())["decode-0"]
+        os.kill(before.pid, signal.SIGSTOP)
+        view = await until(controller, lambda view: endpoints(view).get("decode-0", before) != before)
+        assert not psutil.pid_exists(before.pid)
+        await until(controller, lambda view: view.settled)
+        assert next(m for m in view.members if m.name == "decode-0").num_restarts == 1

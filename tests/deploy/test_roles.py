@@ -127,5 +127,5 @@ def test_the_ranks_of_a_worker_are_placed_as_one() -> None:
     needs = role_needs(load_config(None, split), "colocated")
     assert needs.bundle() == {"CPU": 6.0, "GPU": 2.0}
     assert needs.num_threads == 3
-    with pytest.raises(ConfigError, match=r"colocated\.gpus: got 1, wanted: at least engine\.tensor_parallel, 2"):
+    with pytest.raises(ConfigError, match=r"colocated\.gpus: got 1, wanted: at least its tensor_parallel, 2"):
         load_config(None, {**split, "colocated.gpus": 1})

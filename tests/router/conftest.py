@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -38,14 +39,13 @@ class ScriptedWorker:
             **{
                 "protocol_version": PROTOCOL_VERSION,
                 "worker_id": role,
-                "boot_id": role,
+                "boot_id": secrets.token_hex(8),
                 "role": worker_pb2.Role.Value(f"ROLE_{role.upper()}"),
                 "model": model,
                 "geometry_digest": "g",
                 "max_model_len": 4096,
                 "vocab_size": 260,
                 "block_size": 16,
-                "kv_address": "127.0.0.1:1",
                 **changes,
             }
         )
@@ -68,6 +68,7 @@ class ScriptedWorker:
         else:
             worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, server)
         self.address = f"127.0.0.1:{server.add_insecure_port(self.address or '127.0.0.1:0')}"
+        self.info.kv_address = self.address
         await server.start()
 
     async def die(self) -> None:

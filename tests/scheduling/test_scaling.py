@@ -75,15 +75,21 @@ def test_queued_prompts_raise_prefill_and_a_full_decode_pool_raises_decode() -> 
 
 
 def test_a_missed_service_level_corrects_a_model_that_is_too_kind() -> None:
-    policy = SloScaling(config(), Times())
-    cluster = ScaledCluster(prefill=4, decode=2)
+    policy, cluster = SloScaling(config(), Times()), ScaledCluster(prefill=2, decode=2)
     run(cluster, policy, 30.0, 300)
-    signals = cluster.signals(30.0)
-    before = policy.decide(signals)
-    late = replace(signals, at_s=signals.at_s + 5, traffic=replace(signals.traffic, ttft_s=2.0))
-    after = policy.decide(late)
-    assert after.targets["prefill"] > before.targets["prefill"]
-    assert after.targets["decode"] == before.targets["decode"]
+
+    def late() -> ScalingDecision:
+        signals = cluster.signals(30.0)
+        return policy.decide(replace(signals, traffic=replace(signals.traffic, ttft_s=2.0)))
+
+    before = policy.decide(cluster.signals(30.0))
+    assert before.targets["prefill"] == before.needed["prefill"] == 2
+    for _ in range(2):  # what is late may have waited before the pool had grown
+        cluster.now += PERIOD_S
+        assert late().targets == before.targets
+    cluster.now += PERIOD_S
+    after = late()
+    assert after.targets == {"prefill": 3, "decode": before.targets["decode"]}
     assert "service level was missed" in after.reasons[0]
 
 
@@ -238,7 +244,7 @@ def test_more_load_never_needs_fewer_workers(
 def test_a_scarce_budget_is_shared_in_proportion(wants: tuple[int, int], budget: int) -> None:
     bounds = {pool: PoolBounds(min_workers=1, max_workers=64) for pool in POOLS}
     wanted = dict(zip(POOLS, wants, strict=True))
-    shared = share(wanted, bounds, budget)
+    shared = share(wanted, wanted, bounds, budget)
     assert num_gpus(shared, bounds) == min(budget, sum(wants))
     parts = [shared[pool] / wanted[pool] for pool in POOLS]
     assert abs(parts[0] - parts[1]) <= 1 / min(wants) + 1e-9

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from splitserve.prefill_worker.server import PrefillServer
 from splitserve.proto import kv_transfer_pb2, worker_pb2, worker_pb2_grpc
 from splitserve.proto.convert import PROTOCOL_VERSION, request_to_proto
 from splitserve.proto.rpc import CHANNEL_OPTIONS
+from splitserve.scheduling.steps import StepPlan
 from splitserve.worker.options import WorkerOptions
 
 WAIT_S = 60.0
@@ -120,6 +122,24 @@ async def until(condition: Callable[[Usage], bool], host: Any) -> None:
     """Poll an engine's usage: the one thing here that has no event to wait for."""
     while not condition(host.engine.usage()):
         await asyncio.sleep(0.002)
+
+
+@contextmanager
+def held_step(server: PrefillServer | DecodeServer) -> Iterator[None]:
+    """The device hangs: the next step does not end before the block does."""
+    runner, go_on = server.worker.host.engine._runner, threading.Event()
+    launch = runner.launch
+
+    def hang(plan: StepPlan) -> None:
+        go_on.wait()
+        launch(plan)
+
+    runner.launch = hang
+    try:
+        yield
+    finally:
+        runner.launch = launch
+        go_on.set()
 
 
 OpenPair = Callable[..., Awaitable[Pair]]

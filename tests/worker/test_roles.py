@@ -15,7 +15,7 @@ from splitserve.engine.engine import Engine
 from splitserve.engine.loading import load_model
 from splitserve.engine.options import EngineOptions
 from splitserve.engine.testing import make_tiny_model
-from splitserve.proto import inference_pb2, worker_pb2, worker_pb2_grpc
+from splitserve.proto import inference_pb2, worker_pb2
 from splitserve.proto.convert import PROTOCOL_VERSION, request_to_proto
 from splitserve.proto.rpc import from_rpc_error
 
@@ -268,19 +268,6 @@ async def test_colocated_runs_equal_split_ones_on_the_same_worker(pair: Pair, al
     await pair.decode_end.send(run=run)
     tokens = await pair.rest(0)
     assert tokens == run_alone(alone, replace(local, request_id="again"))
-
-
-async def test_drain_refuses_new_work_and_waits_for_the_old(pair: Pair, stack: AsyncExitStack) -> None:
-    work = request(max_tokens=60)
-    await pair.prefill_run(work, await pair.grant(work))
-    await pair.decode_end.next("transfer_done")
-    address = pair.decode.worker.host.rpc.address
-    channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
-    drain = worker_pb2_grpc.WorkerAdminStub(channel).Drain(worker_pb2.DrainRequest(timeout_s=30.0))
-    assert len(await pair.rest(1)) == 59
-    assert (await drain).num_left == 0
-    await pair.ask_grant(request("late"))
-    assert (await pair.decode_end.next("failed")).failure.code == "unavailable"
 
 
 async def test_a_protocol_of_the_future_is_refused_with_the_reason(pair: Pair, stack: AsyncExitStack) -> None:

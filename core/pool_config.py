@@ -1,0 +1,97 @@
+"""The sections of the YAML file about pools: how many workers, what each needs of its node, and when to change that."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from .config_section import Section
+
+MAX_REPLICAS = 1024
+
+
+class PoolConfig(Section):
+    """`prefill`, `decode`, `colocated`: one pool of workers."""
+
+    replicas: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_REPLICAS,
+        description="Workers at first; empty: min, else 1 prefill and 1 decode, or none if there are colocated ones",
+    )
+    min: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_REPLICAS,
+        description="Fewest that scaling leaves; empty: 1, or replicas if 0",
+    )
+    max: int | None = Field(
+        default=None, ge=0, le=MAX_REPLICAS, description="Most that scaling makes of it; empty: no bound of its own"
+    )
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of each of its processes; empty: the host's cores shared out"
+    )
+    tensor_parallel: int | None = Field(
+        default=None, ge=1, le=64, description="Processes that hold each worker's model; empty: engine.tensor_parallel"
+    )
+    gpus: int = Field(default=0, ge=0, description="GPUs of each worker: one for each of its processes, or 0 for none")
+    accelerator_type: str | None = Field(
+        default=None,
+        min_length=1,
+        description="GPU type of its node: Ray's label ray.io/accelerator-type",
+    )
+    labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="Ray node labels that its node must have: x, !x, in(x,y) or !in(x,y)",
+    )
+    resources: dict[str, float] = Field(
+        default_factory=dict,
+        description="Ray resources of each besides CPU and GPU, such as memory",
+    )
+    env: dict[str, str] = Field(default_factory=dict, description="Environment variables of its processes")
+    cpu_fallback: bool = Field(
+        default=False,
+        description="Run on a CPU, anywhere, while no node has the GPUs and labels that it needs",
+    )
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        numbers = [(name, getattr(self, name)) for name in ("min", "replicas", "max")]
+        stated = [(name, number) for name, number in numbers if number is not None]
+        for (lower_name, lower), (upper_name, upper) in pairwise(stated):
+            if lower > upper:
+                raise ValueError(f"{lower_name} is {lower} and {upper_name} is {upper}, wanted: min <= replicas <= max")
+        return self
+
+
+class PlacementConfig(Section):
+    """`placement`: which node a worker goes to, among those that have what it needs."""
+
+    pairs: Literal["any", "pack", "spread"] = Field(
+        default="any",
+        description="pack: prefill and decode workers share nodes, so that KV stays on a host; spread: each pool on "
+        "many nodes; any: as Ray likes. A wish, not a condition",
+    )
+    wait_for_nodes_s: float = Field(
+        default=3.0,
+        ge=0,
+        description="Seconds to wait for a node that can hold a worker; minutes where Ray's autoscaler adds nodes",
+    )
+
+
+class SloConfig(Section):
+    """`slo`: what users were promised; scaling keeps it."""
+
+    ttft_s: float = Field(default=1.0, gt=0, description="Seconds to the first token")
+    tpot_s: float = Field(default=0.1, gt=0, description="Seconds a token after the first")
+
+
+class ScalingConfig(Section):
+    """`scaling`: whether the controller changes the size of the pools by itself."""
+
+    enabled: bool = Field(
+        default=False, description="Scale prefill and decode between their min and max, each by its own load"
+    )
+    period_s: float = Field(default=2.0, gt=0, description="Seconds between two looks at the load")

@@ -1,0 +1,74 @@
+"""Commands of the light processes that stand in for the roles, and what tests ask of a controller of them."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from splitserve.core.config import ClusterConfig, Role, load_config
+from splitserve.deploy.controller import Controller
+from splitserve.deploy.members import ClusterView
+from splitserve.deploy.process import Endpoint
+
+STAND_IN = str(Path(__file__).with_name("stand_in.py"))
+WAIT_S = 60.0
+
+
+def stand_in(
+    config: ClusterConfig,
+    role: Role,
+    *,
+    name: str,
+    host: str,
+    port: int,
+    num_threads: int,
+    http_port: int,
+    on_cpu: bool = False,
+) -> Sequence[str]:
+    """`model` names the process that must fail, and how: "decode-0:typed"."""
+    failing, _, how = config.model.partition(":")
+    return [
+        *(sys.executable, STAND_IN, role, "--host", host, "--port", str(port)),
+        *(("--fail", how) if name == failing else ()),
+    ]
+
+
+def config(**overrides: Any) -> ClusterConfig:
+    base = {"router.port": 0, "drain_timeout_s": 5.0, "restart.backoff_s": 0.0, "startup_timeout_s": 60.0}
+    base |= {f"{pool}.threads": 1 for pool in ("prefill", "decode")}
+    return load_config(None, base | {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+async def until(controller: Controller, condition: Callable[[ClusterView], bool]) -> ClusterView:
+    async with asyncio.timeout(WAIT_S):
+        while not condition(controller.view()):
+            await asyncio.sleep(0.02)
+    return controller.view()
+
+
+@asynccontextmanager
+async def running(cluster: ClusterConfig, log_dir: Path) -> AsyncIterator[Controller]:
+    controller = Controller(cluster, log_dir, command=stand_in)
+    run = asyncio.create_task(controller.run())
+    ready = asyncio.create_task(controller.ready.wait())
+    await asyncio.wait({run, ready}, return_when=asyncio.FIRST_COMPLETED)
+    try:
+        if run.done():
+            await run
+        yield controller
+    finally:
+        ready.cancel()
+        controller.stop()
+        await run
+
+
+def endpoints(view: ClusterView) -> dict[str, Endpoint]:
+    return {member.name: member.endpoint for member in view.members if member.endpoint}
+
+
+def workers_of(view: ClusterView) -> set[str]:
+    return {worker.address for router in view.routers for worker in router.workers}
