@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import secrets
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -120,9 +121,9 @@ class Generation(Attempts):
 
     def __init__(self, request: pb.GenerateRequest, routers: Rotation, timeout_s: float, retry: RetryPolicy) -> None:
         super().__init__(routers, timeout_s, retry)
+        if not request.idempotency_key:
+            request.idempotency_key = secrets.token_hex(12)
         self.request = request  # as the next attempt sends it
-        self._key = request.idempotency_key
-        self._num_resumes = 0
         self._has_tail = False  # text came without tokens: what the router held back to the end
         self._started: pb.Started | None = None
         self._num_received = len(request.received_token_ids)  # before this call
@@ -161,21 +162,20 @@ class Generation(Attempts):
         if self._next_index > len(self.request.received_token_ids):
             self._attempt = 1
         delay_s = self.delay_s(error)
-        if self._started is not None and self._token_ids:
-            self._resume(self._started)
+        self.request = self._next_request()
         self._started = None
         return delay_s
 
-    def _resume(self, started: pb.Started) -> None:
-        self._num_resumes += 1
+    def _next_request(self) -> pb.GenerateRequest:
+        """The same request for whichever router: it takes over from the call that broke, after the tokens that came."""
         request = pb.GenerateRequest()
         request.CopyFrom(self.request)
-        request.received_token_ids.extend(self._token_ids[len(request.received_token_ids) - self._num_received :])
-        request.sampling.seed = started.seed
-        request.ClearField("prompt_logprobs")  # they came before the first token
-        if self._key:  # the broken attempt may still hold it
-            request.idempotency_key = f"{self._key}~{self._num_resumes}"
-        self.request = request
+        request.call += 1
+        if self._started is not None and self._token_ids:
+            request.received_token_ids.extend(self._token_ids[len(request.received_token_ids) - self._num_received :])
+            request.sampling.seed = self._started.seed
+            request.ClearField("prompt_logprobs")  # they came before the first token
+        return request
 
     def result(self) -> GenerationResult:
         """Raises: Unavailable: the stream ended, or was left, before the answer did."""

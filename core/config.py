@@ -101,6 +101,12 @@ class RouterConfig(Section):
         default=None,
         description="File of API keys (`splitserve keys new`), asked of every caller; empty: everybody may call",
     )
+    policy: str = Field(
+        default="prefix",
+        min_length=1,
+        description="How workers are chosen: prefix, least_loaded, power_of_two, round_robin, session, or the name of "
+        "an installed entry point (docs/routing.md)",
+    )
     max_queued: int = Field(default=256, ge=1, description="Requests waiting for dispatch; more are refused")
     max_live: int = Field(default=8_192, ge=1, description="Requests not ended, queued ones included; more are refused")
     admission: Literal["refuse", "queue"] = Field(
@@ -125,6 +131,16 @@ class RouterConfig(Section):
         description="Seconds of prefill work that a prefill worker may have outstanding; a second prompt always may",
     )
     max_attempts: int = Field(default=3, ge=1, description="Attempts at a request before its error goes to the client")
+    max_worker_deaths: int = Field(
+        default=2, ge=1, description="Workers that may die computing one request; then it fails as their likely cause"
+    )
+    retry_ratio: float = Field(
+        default=0.5, ge=0, description="Retries allowed in a minute for each request of that minute"
+    )
+    retry_floor: int = Field(default=64, ge=0, description="Retries allowed in a minute however few requests it had")
+    keep_answers_s: float = Field(
+        default=30.0, ge=0, description="Seconds for which a finished answer can be had again by its idempotency key"
+    )
     default_timeout_s: float = Field(
         default=600.0, gt=0, description="Seconds until a request without a deadline fails"
     )
@@ -160,6 +176,9 @@ class RestartConfig(Section):
     window_s: float = Field(default=600.0, gt=0, description="Seconds after which a restart no longer counts")
     backoff_s: float = Field(
         default=0.5, ge=0, description="Wait before the second restart in a row; doubles, up to 30 s"
+    )
+    unhealthy_s: float = Field(
+        default=7.0, gt=0, description="Seconds after which a worker that does not answer is killed and started again"
     )
 
 

@@ -39,6 +39,12 @@ class PromptTooLong(InvalidRequest):
     code = "prompt_too_long"
 
 
+class IdempotencyConflict(InvalidRequest):
+    """The idempotency key names another request than this one."""
+
+    code, grpc_code, http_status = "idempotency_conflict", "ALREADY_EXISTS", 422
+
+
 class Unauthenticated(SplitserveError):
     """The caller did not prove who it is: no API key, or a wrong one."""
 
@@ -111,6 +117,24 @@ class WorkerLost(Unavailable):
     code = "worker_lost"
 
 
+class WorkerDied(WorkerLost):
+    """The worker's process ended while it held the request: not a drain, a hang or a cut link."""
+
+    code = "worker_died"
+
+
+class RetryBudgetSpent(Unavailable):
+    """An attempt failed, and so many did of late that this one is not repeated by the router."""
+
+    code = "retry_budget_spent"
+
+
+class PoisonRequest(SplitserveError):
+    """Workers died computing the request, one after the other; it is not tried again."""
+
+    code, grpc_code, http_status = "poison_request", "FAILED_PRECONDITION", 422
+
+
 class Draining(Unavailable):
     """The worker is going out of service in an orderly way: the attempt goes on elsewhere, and nothing has failed."""
 
@@ -139,6 +163,30 @@ class StaleMessage(SplitserveError):
     """The message names a grant, epoch, attempt or boot id that is no longer live."""
 
     code, grpc_code, http_status, retryable = "stale", "ABORTED", 409, True
+
+
+class Superseded(SplitserveError):
+    """A later call, of this or another router, has the request now.
+
+    Args:
+        newest_call: number of the call that has it.
+        age_s: seconds since it took it.
+    """
+
+    code, grpc_code, http_status = "superseded", "ABORTED", 409
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after_s: float | None = None,
+        field: str | None = None,
+        newest_call: int = 0,
+        age_s: float = 0.0,
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s, field=field)
+        self.newest_call = newest_call
+        self.age_s = age_s
 
 
 class GeometryMismatch(SplitserveError):

@@ -80,6 +80,12 @@ class RouterMetrics:
             "splitserve_overloaded_requests", "Requests refused for lack of room", registry=registry
         )
         self.retries = Counter("splitserve_retries", "Attempts after the first", registry=registry)
+        self.retries_left = Gauge(
+            "splitserve_retry_budget", "Retries that the budget still allowed after the last one", registry=registry
+        )
+        self.takeovers = Counter(
+            "splitserve_takeovers", "Calls that went on with a request of an earlier one", ["kind"], registry=registry
+        )
         self.handed_over = Counter(
             "splitserve_handed_over_attempts",
             "Attempts that a draining worker ended, to go on elsewhere",

@@ -66,6 +66,12 @@ def derive_seed(seed: int, choice: int) -> int:
     return int.from_bytes(digest.digest(), "little") & MAX_SEED
 
 
+def seed_of_key(idempotency_key: str) -> int:
+    """Seed of a request that names none: every router draws the same for the same key."""
+    digest = hashlib.blake2b(idempotency_key.encode(), digest_size=8, person=b"key")
+    return int.from_bytes(digest.digest(), "little") & MAX_SEED
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the next token is chosen. Token i of a request is a function of (logits, seed, i) alone."""

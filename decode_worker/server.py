@@ -47,7 +47,7 @@ class DecodeServer(worker_pb2_grpc.DecodeWorkerServicer):
             case "run":
                 self._run(session, message.run.request)
             case "cancel":
-                self.worker.cancel(message.cancel.request_id, message.cancel.attempt)
+                self.worker.cancel(session, message.cancel.request_id, message.cancel.attempt)
             case _:  # a message of a newer minor version: safe to ignore
                 self.worker.host.metrics.stale_messages.inc()
 

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
-from ..core.errors import DeadlineExceeded, Draining, EngineFailed, SplitserveError
+from ..core.errors import DeadlineExceeded, Draining, EngineFailed, SplitserveError, Superseded
 from ..core.events import Event
 from ..core.request import Request
 from ..engine.engine import Reservation, StepOutput, TokenOutput
@@ -19,6 +19,7 @@ from ..kv_transfer.receiver import KvReceiver, Received
 from ..proto import worker_pb2
 from ..proto.convert import failure_to_proto, logprob_to_proto, reason_to_proto
 from ..worker.edge import sequence_id
+from ..worker.fence import Fence
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
 from ..worker.session import Session
@@ -51,6 +52,7 @@ class DecodeWorker:
 
     def __init__(self, options: WorkerOptions) -> None:
         self._runs: dict[str, _Run] = {}
+        self._fence = Fence()
         self._transfers: set[asyncio.Task[None]] = set()
         self.host = WorkerHost(options, SERVICES, on_step=self._on_step, hand_over=self.hand_over)
         self.receiver = KvReceiver(
@@ -73,7 +75,7 @@ class DecodeWorker:
 
     def grant(self, session: RouterSession, request_id: str, request: Request, source: KvSource) -> None:
         """Reserve blocks and open the fetch, or answer with RunFailed. Older attempts are revoked."""
-        if not self._is_new(request_id, request):
+        if not self._is_new(session, request_id, request):
             return
         request = replace(request, prompt_logprobs=None)  # the prefill worker's business
         try:
@@ -95,7 +97,7 @@ class DecodeWorker:
 
     def run_local(self, session: RouterSession, request_id: str, request: Request) -> None:
         """Prefill and decode here, or answer with RunFailed. Older attempts are revoked."""
-        if not self._is_new(request_id, request):
+        if not self._is_new(session, request_id, request):
             return
         try:
             self._refuse_early(request)
@@ -108,12 +110,16 @@ class DecodeWorker:
         self._record(run, Event.PREFILL_QUEUED)
         self.host.wake()
 
-    def cancel(self, request_id: str, attempt: int) -> None:
-        """Free what this and older attempts hold."""
-        for number in range(1, attempt + 1):
-            if (run := self._runs.get(sequence_id(request_id, number))) is not None:
-                self._record(run, Event.CANCELLED)
-                self._end(run)
+    def cancel(self, session: RouterSession, request_id: str, attempt: int) -> None:
+        """Free what this and older attempts hold; another router that had one is told."""
+        self._fence.claim(request_id, attempt)
+        live = self._fence.live(request_id)
+        if live is not None and live.attempt <= attempt:
+            run = self._runs[sequence_id(request_id, live.attempt)]
+            self._record(run, Event.CANCELLED)
+            if run.session is not session:
+                self.refuse(run.session, request_id, live.attempt, Superseded("another router took the request over"))
+            self._end(run)
 
     def session_ended(self, session: RouterSession) -> None:
         """The router is gone: free all that it had here."""
@@ -132,11 +138,17 @@ class DecodeWorker:
         failed = worker_pb2.RunFailed(request_id=request_id, attempt=attempt, failure=failure_to_proto(error))
         session.send(worker_pb2.DecodeSessionResponse(failed=failed))
 
-    def _is_new(self, request_id: str, request: Request) -> bool:
-        if request.request_id in self._runs:
+    def _is_new(self, session: RouterSession, request_id: str, request: Request) -> bool:
+        """Whether the attempt may begin; the older one is revoked for it."""
+        try:
+            repeated = self._fence.is_repeated(request_id, request.attempt, session)
+        except Superseded as error:
+            self.refuse(session, request_id, request.attempt, error)
+            return False
+        if repeated:
             self.host.metrics.stale_messages.inc()
             return False
-        self.cancel(request_id, request.attempt - 1)
+        self.cancel(session, request_id, request.attempt - 1)
         return True
 
     def _refuse_early(self, request: Request) -> None:
@@ -153,6 +165,7 @@ class DecodeWorker:
             ready_s=time.monotonic(),
         )
         self._runs[request.request_id] = run
+        self._fence.began(request_id, request.attempt, session)
         self.host.run_started()
         return run
 
@@ -276,6 +289,7 @@ class DecodeWorker:
     def _end(self, run: _Run) -> None:
         """Forget the run and free its blocks; while KV may still arrive, the transfer frees them when it is quiet."""
         del self._runs[run.request.request_id]
+        self._fence.ended(run.request_id, run.request.attempt)
         run.deadline.cancel()
         if run.transfer is None:
             self._release(run)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from ..core.errors import Cancelled, DeadlineExceeded, Draining, SplitserveError
+from ..core.errors import Cancelled, DeadlineExceeded, Draining, SplitserveError, Superseded
 from ..core.events import Event
 from ..core.request import Request
 from ..engine.engine import StepOutput, TokenOutput
@@ -15,6 +15,7 @@ from ..kv_transfer.sender import KvSender
 from ..proto import worker_pb2
 from ..proto.convert import failure_to_proto, logprob_to_proto, reason_to_proto
 from ..worker.edge import sequence_id
+from ..worker.fence import Fence
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
 from ..worker.session import Session
@@ -43,6 +44,7 @@ class PrefillWorker:
 
     def __init__(self, options: WorkerOptions) -> None:
         self._runs: dict[str, _Run] = {}
+        self._fence = Fence()
         self.host = WorkerHost(
             options, SERVICES, on_step=self._on_step, hand_over=self.hand_over, kv_written=self._kv_written
         )
@@ -67,11 +69,11 @@ class PrefillWorker:
 
         Args: request, grant: both carry the attempt's sequence id in place of `request_id`.
         """
-        if request.request_id in self._runs:
-            self.host.metrics.stale_messages.inc()
-            return
-        self.cancel(request_id, request.attempt - 1)
         try:
+            if self._fence.is_repeated(request_id, request.attempt, session):
+                self.host.metrics.stale_messages.inc()
+                return
+            self.cancel(session, request_id, request.attempt - 1)
             self.host.refuse_if_out_of_service()
             if request.timeout_s <= 0:
                 raise DeadlineExceeded("the deadline passed before the prompt reached a prefill worker")
@@ -88,6 +90,7 @@ class PrefillWorker:
             deadline=asyncio.get_running_loop().call_later(request.timeout_s, self._expired, request.request_id),
         )
         self._runs[request.request_id] = run
+        self._fence.began(request_id, request.attempt, session)
         self.host.run_started()
         self._record(run, Event.PREFILL_QUEUED)
         try:
@@ -97,11 +100,15 @@ class PrefillWorker:
             return
         self.host.wake()
 
-    def cancel(self, request_id: str, attempt: int) -> None:
-        """Free what this and older attempts hold."""
-        for number in range(1, attempt + 1):
-            if (run := self._runs.get(sequence_id(request_id, number))) is not None:
-                self._cancel(run, "the router cancelled the request")
+    def cancel(self, session: RouterSession, request_id: str, attempt: int) -> None:
+        """Free what this and older attempts hold; another router that had one is told."""
+        self._fence.claim(request_id, attempt)
+        live = self._fence.live(request_id)
+        if live is not None and live.attempt <= attempt:
+            run = self._runs[sequence_id(request_id, live.attempt)]
+            if run.session is not session:
+                self.refuse(run.session, request_id, live.attempt, Superseded("another router took the request over"))
+            self._cancel(run, "the router cancelled the request")
 
     def session_ended(self, session: RouterSession) -> None:
         """The router is gone: nobody would read what it asked for."""
@@ -177,6 +184,7 @@ class PrefillWorker:
         self.host.engine.release(sequence)
         run = self._runs.pop(sequence, None)
         if run is not None:
+            self._fence.ended(run.request_id, run.request.attempt)
             run.deadline.cancel()
             self.host.run_ended()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..core.errors import InvalidRequest, ProtocolMismatch, SplitserveError, from_code
+from ..core.errors import InvalidRequest, ProtocolMismatch, SplitserveError, Superseded, from_code
 from ..core.logprobs import TokenLogprob, TopLogprob
 from ..core.request import FinishReason, FormatKind, OutputFormat, Request, SamplingParams
 from . import inference_pb2, worker_pb2
@@ -137,12 +137,18 @@ def request_from_proto(message: worker_pb2.WorkRequest) -> Request:
 
 
 def failure_to_proto(error: SplitserveError) -> worker_pb2.Failure:
-    return worker_pb2.Failure(
+    failure = worker_pb2.Failure(
         code=error.code, message=error.message, retry_after_s=error.retry_after_s or 0.0, field=error.field or ""
     )
+    if isinstance(error, Superseded):
+        failure.newest_call, failure.newest_age_s = error.newest_call, error.age_s
+    return failure
 
 
 def failure_from_proto(failure: worker_pb2.Failure) -> SplitserveError:
-    return from_code(
+    error = from_code(
         failure.code, failure.message, retry_after_s=failure.retry_after_s or None, field=failure.field or None
     )
+    if isinstance(error, Superseded):
+        error.newest_call, error.age_s = failure.newest_call, failure.newest_age_s
+    return error

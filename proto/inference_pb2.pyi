@@ -70,6 +70,7 @@ class GenerateRequest(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     OUTPUT_FORMAT_FIELD_NUMBER: _builtins.int
+    CALL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model, as ListModels gives it; empty for the only one served."""
     text: _builtins.str
@@ -79,7 +80,9 @@ class GenerateRequest(_message.Message):
     ignore_eos: _builtins.bool
     """Go on past the model's end-of-sequence tokens, up to max_tokens."""
     idempotency_key: _builtins.str
-    """Names this request across retries; empty: the router makes one."""
+    """Names this request across retries; empty: the router makes one. A second call with the key of a live request takes it
+    over, and that of one which just finished is told its answer again; a different request with the key is refused.
+    """
     priority: _builtins.int
     """Higher goes first among waiting requests."""
     tenant: _builtins.str
@@ -94,6 +97,10 @@ class GenerateRequest(_message.Message):
     """Tell how likely each token of the answer was, and so many of the likeliest in its place: 0 to 20. Unset is off."""
     prompt_logprobs: _builtins.int
     """The same for the tokens of the prompt, in PromptLogprobs. Unset is off. The prefix cache is not read then."""
+    call: _builtins.int
+    """How often this client has called with this key before, at whichever router: from 1 on, whatever an earlier call still
+    has running anywhere is ended.
+    """
     @_builtins.property
     def messages(self) -> Global___ChatMessages:
         """A conversation, rendered with the model's chat template."""
@@ -143,10 +150,11 @@ class GenerateRequest(_message.Message):
         logprobs: _builtins.int | None = ...,
         prompt_logprobs: _builtins.int | None = ...,
         output_format: Global___OutputFormat | None = ...,
+        call: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_prompt_logprobs", b"_prompt_logprobs", "input", b"input", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "messages", b"messages", "output_format", b"output_format", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_prompt_logprobs", b"_prompt_logprobs", "idempotency_key", b"idempotency_key", "ignore_eos", b"ignore_eos", "input", b"input", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "messages", b"messages", "min_tokens", b"min_tokens", "model", b"model", "output_format", b"output_format", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "protocol_version", b"protocol_version", "received_token_ids", b"received_token_ids", "sampling", b"sampling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_prompt_logprobs", b"_prompt_logprobs", "call", b"call", "idempotency_key", b"idempotency_key", "ignore_eos", b"ignore_eos", "input", b"input", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "messages", b"messages", "min_tokens", b"min_tokens", "model", b"model", "output_format", b"output_format", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "protocol_version", b"protocol_version", "received_token_ids", b"received_token_ids", "sampling", b"sampling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -409,7 +417,7 @@ class SamplingParams(_message.Message):
     frequency_penalty: _builtins.float
     """-2 to 2, times how often the output already holds the token."""
     seed: _builtins.int
-    """Same seed, same answer; unset: the router picks one and tells it in Started."""
+    """Same seed, same answer; unset: the router makes one of the idempotency key, or picks one, and tells it in Started."""
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
         """Added to the logits of these token ids before anything is chosen: -100 to 100, at most 300 tokens."""

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class InferenceStub:
-    """Inference generates text. Every method is safe to retry; Generate with an idempotency key is never run twice by one
-    router.
+    """Inference generates text. Every method is safe to retry; a Generate call with the idempotency key of an earlier one goes
+    on with its answer.
     """
 
     def __init__(self, channel):
@@ -64,8 +64,8 @@ class InferenceStub:
 
 
 class InferenceServicer:
-    """Inference generates text. Every method is safe to retry; Generate with an idempotency key is never run twice by one
-    router.
+    """Inference generates text. Every method is safe to retry; a Generate call with the idempotency key of an earlier one goes
+    on with its answer.
     """
 
     def Generate(self, request, context):
@@ -141,8 +141,8 @@ def add_InferenceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Inference:
-    """Inference generates text. Every method is safe to retry; Generate with an idempotency key is never run twice by one
-    router.
+    """Inference generates text. Every method is safe to retry; a Generate call with the idempotency key of an earlier one goes
+    on with its answer.
     """
 
     @staticmethod

@@ -30,8 +30,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class InferenceStub:
-    """Inference generates text. Every method is safe to retry; Generate with an idempotency key is never run twice by one
-    router.
+    """Inference generates text. Every method is safe to retry; a Generate call with the idempotency key of an earlier one goes
+    on with its answer.
     """
 
     @_typing.overload
@@ -53,8 +53,8 @@ class InferenceStub:
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
-    """Inference generates text. Every method is safe to retry; Generate with an idempotency key is never run twice by one
-    router.
+    """Inference generates text. Every method is safe to retry; a Generate call with the idempotency key of an earlier one goes
+    on with its answer.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -72,8 +72,8 @@ class InferenceAsyncStub(InferenceStub):
     """Detokenize turns token ids into text, exactly as Generate would."""
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
-    """Inference generates text. Every method is safe to retry; Generate with an idempotency key is never run twice by one
-    router.
+    """Inference generates text. Every method is safe to retry; a Generate call with the idempotency key of an earlier one goes
+    on with its answer.
     """
 
     @_abc_1.abstractmethod

@@ -334,7 +334,9 @@ class WorkRequest(_message.Message):
     request_id: _builtins.str
     """Id of the request."""
     attempt: _builtins.int
-    """Attempt, from 1."""
+    """Attempt. Call n of the client, from 0, numbers its attempts from n million and one: the higher of two attempts is the
+    newer one, whichever router made it.
+    """
     max_tokens: _builtins.int
     """Most output tokens, output_token_ids included."""
     priority: _builtins.int
@@ -412,6 +414,8 @@ class Failure(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
     FIELD_FIELD_NUMBER: _builtins.int
+    NEWEST_CALL_FIELD_NUMBER: _builtins.int
+    NEWEST_AGE_S_FIELD_NUMBER: _builtins.int
     code: _builtins.str
     """Code, as core/errors.py lists them."""
     message: _builtins.str
@@ -420,6 +424,10 @@ class Failure(_message.Message):
     """When to try again; 0 when unknown."""
     field: _builtins.str
     """Field of the client's request that is at fault; empty when none is."""
+    newest_call: _builtins.int
+    """Of "superseded": the call that has the request now."""
+    newest_age_s: _builtins.float
+    """Of "superseded": seconds since that call took it. A router whose call came later takes the request from it."""
     def __init__(
         self,
         *,
@@ -427,10 +435,12 @@ class Failure(_message.Message):
         message: _builtins.str = ...,
         retry_after_s: _builtins.float = ...,
         field: _builtins.str = ...,
+        newest_call: _builtins.int = ...,
+        newest_age_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "message", b"message", "retry_after_s", b"retry_after_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "message", b"message", "newest_age_s", b"newest_age_s", "newest_call", b"newest_call", "retry_after_s", b"retry_after_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -470,7 +480,10 @@ Global___RunFailed: _TypeAlias = RunFailed  # noqa: Y015
 
 @_typing.final
 class CancelRun(_message.Message):
-    """CancelRun frees whatever one attempt holds. It is not answered."""
+    """CancelRun frees whatever one attempt and those before it hold. It is not answered; a router whose attempt is taken from
+    it by another one is told "superseded". Attempt n million, which no router makes, claims the request for call n: from
+    then on no attempt of an earlier call may begin.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -479,7 +492,7 @@ class CancelRun(_message.Message):
     request_id: _builtins.str
     """Id of the request."""
     attempt: _builtins.int
-    """Attempt; an older one is ignored."""
+    """Attempt; what is newer goes on."""
     def __init__(
         self,
         *,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
@@ -18,10 +19,10 @@ from ..core.errors import (
     Cancelled,
     DeadlineExceeded,
     Draining,
-    InvalidRequest,
     KvCorrupted,
     Overloaded,
     SplitserveError,
+    Superseded,
     TransferFailed,
     Unavailable,
     WorkerLost,
@@ -32,10 +33,16 @@ from ..core.metrics import RouterMetrics
 from ..core.request import FinishReason, Request
 from ..proto import kv_transfer_pb2
 from ..scheduling.admission import Admission
-from ..scheduling.attempts import Answer, NewTokens
+from ..scheduling.attempts import Answer, NewTokens, first_attempt
+from ..scheduling.dispatch_order import dispatch
 from ..scheduling.fair_queue import FairQueue, Ticket
-from ..scheduling.routing import Placement, PrefillLoad, place
+from ..scheduling.policies.prefix import prefix
+from ..scheduling.retries import Failures, RetryRules
+from ..scheduling.routing import ClusterView, Placement, PrefillLoad, RoutingPolicy, Snapshot
+from .idempotency import EndedRequests, can_read, check_same
 from .membership import WorkerPool
+from .reading import Reading
+from .routing_view import RoutingView
 from .session import DecodeLink, DecodeReport, PrefillLink, PrefillReport, TransferReport, WorkerLink
 from .timeline import Timeline
 
@@ -46,6 +53,7 @@ class Phase(Enum):
     """What a request that has not ended waits for."""
 
     QUEUED = "waiting for a worker"
+    BACKING_OFF = "waiting to be tried again"
     GRANTING = "waiting for a grant of KV blocks"
     PREFILLING = "being prefilled"
     DECODING = "being decoded"
@@ -54,58 +62,56 @@ class Phase(Enum):
 class Job:
     """One request from submission to its end. Made by `Dispatcher.open`."""
 
-    def __init__(self, request: Request, timeline: Timeline, deadline_at: float, ticket: Ticket) -> None:
+    def __init__(
+        self, request: Request, timeline: Timeline, deadline_at: float, ticket: Ticket, digest: bytes = b""
+    ) -> None:
+        self.asked = request  # as the first call sent it
         self.request = request  # as the live attempt sends it
-        self.answer = Answer(request.output_token_ids)
+        self.digest = digest  # of all that makes it this request
+        self.answer = Answer(request.output_token_ids, request.attempt)
+        self.reading = Reading(self, len(request.output_token_ids))  # of the newest call
+        self.called_at = timeline.arrived_at  # of the newest call
         self.timeline = timeline
         self.deadline_at = deadline_at
         self.ticket = ticket
         self.predicted_ttft_s: float | None = None
+        self.draw = random.getrandbits(64)  # the policy's luck
         self.phase = Phase.QUEUED
         self.queued_at = timeline.arrived_at
         self.prefill: PrefillLink | None = None
         self.decode: DecodeLink | None = None
         self.avoid: set[str] = set()  # addresses of workers that failed it
-        self.num_failures = 0
+        self.failures = Failures()
         self.error: SplitserveError | None = None
         self.deadline_timer: asyncio.TimerHandle | None = None
         self.queue_timer: asyncio.TimerHandle | None = None  # runs while it is queued and has had no attempt
-        self.num_given = self._num_read = len(request.output_token_ids)  # tokens that the client brought
-        self._reader: asyncio.Future[None] | None = None
+        self.retry_timer: asyncio.TimerHandle | None = None
+        self.num_given = len(request.output_token_ids)  # tokens that the client brought
 
     @property
     def untouched(self) -> bool:
         """Nobody has worked for it yet, and its client has nothing."""
-        return self.num_failures == 0 and not self.answer.token_ids
-
-    async def read(self) -> list[int]:
-        """The next tokens, all that are there; [] once the answer is complete. Raises: SplitserveError: it failed."""
-        while True:
-            if new := self.answer.token_ids[self._num_read :]:
-                self._num_read += len(new)
-                return new
-            if self.error is not None:
-                raise self.error
-            if self.answer.ended:
-                return []
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
+        return self.failures.num == 0 and not self.answer.token_ids
 
     @property
     def wants_logprobs(self) -> bool:
         return self.request.logprobs is not None or self.request.prompt_logprobs is not None
 
-    def wake_reader(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+    def is_computed_by(self, worker: WorkerLink) -> bool:
+        """Whether the worker computes it, as far as can be known here, rather than only holding something for it."""
+        if worker is self.decode:
+            return self.phase is Phase.DECODING
+        return worker is self.prefill and self.phase is Phase.PREFILLING and self.timeline.prefill is None
 
 
 class Dispatcher:
-    """All live requests of one router. Implements `WorkerEvents`.
+    """All live requests of one router. Implements `WorkerEvents` and `scheduling.dispatch_order.Source`.
 
     Args:
+        policy: chooses the workers of a request.
         prefill_bound_s: seconds of prefill work that a worker may have outstanding.
-        max_attempts: failures of a request before its error goes to the client.
+        retries: what becomes of a request whose attempt failed.
+        keep_answers_s: how long the answer to a finished request can be asked for again.
         no_worker_wait_s: how long a request waits while nobody can serve it.
         ageing_s: waiting that is worth one step of priority.
     """
@@ -118,16 +124,20 @@ class Dispatcher:
         recorder: Recorder,
         *,
         prefill_bound_s: float,
-        max_attempts: int,
+        retries: RetryRules,
+        keep_answers_s: float,
         no_worker_wait_s: float,
         ageing_s: float,
+        policy: RoutingPolicy = prefix,
     ) -> None:
         self._pool = pool
         self._admission = admission
         self._metrics = metrics
         self._recorder = recorder
-        self._prefill_bound_s = prefill_bound_s
-        self._max_attempts = max_attempts
+        self._routing = RoutingView(pool, prefill_bound_s=prefill_bound_s)
+        self._policy = policy
+        self._retries = retries
+        self._ended = EndedRequests(keep_answers_s)
         self._no_worker_wait_s = no_worker_wait_s
         self._jobs: dict[str, Job] = {}
         self._queue: FairQueue[Job] = FairQueue(ageing_s)
@@ -149,37 +159,71 @@ class Dispatcher:
         return len(self._queue)
 
     @contextmanager
-    def open(self, request: Request, *, arrived_at: float, deadline_at: float) -> Iterator[Job]:
-        """Submit a request; on leaving, whatever it still holds anywhere is freed.
+    def open(
+        self, request: Request, *, arrived_at: float, deadline_at: float, call: int = 0, digest: bytes = b""
+    ) -> Iterator[Reading]:
+        """Submit a request, or take it over from an earlier call; on leaving, whatever it still holds is freed.
 
-        Raises: Overloaded: no room, or the first token would come too late. InvalidRequest: a live request has this id.
-            DeadlineExceeded: it is past.
+        Args:
+            call: how often the client asked before; see `GenerateRequest.call`.
+            digest: of the request; a key that comes with another one is refused.
+        Raises: Overloaded: no room, or the first token would come too late. IdempotencyConflict: the id is another
+            request's. DeadlineExceeded: it is past.
         """
-        if request.request_id in self._jobs:
-            raise InvalidRequest(
-                f"request {request.request_id!r} is still live; read its stream, cancel it, or use another key",
-                field="idempotency_key",
-            )
+        reading = self._take_over(request, arrived_at, deadline_at, digest)
+        if reading is None:
+            reading = self._submit(request, arrived_at, deadline_at, call, digest).reading
+        job = reading.job
+        try:
+            yield reading
+        finally:
+            if job.reading is reading:
+                if time.monotonic() >= job.deadline_at:  # gRPC ends the call at the same moment as our timer does
+                    self._expire(job)
+                self._end(job, Cancelled("the client went away"))
+
+    def _take_over(self, request: Request, arrived_at: float, deadline_at: float, digest: bytes) -> Reading | None:
+        """The answer of a live or just finished request, read from where the client is; None: nothing that helps."""
+        job = self._jobs.get(request.request_id) or self._ended.finished(request.request_id)
+        if job is None:
+            return None
+        check_same(job, digest)
+        if not can_read(job, request, deadline_at):
+            self._end(job, Superseded("a later call with this idempotency key began the request anew"))
+            return None
+        job.reading.take_away()
+        job.reading = Reading(job, len(request.output_token_ids))
+        job.called_at = arrived_at
+        self._metrics.takeovers.labels("replayed" if job.answer.ended else "attached").inc()
+        return job.reading
+
+    def _submit(self, request: Request, arrived_at: float, deadline_at: float, call: int, digest: bytes) -> Job:
         timeline = Timeline(request_id=request.request_id, arrived_at=arrived_at, recorder=self._recorder)
         timeline.mark(Event.ARRIVED, arrived_at)
         now = time.monotonic()
         if deadline_at <= now:
             raise DeadlineExceeded("the deadline is in the past; send the request with more time")
-        job = Job(request, timeline, deadline_at, self._ticket(request, arrived_at))
+        attempt = max(first_attempt(call), self._ended.last_attempt(request.request_id) + 1)
+        request = replace(request, attempt=attempt)
+        job = Job(request, timeline, deadline_at, self._ticket(request, arrived_at), digest)
         self._admit(job)
         timeline.mark(Event.ADMITTED, now)
+        self._retries.budget.admitted(now)
         loop = asyncio.get_running_loop()
         job.deadline_timer = loop.call_later(deadline_at - now, self._expire, job)
         self._jobs[request.request_id] = job
         self._metrics.live.set(len(self._jobs))
         self.idle.clear()
+        if call > 0:
+            self._claim(request.request_id, call)
         self._enqueue(job)
-        try:
-            yield job
-        finally:
-            if time.monotonic() >= job.deadline_at:  # gRPC ends the call at the same moment as our timer does
-                self._expire(job)
-            self._end(job, Cancelled("the client went away"))
+        return job
+
+    def _claim(self, request_id: str, call: int) -> None:
+        """Whatever earlier calls have running anywhere, by whichever router, ends now."""
+        self._metrics.takeovers.labels("claimed").inc()
+        for link in self._pool:
+            link.claim(request_id, first_attempt(call))
 
     def finish(self, job: Job) -> None:
         """The router itself found the end of the answer: a stop string."""
@@ -193,6 +237,10 @@ class Dispatcher:
             return False
         self._end(job, Cancelled("the request was cancelled"))
         return True
+
+    def keeps_answer(self, request_id: str) -> bool:
+        """Whether the answer to a finished request can be asked for again."""
+        return self._ended.finished(request_id) is not None
 
     def close(self, error: SplitserveError) -> None:
         """End every request with the error."""
@@ -270,6 +318,10 @@ class Dispatcher:
             worker.full = True
             self._queue.charge(job.ticket, -job.ticket.cost)
             self._requeue(job)
+        elif isinstance(error, Superseded) and error.age_s > time.monotonic() - job.called_at:
+            # By a call that came before ours, of a client that does not number its calls: the later one goes on.
+            self._claim(request_id, error.newest_call + 1)
+            self._requeue(job, call=error.newest_call + 1)
         else:
             self._attempt_failed(job, worker, error)
 
@@ -324,26 +376,12 @@ class Dispatcher:
             job.queue_timer = asyncio.get_running_loop().call_later(at - job.queued_at, self._too_late, job)
 
     def _pump(self) -> None:
-        """Dispatch from the head of the queue while there is a pair for it; strict order, so that nobody starves."""
+        """Send off what can be."""
         if self._pumping:
             return  # whoever ends a request below
         self._pumping = True
         try:
-            while len(self._queue):
-                job = self._queue.peek()
-                placement = place(
-                    [link.load for link in self._pool.prefills.values() if link.takes_work],
-                    [link.load for link in self._pool.decodes.values() if link.takes_work],
-                    any_prefill_alive=self._pool.any_prefill_alive,
-                    prefill_bound_s=self._prefill_bound_s,
-                    avoid=job.avoid,
-                )
-                if placement is None:
-                    break
-                if not self._starts_in_time(job):
-                    continue
-                self._queue.pop()
-                self._start(job, placement)
+            dispatch(self._policy, self)
         finally:
             self._pumping = False
         self._metrics.queued.set(self.num_queued)
@@ -370,8 +408,22 @@ class Dispatcher:
             self._metrics.overloaded.inc()
             self._end(job, self._admission.too_late(self.num_queued))
 
-    def _start(self, job: Job, placement: Placement) -> None:
+    # Of scheduling.dispatch_order.Source.
+
+    def in_order(self) -> Iterator[Job]:
+        return self._queue.in_order()
+
+    def view(self) -> ClusterView:
+        return self._routing.view()
+
+    def snapshot(self, job: Job, view: ClusterView, held_tokens: Mapping[str, int]) -> Snapshot:
+        return self._routing.snapshot(job, view, held_tokens)
+
+    def start(self, job: Job, placement: Placement) -> None:
         """Begin an attempt: ask for a grant, or have a colocated worker do everything."""
+        if not self._starts_in_time(job):
+            return
+        self._queue.serve(job.ticket)
         request, now = job.request, time.monotonic()
         _cancel(job.queue_timer)
         job.queue_timer = None
@@ -437,9 +489,9 @@ class Dispatcher:
             if job.timeline.first_token_at is None:
                 job.timeline.first_token_at = now
                 job.timeline.mark(Event.FIRST_TOKEN, now, tokens.attempt)
-                if job.predicted_ttft_s is not None and job.num_failures == 0:
+                if job.predicted_ttft_s is not None and job.failures.num == 0:
                     self._admission.ttft.measured(job.predicted_ttft_s, now - job.timeline.arrived_at)
-            job.wake_reader()
+            job.reading.wake()
         if job.answer.finish_reason is not None:
             for link in (job.prefill, job.decode):  # both free by themselves what a complete answer held
                 if link is not None:
@@ -451,21 +503,32 @@ class Dispatcher:
             self._metrics.handed_over.inc()
             self._requeue(job)
             return
-        job.num_failures += 1
-        if not error.retryable or job.num_failures >= self._max_attempts:
-            self._end(job, error)
+        now = time.monotonic()
+        try:
+            delay_s = self._retries.delay_s(
+                job.failures,
+                error,
+                boot_id=worker.boot_id if job.is_computed_by(worker) else "",
+                alive=self._pool.boot_ids,
+                num_tokens=len(job.answer.token_ids),
+                now=now,
+                num_live=self.num_live,
+            )
+        except SplitserveError as final:
+            self._end(job, final)
             return
         # A transfer's failure is told by the receiver; the sender is as likely its cause, and is the cheaper to avoid.
         culprit = job.prefill if isinstance(error, TransferFailed) and job.prefill is not None else worker
         job.avoid.add(culprit.address)
         self._metrics.retries.inc()
+        self._metrics.retries_left.set(self._retries.budget.left(now, num_live=self.num_live))
         logger.warning("request %s: attempt %d: %s", job.request.request_id, job.request.attempt, error.message)
-        self._requeue(job)
+        self._requeue(job, delay_s=delay_s)
 
-    def _requeue(self, job: Job) -> None:
+    def _requeue(self, job: Job, *, delay_s: float = 0.0, call: int = 0) -> None:
         """Revoke the attempt and queue the next, which goes on after the tokens that are there."""
         self._revoke(job)
-        attempt = job.answer.next_attempt()
+        attempt = job.answer.next_attempt(call)
         job.request = replace(
             job.request,
             attempt=attempt,
@@ -473,7 +536,11 @@ class Dispatcher:
             prompt_logprobs=None if job.answer.prompt_logprobs else job.request.prompt_logprobs,
         )
         job.timeline.mark(Event.RESUMED, time.monotonic(), attempt)
-        self._enqueue(job)
+        if delay_s > 0:
+            job.phase = Phase.BACKING_OFF
+            job.retry_timer = asyncio.get_running_loop().call_later(delay_s, self._enqueue, job)
+        else:
+            self._enqueue(job)
 
     def _revoke(self, job: Job) -> None:
         for link in (job.prefill, job.decode):
@@ -497,14 +564,16 @@ class Dispatcher:
         self._revoke(job)
         _cancel(job.deadline_timer)
         _cancel(job.queue_timer)
+        _cancel(job.retry_timer)
         del self._jobs[job.request.request_id]
         job.error = error
+        self._ended.add(job)
         job.timeline.ended_at = now
         self._admission.left(now)
         self._record_end(job, now)
         if not self._jobs:
             self.idle.set()
-        job.wake_reader()
+        job.reading.wake()
         self._pump()
 
     def _record_end(self, job: Job, now: float) -> None:

@@ -9,19 +9,21 @@ from collections.abc import AsyncGenerator, Sequence
 
 from ..core.errors import InvalidRequest, Unavailable
 from ..core.logprobs import TokenLogprob
-from ..core.request import MAX_SEED, FinishReason, Request
+from ..core.request import MAX_SEED, FinishReason, Request, seed_of_key
 from ..engine.output_format import check_format
 from ..proto import inference_pb2
 from ..proto.convert import check_protocol, format_from_proto, logprob_to_proto, reason_to_proto, sampling_from_proto
 from ..scheduling.admission import ModelLimits, check_model, make_request
 from .conversation import template_input
 from .dispatch import Dispatcher, Job
+from .idempotency import digest_of
 from .keys import CALLER
 from .membership import WorkerPool
 from .text import AnswerText, ModelText
 from .timeline import Timeline
 
 MAX_KEY_CHARS = 256
+MAX_CALLS = 4_000  # attempts are numbered within 32 bits
 
 
 class FrontDoor:
@@ -72,11 +74,15 @@ class FrontDoor:
             yield _finished(reason, work, len(work.output_token_ids))
             return
         deadline_at = arrived_at + work.timeout_s
-        with self._dispatcher.open(work, arrived_at=arrived_at, deadline_at=deadline_at) as job:
+        digest = digest_of(request, CALLER.get().name)  # with the seed that _prepare stamped
+        with self._dispatcher.open(
+            work, arrived_at=arrived_at, deadline_at=deadline_at, call=request.call, digest=digest
+        ) as reading:
+            job = reading.job
             yield self._started(work)
             index = len(work.output_token_ids)
             told_prompt = work.prompt_logprobs is None
-            while token_ids := await job.read():
+            while token_ids := await reading.read():
                 if not told_prompt:
                     told_prompt = True
                     yield self._prompt_logprobs(work, job.answer.prompt_logprobs)
@@ -89,7 +95,7 @@ class FrontDoor:
                     break  # tokens that came while the above was sent are no part of the answer
             if tail := answer.flush():
                 yield _tokens(index, (), tail)
-            yield _finished(job.answer.finish_reason, work, index, job.timeline, job.num_failures + 1)
+            yield _finished(job.answer.finish_reason, work, index, job.timeline, job.failures.num + 1)
 
     def cancel(self, request_id: str) -> bool:
         """End a live request; False if there is none of this id."""
@@ -128,8 +134,11 @@ class FrontDoor:
                 f"idempotency_key has {len(message.idempotency_key)} characters; at most {MAX_KEY_CHARS} are allowed",
                 field="idempotency_key",
             )
+        if message.call > MAX_CALLS:
+            raise InvalidRequest(f"call is {message.call:,}; at most {MAX_CALLS:,} are counted", field="call")
         if not message.sampling.HasField("seed"):
-            message.sampling.seed = secrets.randbelow(MAX_SEED + 1)
+            key = message.idempotency_key
+            message.sampling.seed = seed_of_key(key) if key else secrets.randbelow(MAX_SEED + 1)
         sampling = sampling_from_proto(message.sampling)
         output_format = None
         if message.HasField("output_format"):

@@ -44,8 +44,19 @@ class WorkerPool:
         yield from self.decodes.values()
 
     @property
+    def boot_ids(self) -> set[str]:
+        """Of all workers that are there."""
+        return {link.boot_id for link in self if link.info is not None}
+
+    @property
     def any_prefill_alive(self) -> bool:
         return any(link.state == "ready" for link in self.prefills.values())
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of the whole model; 0 while no worker has told."""
+        infos = (link.info for link in self if link.info is not None)
+        return max((info.kv_bytes_per_token * max(1, info.tensor_parallel) for info in infos), default=0)
 
     def set_workers(self, prefill: Collection[str], decode: Collection[str], events: WorkerEvents) -> None:
         """Replace the list. Workers already known keep their sessions; those gone finish what they run."""

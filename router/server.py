@@ -19,6 +19,8 @@ from ..core.metrics import RouterMetrics
 from ..engine.model_files import resolve_model
 from ..proto.server import Ready, RpcServer, run
 from ..scheduling.admission import Admission, AdmissionPolicy
+from ..scheduling.policies.registry import DEFAULT_POLICY, load_policy
+from ..scheduling.retries import RetryBudget, RetryRules
 from .dispatch import Dispatcher
 from .front_door import FrontDoor
 from .frontend import ADMIN, INFERENCE, Inference, RouterAdmin, add_to_server
@@ -47,10 +49,15 @@ class RouterOptions:
     api_key_file: Path | None = None  # keys asked of every caller; None: everybody may call
     controller_key_sha256: str = ""  # of the key that the cluster's controller calls with, in hex
     router_id: str = ""  # unique in the cluster; empty makes one
+    policy: str = DEFAULT_POLICY  # by which workers are chosen: scheduling/policies/registry.py knows the names
     max_queued: int = 256  # requests waiting for dispatch; more are refused
     max_live: int = 8_192  # requests not ended; more are refused
     prefill_bound_s: float = 0.2  # seconds of prefill work that a worker may have outstanding
     max_attempts: int = 3  # failures of a request before its error goes to the client
+    max_worker_deaths: int = 2  # workers that may die computing one request before it is held to be the cause
+    retry_ratio: float = 0.5  # retries of a minute, for each of its requests
+    retry_floor: int = 64  # retries of a minute that are allowed in any case
+    keep_answers_s: float = 30.0  # how long the answer to a finished request can be asked for again with its key
     default_timeout_s: float = 600.0  # deadline of a call that has none
     no_worker_wait_s: float = 4.0  # how long a request waits while nobody can serve it
     admission: AdmissionPolicy = "refuse"  # of requests that would have their first token too late
@@ -64,7 +71,7 @@ class RouterOptions:
 class Router:
     """One router: made on a running event loop, then `start` and `stop`.
 
-    Raises: AddressInUse, ModelLoadFailed: it cannot start.
+    Raises: AddressInUse, ModelLoadFailed, ConfigError: it cannot start.
     """
 
     def __init__(self, options: RouterOptions) -> None:
@@ -87,8 +94,14 @@ class Router:
             self.metrics,
             self.recorder,
             prefill_bound_s=options.prefill_bound_s,
-            max_attempts=options.max_attempts,
+            retries=RetryRules(
+                max_attempts=options.max_attempts,
+                max_deaths=options.max_worker_deaths,
+                budget=RetryBudget(ratio=options.retry_ratio, floor=options.retry_floor),
+            ),
+            keep_answers_s=options.keep_answers_s,
             no_worker_wait_s=options.no_worker_wait_s,
+            policy=load_policy(options.policy),
             ageing_s=options.ageing_s,
         )
         self._door = FrontDoor(

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import grpc
 import grpc.aio
 
-from ..core.errors import Draining, ProtocolMismatch, SplitserveError, WorkerLost
+from ..core.errors import Draining, ProtocolMismatch, SplitserveError, WorkerDied, WorkerLost
 from ..core.request import Request
 from ..proto import kv_transfer_pb2, worker_pb2, worker_pb2_grpc
 from ..proto.convert import (
@@ -28,6 +28,7 @@ from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
 from ..scheduling.attempts import NewTokens
 from ..scheduling.decode_pace import DecodePace
 from ..scheduling.routing import DecodeLoad, PrefillLoad
+from ..scheduling.step_times import MeasuredTimes, StepTimes
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class WorkerLink:
         self.address = address
         self.reason = "not connected yet"
         self.info: worker_pb2.WorkerInfo | None = None  # None while there is no session
+        self.boot_id = ""  # of the process that the session is with, or was
         self.status = worker_pb2.WorkerStatus()
         self.full = False  # it said "overloaded"; asked again after its next status or when a run here ends
         self.retired = False  # no longer on the list: finishes what it runs
@@ -142,6 +144,11 @@ class WorkerLink:
             self._send(cancel=worker_pb2.CancelRun(request_id=request_id, attempt=attempt))
             self.detach(request_id)
 
+    def claim(self, request_id: str, attempt: int) -> None:
+        """Tell the worker that this router takes the request over from whoever runs attempts before this one there."""
+        if self.info is not None:
+            self._send(cancel=worker_pb2.CancelRun(request_id=request_id, attempt=attempt - 1))
+
     @property
     def stopping(self) -> bool:
         return self._task is not None and (self._task.done() or self._task.cancelling() > 0)
@@ -186,7 +193,7 @@ class WorkerLink:
         """Session after session until stopped, with back-off between them."""
         delay_s = MIN_RECONNECT_S
         while True:
-            reason, refusal = "the worker ended the session", ""
+            reason, refusal, died = "the worker ended the session", "", False
             try:
                 async with asyncio.timeout(SILENCE_S) as watchdog:
                     await self._session(watchdog)
@@ -197,6 +204,7 @@ class WorkerLink:
                 reason = f"no word for {SILENCE_S:g} s: the worker or its host hangs"
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
+                died = error.code() is grpc.StatusCode.UNAVAILABLE
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                     reason = refusal = f"nothing at {self.address} is a {self.role} worker"
                 elif isinstance(from_rpc_error(error), ProtocolMismatch):
@@ -212,7 +220,7 @@ class WorkerLink:
                 self.reason = reason
                 if was_up:
                     # What it still had when it went was on its way to it, or would have been handed over.
-                    kind = Draining if self.status.draining else WorkerLost
+                    kind = Draining if self.status.draining else WorkerDied if died else WorkerLost
                     self._events.lost(self, kind(f"{self.role} worker {self.address} was lost: {reason}"))
                     self.runs.clear()
                 self._events.workers_changed()
@@ -248,7 +256,7 @@ class WorkerLink:
 
     def _hello(self, info: worker_pb2.WorkerInfo) -> None:
         check_protocol(info.protocol_version, f"{self.role} worker {self.address}")
-        self.info = info
+        self.info, self.boot_id = info, info.boot_id
         self.status = worker_pb2.WorkerStatus()
         self.reconsider()
         logger.info("%s worker %s (%s): %s", self.role, self.address, info.worker_id, self.reason or "connected")
@@ -276,10 +284,6 @@ class PrefillLink(WorkerLink):
         # Of our runs without a first token, and of other routers' as of the last status.
         self._own_tokens = self._own_prompts = 0
         self._others_tokens = self._others_prompts = 0
-
-    @property
-    def boot_id(self) -> str:
-        return self.info.boot_id if self.info is not None else ""
 
     @property
     def kv_address(self) -> str:
@@ -385,12 +389,25 @@ class DecodeLink(WorkerLink):
         return (self.info.block_size if self.info is not None else 0) or 16
 
     @property
+    def times(self) -> StepTimes | None:
+        """Its steps as it measured them; None before its first prompt."""
+        if not self.status.prefill_tokens_per_s:
+            return None
+        return MeasuredTimes(
+            prefill_tokens_per_s=self.status.prefill_tokens_per_s, decode_step_time_s=self.status.decode_step_s
+        )
+
+    @property
     def load(self) -> DecodeLoad:
         available = self.status.num_free_blocks + self.status.num_cached_blocks
         return DecodeLoad(
             worker=self.address,
             available_blocks=available - sum(self.runs.values()),
             num_sequences=self._num_sequences,
+            num_blocks=self.status.num_blocks,
+            block_size=self.block_size,
+            local_prefill_tokens=self.status.num_outstanding_prefill_tokens,
+            times=self.times,
             colocated=self.colocated,
         )
 

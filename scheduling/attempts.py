@@ -9,6 +9,21 @@ from ..core.errors import KvCorrupted
 from ..core.logprobs import TokenLogprob
 from ..core.request import FinishReason
 
+ATTEMPTS_PER_CALL = 1_000_000  # that the attempts of one call are numbered within
+
+
+def first_attempt(call: int) -> int:
+    """Number of the first attempt that a router makes for call `call` (from 0) of one request.
+
+    So attempts are ordered over all routers that ever had the request, and a worker knows which of two is newer.
+    """
+    return call * ATTEMPTS_PER_CALL + 1
+
+
+def call_of(attempt: int) -> int:
+    """The call that an attempt is made for."""
+    return attempt // ATTEMPTS_PER_CALL
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewTokens:
@@ -29,14 +44,16 @@ class Answer:
     Prefill and decode worker report over different streams, so messages come in any order and some twice: an early
     token waits for the ones before it, a repeated one is dropped, and whatever a revoked attempt still says is stale.
 
-    Args: token_ids: tokens that the client already has.
+    Args:
+        token_ids: tokens that the client already has.
+        attempt: number of the first attempt.
     """
 
-    def __init__(self, token_ids: Sequence[int] = ()) -> None:
+    def __init__(self, token_ids: Sequence[int] = (), attempt: int = 1) -> None:
         self.token_ids = list(token_ids)
         self.logprobs: list[TokenLogprob | None] = [None] * len(self.token_ids)  # None: not asked for, or not known
         self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
-        self.attempt = 1
+        self.attempt = attempt
         self.finish_reason: FinishReason | None = None
         self.ended = False
         self.num_stale = 0  # messages of another attempt, or after the end
@@ -45,9 +62,9 @@ class Answer:
         self._early_logprobs: dict[int, TokenLogprob] = {}
         self._final: tuple[int, FinishReason] | None = None  # length of the complete answer, and why it ends there
 
-    def next_attempt(self) -> int:
-        """Revoke the live attempt; the next one goes on after the tokens that are there."""
-        self.attempt += 1
+    def next_attempt(self, call: int = 0) -> int:
+        """Revoke the live attempt; the next one, of this call at least, goes on after the tokens that are there."""
+        self.attempt = max(self.attempt + 1, first_attempt(call))
         self._early.clear()
         self._early_logprobs.clear()
         self._final = None

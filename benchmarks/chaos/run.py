@@ -43,6 +43,7 @@ def chaos_config(model: Path, traces: Path) -> ClusterConfig:
             "engine.dtype": "float32",
             "engine.self_check": False,
             "router.max_attempts": _ATTEMPTS,
+            "router.max_worker_deaths": _ATTEMPTS,  # these workers' deaths are nobody's fault
             "router.no_worker_wait_s": 30.0,
         },
     )

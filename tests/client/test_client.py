@@ -128,7 +128,11 @@ def test_a_retry_that_succeeds_is_an_ordinary_answer(generate: Generate) -> None
     with ScriptedRouter(fail_twice) as router:
         result = generate(router.address, "a", FAST_RETRY, idempotency_key="key-1")
         assert (result.request_id, result.token_ids) == ("r-1", (0, 1, 2, 3))
-        assert [request.idempotency_key for request in router.requests] == ["key-1"] * 3
+        assert [(request.idempotency_key, request.call) for request in router.requests] == [
+            ("key-1", 0),
+            ("key-1", 1),
+            ("key-1", 2),
+        ]
 
 
 def test_a_stream_that_breaks_goes_on_after_the_tokens_that_came(generate: Generate) -> None:
@@ -147,7 +151,11 @@ def test_a_stream_that_breaks_goes_on_after_the_tokens_that_came(generate: Gener
         assert (result.token_ids, result.text) == ((0, 1, 2, 3, 4, 5), "0 1 2 3 4 5 ")
         assert [list(request.received_token_ids) for request in router.requests] == [list(range(n)) for n in range(6)]
         assert [request.sampling.seed for request in router.requests[1:]] == [9] * 5
-        assert [request.idempotency_key for request in router.requests[:3]] == ["key", "key~1", "key~2"]
+        assert [(request.idempotency_key, request.call) for request in router.requests[:3]] == [
+            ("key", 0),
+            ("key", 1),
+            ("key", 2),
+        ]
 
 
 def test_a_stream_that_breaks_without_progress_fails(generate: Generate) -> None:

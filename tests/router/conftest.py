@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class ScriptedWorker:
             **{
                 "protocol_version": PROTOCOL_VERSION,
                 "worker_id": role,
-                "boot_id": role,
+                "boot_id": secrets.token_hex(8),
                 "role": worker_pb2.Role.Value(f"ROLE_{role.upper()}"),
                 "model": model,
                 "geometry_digest": "g",
