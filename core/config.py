@@ -101,6 +101,12 @@ class RouterConfig(Section):
         default=None,
         description="File of API keys (`splitserve keys new`), asked of every caller; empty: everybody may call",
     )
+    policy: str = Field(
+        default="prefix",
+        min_length=1,
+        description="How workers are chosen: prefix, least_loaded, power_of_two, round_robin, session, or the name of "
+        "an installed entry point (docs/routing.md)",
+    )
     max_queued: int = Field(default=256, ge=1, description="Requests waiting for dispatch; more are refused")
     max_live: int = Field(default=8_192, ge=1, description="Requests not ended, queued ones included; more are refused")
     admission: Literal["refuse", "queue"] = Field(
@@ -170,6 +176,9 @@ class RestartConfig(Section):
     window_s: float = Field(default=600.0, gt=0, description="Seconds after which a restart no longer counts")
     backoff_s: float = Field(
         default=0.5, ge=0, description="Wait before the second restart in a row; doubles, up to 30 s"
+    )
+    unhealthy_s: float = Field(
+        default=7.0, gt=0, description="Seconds after which a worker that does not answer is killed and started again"
     )
 
 

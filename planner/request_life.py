@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..core.events import Event
@@ -34,6 +35,11 @@ class RequestLife:
     marks: list[tuple[Event, float]] = field(default_factory=list)
     prefill: str | None = None  # workers of the live attempt
     decode: str = ""
+    draw: int = 0  # the router's luck for it
+    prefix_keys: list[int] = field(default_factory=list)  # of each full block of its prompt
+    cached_tokens: Mapping[str, int] = field(default_factory=dict)  # worker -> of the prompt, by the router's index
+    matched_at: int = -1  # version of the index that said so
+    num_uncached: int = 0  # prompt tokens that the router takes its worker to compute
     first_token_s: float | None = None
     last_token_s: float = 0.0  # of the last token before the open span
     ended_s: float | None = None

@@ -1,52 +1,27 @@
-"""The router of a simulation: real admission and real placement over the loads of simulated workers."""
+"""The router of a simulation: real admission, policies and prefix index over the loads of simulated workers."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Protocol
 
 from ..core.errors import Overloaded, PromptTooLong, SplitserveError
 from ..core.events import Event
 from ..core.kv_geometry import blocks_for
-from ..core.request import Request
 from ..scheduling.admission import Admission
 from ..scheduling.decode_pace import DecodePace
+from ..scheduling.dispatch_order import dispatch
 from ..scheduling.fair_queue import FairQueue
-from ..scheduling.routing import DecodeLoad, Placement, PrefillLoad, place
+from ..scheduling.prefix_feed import PrefixFeed, block_key
+from ..scheduling.prefix_index import PrefixIndex
+from ..scheduling.routing import ClusterView, DecodeLoad, Placement, PrefillLoad, RoutedRequest, RoutingPolicy, Snapshot
+from ..scheduling.step_times import MeasuredTimes
 from .event_queue import EventQueue
 from .request_life import RequestLife
 from .simulated_worker import SimulatedWorker
-
-
-class PlacementPolicy(Protocol):
-    """Chooses the pair for a request, or None: it waits. `rng` is the only source of chance."""
-
-    def __call__(
-        self,
-        request: Request,
-        prefills: Sequence[PrefillLoad],
-        decodes: Sequence[DecodeLoad],
-        *,
-        any_prefill_alive: bool,
-        prefill_bound_s: float,
-        rng: random.Random,
-    ) -> Placement | None: ...
-
-
-def default_policy(
-    request: Request,
-    prefills: Sequence[PrefillLoad],
-    decodes: Sequence[DecodeLoad],
-    *,
-    any_prefill_alive: bool,
-    prefill_bound_s: float,
-    rng: random.Random,
-) -> Placement | None:
-    """What the router does."""
-    return place(prefills, decodes, any_prefill_alive=any_prefill_alive, prefill_bound_s=prefill_bound_s)
+from .types import SimRequest
 
 
 class _Member:
@@ -56,6 +31,8 @@ class _Member:
         self.worker = worker
         self.full = False  # it refused; asked again when something ends there
         self.retired = False
+        blocks = worker.scheduler.blocks
+        self.feed: PrefixFeed | None = blocks.follow() if blocks.has_prefix_cache else None
 
     @property
     def takes_work(self) -> bool:
@@ -95,21 +72,30 @@ class _DecodeMember(_Member):
     def __init__(self, worker: SimulatedWorker, *, colocated: bool, pace: DecodePace) -> None:
         super().__init__(worker)
         self._colocated = colocated
+        self._local_tokens = 0  # of prompts that it still has to compute
         self._pace = pace
         self._available_blocks = worker.scheduler.blocks.num_available
         self._num_sequences = 0
         self._num_runs = 0
+        self._decode_step_s = 0.0
         self._load: DecodeLoad | None = None
 
-    def attach(self, num_blocks: int) -> None:
+    def attach(self, num_blocks: int, local_tokens: int) -> None:
         self._available_blocks -= num_blocks
         self._num_runs += 1
+        self._local_tokens += local_tokens
+        self._load = None
+
+    def prefilled(self, local_tokens: int) -> None:
+        """It computed a prompt by itself."""
+        self._local_tokens -= local_tokens
         self._load = None
 
     def freed(self) -> None:
         """Something ended there, and it told how it stands now."""
         self._available_blocks = self.worker.scheduler.blocks.num_available
         self._num_sequences = self.worker.num_sequences
+        self._decode_step_s = self.worker.decode_step[1]
         self._pace.report(*self.worker.decode_step)
         self._num_runs -= 1
         self._load = None
@@ -126,7 +112,15 @@ class _DecodeMember(_Member):
                 worker=self.worker.name,
                 available_blocks=self._available_blocks,
                 num_sequences=max(self._num_sequences, self._num_runs),
+                num_blocks=self.worker.scheduler.blocks.num_blocks,
+                block_size=self.worker.scheduler.blocks.block_size,
+                local_prefill_tokens=self._local_tokens,
+                times=MeasuredTimes(
+                    prefill_tokens_per_s=self.worker.prefill_tokens_per_s,
+                    decode_step_time_s=self._decode_step_s,
+                ),
                 colocated=self._colocated,
+                prefills_locally=True,
             )
         return self._load
 
@@ -142,9 +136,10 @@ class _DecodeMember(_Member):
 
 
 class SimulatedRouter:
-    """Queue, placement and grants.
+    """Queue, placement and grants. Implements `scheduling.dispatch_order.Source`.
 
     Args:
+        prompt_hashes: of each full KV block of a request's prompt, by request id.
         tpot_target_s: longest decode step that new sequences may bring about; None: any.
         ageing_s: waiting that is worth one step of priority.
         on_failed: told of a request that ends without an answer.
@@ -154,9 +149,13 @@ class SimulatedRouter:
         self,
         queue: EventQueue,
         admission: Admission,
-        policy: PlacementPolicy,
+        policy: RoutingPolicy,
         *,
         prefill_bound_s: float,
+        local_prefill_itl_s: float | None,
+        kv_bytes_per_token: float,
+        ttft_target_s: float | None,
+        prompt_hashes: Callable[[str], Sequence[bytes]],
         tpot_target_s: float | None,
         ageing_s: float,
         rng: random.Random,
@@ -164,8 +163,13 @@ class SimulatedRouter:
     ) -> None:
         self._events = queue
         self._admission = admission
-        self._policy = policy
         self._prefill_bound_s = prefill_bound_s
+        self._local_prefill_itl_s = local_prefill_itl_s
+        self._kv_bytes_per_token = kv_bytes_per_token
+        self._ttft_target_s = ttft_target_s
+        self._prompt_hashes = prompt_hashes
+        self._index = PrefixIndex()
+        self._policy = policy
         self._rng = rng
         self._on_failed = on_failed
         self._prefills: dict[str, _PrefillMember] = {}
@@ -217,6 +221,8 @@ class SimulatedRouter:
     def enqueue(self, life: RequestLife) -> None:
         """An admitted request is ready for dispatch."""
         self._num_admitted -= 1
+        life.draw = self._rng.getrandbits(64)
+        life.prefix_keys = [block_key(found) for found in self._prompt_hashes(life.request_id)]
         life.waits = True
         self._queue.push(life.ticket, life)
         self.pump()
@@ -228,13 +234,17 @@ class SimulatedRouter:
         """It has its first token."""
         if life.predicted_ttft_s is not None:
             self._admission.ttft.measured(life.predicted_ttft_s, self._events.now_s - life.request.arrival_s)
-        if life.prefill is not None:
-            self._prefills[life.prefill].prefilled(life.request.isl)
+        member: _PrefillMember | _DecodeMember
+        member = self._prefills[life.prefill] if life.prefill is not None else self._decodes[life.decode]
+        member.prefilled(life.num_uncached)
+        self._read_feed(member)
         self.pump()
 
     def freed(self, life: RequestLife) -> None:
         """It let go of what it had on its decode worker."""
-        self._decodes[life.decode].freed()
+        member = self._decodes[life.decode]
+        member.freed()
+        self._read_feed(member)
         self.pump()
 
     def ended(self, life: RequestLife) -> None:
@@ -244,24 +254,8 @@ class SimulatedRouter:
         self._admission.left(self._events.now_s)
 
     def pump(self) -> None:
-        """Dispatch from the head of the queue while there is a pair for it."""
-        while len(self._queue):
-            life = self._queue.peek()
-            placement = self._policy(
-                life.work,
-                [member.load for member in self._prefills.values() if member.takes_work],
-                [member.load for member in self._decodes.values() if member.takes_work],
-                any_prefill_alive=any(not member.retired for member in self._prefills.values()),
-                prefill_bound_s=self._prefill_bound_s,
-                rng=self._rng,
-            )
-            if placement is None:
-                return
-            if self._admission.ttft_target_s < math.inf and not self._starts_in_time(life):
-                continue
-            if self._start(life, placement):
-                self._queue.pop()
-                life.waits = False
+        """Send off what can be."""
+        dispatch(self._policy, self)
 
     def _prefill_loads(self) -> list[PrefillLoad]:
         """Of everybody who computes prompts, whether or not it takes one more right now; none if nobody asks."""
@@ -293,11 +287,71 @@ class SimulatedRouter:
         self._on_failed(life, error)
         self.ended(life)
 
-    def _start(self, life: RequestLife, placement: Placement) -> bool:
+    # --- of dispatch_order.Source ---
+
+    def in_order(self) -> Iterator[RequestLife]:
+        return self._queue.in_order()
+
+    def view(self) -> ClusterView:
+        return ClusterView(
+            prefills=[member.load for member in self._prefills.values() if member.takes_work],
+            decodes=[member.load for member in self._decodes.values() if member.takes_work],
+            any_prefill_alive=any(not member.retired for member in self._prefills.values()),
+            prefill_bound_s=self._prefill_bound_s,
+            kv_bytes_per_token=self._kv_bytes_per_token,
+            local_prefill_itl_s=self._local_prefill_itl_s,
+        )
+
+    def snapshot(self, job: RequestLife, view: ClusterView, held_tokens: Mapping[str, int]) -> Snapshot:
+        slack_s = self._ttft_target_s
+        if slack_s is not None:
+            slack_s -= self._events.now_s - job.request.arrival_s
+        return Snapshot(
+            request=RoutedRequest(
+                num_tokens=job.request.isl,
+                turn=job.index,
+                draw=job.draw,
+                session=_session(job.request),
+                ttft_slack_s=slack_s,
+            ),
+            view=view,
+            cached_tokens=self._cached_tokens(job),
+            held_tokens=held_tokens,
+        )
+
+    def _cached_tokens(self, life: RequestLife) -> Mapping[str, int]:
+        """What the index says of the prompt; asked again only after it has changed."""
+        if not life.prefix_keys:
+            return {}
+        if life.matched_at != self._index.version:
+            life.matched_at = self._index.version
+            members: Mapping[str, _Member] = {**self._prefills, **self._decodes}
+            life.cached_tokens = {
+                name: num_blocks * members[name].worker.scheduler.blocks.block_size
+                for name, num_blocks in self._index.match(life.prefix_keys).items()
+            }
+        return life.cached_tokens
+
+    def _read_feed(self, member: _Member) -> None:
+        """A status came, and with it what changed in the worker's prefix index."""
+        if member.feed is not None:
+            while (changes := member.feed.take()) is not None:
+                self._index.apply(member.worker.name, changes)
+
+    def start(self, job: RequestLife, placement: Placement) -> None:
+        if self._admission.ttft_target_s < math.inf and not self._starts_in_time(job):
+            return
+        if self._begin(job, placement):
+            self._queue.serve(job.ticket)
+            job.waits = False
+
+    def _begin(self, life: RequestLife, placement: Placement) -> bool:
         """Begin at the chosen pair; False: one of them has no room now."""
         decode = self._decodes[placement.decode]
         prefill = self._prefills[placement.prefill] if placement.prefill is not None else None
         life.decode, life.prefill = placement.decode, placement.prefill
+        computed_by = placement.prefill or placement.decode
+        life.num_uncached = max(1, life.request.isl - self._cached_tokens(life).get(computed_by, 0))
         if error := _never_fits(life, decode.worker, prefill.worker if prefill is not None else None):
             self._on_failed(life, error)
             self.ended(life)
@@ -321,10 +375,18 @@ class SimulatedRouter:
                 prefill.full = True
                 decode.worker.release(life.request_id)
                 return False
-            prefill.attach(life.request.isl)
-        decode.attach(blocks_for(life.request.isl, decode.worker.scheduler.blocks.block_size))
+            prefill.attach(life.num_uncached)
+        decode.attach(
+            blocks_for(life.request.isl, decode.worker.scheduler.blocks.block_size),
+            life.num_uncached if prefill is None else 0,
+        )
         self._admission.ttft.dispatched(now_s, life.ticket.cost, len(self._queue) - 1)
         return True
+
+
+def _session(request: SimRequest) -> bytes:
+    """Of a trace: the first block that not everybody begins with."""
+    return b"%d" % request.hash_ids[min(1, len(request.hash_ids) - 1)] if request.hash_ids else b""
 
 
 def _never_fits(life: RequestLife, decode: SimulatedWorker, prefill: SimulatedWorker | None) -> PromptTooLong | None:

@@ -12,11 +12,13 @@ from ..core.errors import ConfigError, SplitserveError
 from ..core.events import Event
 from ..scheduling.admission import Admission, AdmissionPolicy
 from ..scheduling.fair_queue import Ticket
+from ..scheduling.policies.prefix import prefix
+from ..scheduling.routing import RoutingPolicy
 from ..scheduling.steps import StepPlan
 from .event_queue import EventQueue
 from .kv_link import KvLinks
 from .request_life import RequestLife
-from .simulated_router import PlacementPolicy, SimulatedRouter, default_policy
+from .simulated_router import SimulatedRouter
 from .simulated_worker import SimulatedWorker
 from .simulation_result import SimulationResult, summarize_lives
 from .trace_contents import TraceContents
@@ -37,6 +39,7 @@ class RouterLimits:
     ttft_target_s: float | None = None
     tpot_target_s: float | None = None
     ageing_s: float = RouterConfig().ageing_s
+    local_prefill_itl_s: float | None = None
 
 
 def simulate(
@@ -45,7 +48,7 @@ def simulate(
     *,
     seed: int = 0,
     limits: RouterLimits | None = None,
-    policy: PlacementPolicy = default_policy,
+    policy: RoutingPolicy = prefix,
     block_tokens: int | None = None,
     on_progress: Callable[[int], None] = lambda num_ended: None,
 ) -> SimulationResult:
@@ -82,7 +85,7 @@ class Simulation:
         *,
         seed: int = 0,
         limits: RouterLimits | None = None,
-        policy: PlacementPolicy = default_policy,
+        policy: RoutingPolicy = prefix,
         block_tokens: int | None = None,
         on_progress: Callable[[int], None] = lambda num_ended: None,
     ) -> None:
@@ -91,6 +94,15 @@ class Simulation:
         self.queue = EventQueue()
         self.links = KvLinks(cluster.link_bytes_per_s)
         self.workers: dict[str, SimulatedWorker] = {}  # every one that ever was
+        self._requests = sorted(enumerate(requests), key=lambda item: item[1].arrival_s)
+        self._block_tokens = block_tokens or _block_tokens(cluster, requests)
+        for pool in (cluster.prefill, cluster.decode):
+            if pool is not None and self._block_tokens % pool.worker.block_size:
+                raise ConfigError(
+                    f"block_tokens is {self._block_tokens}; it must be a multiple of the block size "
+                    f"{pool.worker.block_size}"
+                )
+        self._contents = TraceContents(self._block_tokens)
         self.router = SimulatedRouter(
             self.queue,
             Admission(
@@ -103,18 +115,13 @@ class Simulation:
             prefill_bound_s=limits.prefill_bound_s,
             tpot_target_s=limits.tpot_target_s,
             ageing_s=limits.ageing_s,
+            local_prefill_itl_s=limits.local_prefill_itl_s,
+            kv_bytes_per_token=cluster.kv_bytes_per_token,
+            ttft_target_s=limits.ttft_target_s,
+            prompt_hashes=self._contents.prompt_hashes,
             rng=random.Random(seed),
             on_failed=self._failed,
         )
-        self._requests = sorted(enumerate(requests), key=lambda item: item[1].arrival_s)
-        self._block_tokens = block_tokens or _block_tokens(cluster, requests)
-        for pool in (cluster.prefill, cluster.decode):
-            if pool is not None and self._block_tokens % pool.worker.block_size:
-                raise ConfigError(
-                    f"block_tokens is {self._block_tokens}; it must be a multiple of the block size "
-                    f"{pool.worker.block_size}"
-                )
-        self._contents = TraceContents(self._block_tokens)
         self._lives: dict[str, RequestLife] = {}  # those that a worker may name
         self._all: list[RequestLife] = []
         self._num_arrived = 0

@@ -10,6 +10,8 @@ from ..core.request import Request
 from .types import SimRequest
 
 TOKEN = 0  # every token of a simulation
+_BLOCK_BITS = 24  # of a hash: the place of the block in its prompt
+_OWN = 1 << 63  # in the hash of a block that matches only itself
 
 
 class CountedTokens(MutableSequence[int]):
@@ -60,12 +62,16 @@ class TraceContents:
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._chains: dict[tuple[int, int], int] = {}  # (chain so far, next hash id) -> longer chain
-        self._prompts: dict[str, list[bytes]] = {}  # request id -> a key for each full block of its prompt
+        self._prompts: dict[str, list[bytes]] = {}  # request id -> a hash for each full block of its prompt
+        self._numbers: dict[str, int] = {}  # request id -> what its unhashed blocks are told apart by
+        self._num_entered = 0
 
     def enter(self, request_id: str, request: SimRequest) -> Request:
         """The request as the schedulers take it; `leave` when it has ended."""
+        self._num_entered += 1
+        self._numbers[request_id] = self._num_entered
         if request.hash_ids:
-            self._prompts[request_id] = self._keys(request)
+            self._prompts[request_id] = self._hashes(request)
         # A range is a prompt of the right length; the tuple itself would cost more than simulating the request.
         prompt = cast(tuple[int, ...], range(request.isl))
         return Request(
@@ -78,6 +84,11 @@ class TraceContents:
 
     def leave(self, request_id: str) -> None:
         self._prompts.pop(request_id, None)
+        self._numbers.pop(request_id, None)
+
+    def prompt_hashes(self, request_id: str) -> list[bytes]:
+        """Of each full block of the prompt that others may share."""
+        return self._prompts.get(request_id, [])
 
     def token_ids(self, request: Request) -> MutableSequence[int]:
         return CountedTokens(request.num_tokens)
@@ -86,12 +97,13 @@ class TraceContents:
         self, hashes: list[bytes], token_ids: Sequence[int], request: Request, kv_history: str = "none"
     ) -> None:
         units = self._block_size // PREFIX_UNIT
-        keys = self._prompts.get(request.request_id, ())
+        prompt = self._prompts.get(request.request_id, ())
+        own = _OWN | self._numbers[request.request_id] << _BLOCK_BITS
         for block in range(len(hashes) // units, len(token_ids) // self._block_size):
-            key = keys[block] if block < len(keys) else f"{request.request_id}:{block}".encode()
-            hashes.extend([key] * units)
+            block_hash = prompt[block] if block < len(prompt) else (own | block).to_bytes(8, "little")
+            hashes.extend([block_hash] * units)
 
-    def _keys(self, request: SimRequest) -> list[bytes]:
+    def _hashes(self, request: SimRequest) -> list[bytes]:
         chains: list[int] = []
         chain = 0
         for hash_id in request.hash_ids:
@@ -99,4 +111,9 @@ class TraceContents:
             chains.append(chain)
         covered = min(request.isl, len(chains) * request.hash_block_tokens)
         ends = range(self._block_size, covered + 1, self._block_size)
-        return [b"%d.%d" % (chains[(end - 1) // request.hash_block_tokens], end) for end in ends]
+        return [
+            (chains[(end - 1) // request.hash_block_tokens] << _BLOCK_BITS | end // self._block_size).to_bytes(
+                8, "little"
+            )
+            for end in ends
+        ]

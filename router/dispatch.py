@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
@@ -33,12 +34,15 @@ from ..core.request import FinishReason, Request
 from ..proto import kv_transfer_pb2
 from ..scheduling.admission import Admission
 from ..scheduling.attempts import Answer, NewTokens, first_attempt
+from ..scheduling.dispatch_order import dispatch
 from ..scheduling.fair_queue import FairQueue, Ticket
+from ..scheduling.policies.prefix import prefix
 from ..scheduling.retries import Failures, RetryRules
-from ..scheduling.routing import Placement, PrefillLoad, place
+from ..scheduling.routing import ClusterView, Placement, PrefillLoad, RoutingPolicy, Snapshot
 from .idempotency import EndedRequests, can_read, check_same
 from .membership import WorkerPool
 from .reading import Reading
+from .routing_view import RoutingView
 from .session import DecodeLink, DecodeReport, PrefillLink, PrefillReport, TransferReport, WorkerLink
 from .timeline import Timeline
 
@@ -71,6 +75,7 @@ class Job:
         self.deadline_at = deadline_at
         self.ticket = ticket
         self.predicted_ttft_s: float | None = None
+        self.draw = random.getrandbits(64)  # the policy's luck
         self.phase = Phase.QUEUED
         self.queued_at = timeline.arrived_at
         self.prefill: PrefillLink | None = None
@@ -100,9 +105,10 @@ class Job:
 
 
 class Dispatcher:
-    """All live requests of one router. Implements `WorkerEvents`.
+    """All live requests of one router. Implements `WorkerEvents` and `scheduling.dispatch_order.Source`.
 
     Args:
+        policy: chooses the workers of a request.
         prefill_bound_s: seconds of prefill work that a worker may have outstanding.
         retries: what becomes of a request whose attempt failed.
         keep_answers_s: how long the answer to a finished request can be asked for again.
@@ -122,12 +128,14 @@ class Dispatcher:
         keep_answers_s: float,
         no_worker_wait_s: float,
         ageing_s: float,
+        policy: RoutingPolicy = prefix,
     ) -> None:
         self._pool = pool
         self._admission = admission
         self._metrics = metrics
         self._recorder = recorder
-        self._prefill_bound_s = prefill_bound_s
+        self._routing = RoutingView(pool, prefill_bound_s=prefill_bound_s)
+        self._policy = policy
         self._retries = retries
         self._ended = EndedRequests(keep_answers_s)
         self._no_worker_wait_s = no_worker_wait_s
@@ -368,26 +376,12 @@ class Dispatcher:
             job.queue_timer = asyncio.get_running_loop().call_later(at - job.queued_at, self._too_late, job)
 
     def _pump(self) -> None:
-        """Dispatch from the head of the queue while there is a pair for it; strict order, so that nobody starves."""
+        """Send off what can be."""
         if self._pumping:
             return  # whoever ends a request below
         self._pumping = True
         try:
-            while len(self._queue):
-                job = self._queue.peek()
-                placement = place(
-                    [link.load for link in self._pool.prefills.values() if link.takes_work],
-                    [link.load for link in self._pool.decodes.values() if link.takes_work],
-                    any_prefill_alive=self._pool.any_prefill_alive,
-                    prefill_bound_s=self._prefill_bound_s,
-                    avoid=job.avoid,
-                )
-                if placement is None:
-                    break
-                if not self._starts_in_time(job):
-                    continue
-                self._queue.pop()
-                self._start(job, placement)
+            dispatch(self._policy, self)
         finally:
             self._pumping = False
         self._metrics.queued.set(self.num_queued)
@@ -414,8 +408,22 @@ class Dispatcher:
             self._metrics.overloaded.inc()
             self._end(job, self._admission.too_late(self.num_queued))
 
-    def _start(self, job: Job, placement: Placement) -> None:
+    # Of scheduling.dispatch_order.Source.
+
+    def in_order(self) -> Iterator[Job]:
+        return self._queue.in_order()
+
+    def view(self) -> ClusterView:
+        return self._routing.view()
+
+    def snapshot(self, job: Job, view: ClusterView, held_tokens: Mapping[str, int]) -> Snapshot:
+        return self._routing.snapshot(job, view, held_tokens)
+
+    def start(self, job: Job, placement: Placement) -> None:
         """Begin an attempt: ask for a grant, or have a colocated worker do everything."""
+        if not self._starts_in_time(job):
+            return
+        self._queue.serve(job.ticket)
         request, now = job.request, time.monotonic()
         _cancel(job.queue_timer)
         job.queue_timer = None

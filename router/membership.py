@@ -52,6 +52,12 @@ class WorkerPool:
     def any_prefill_alive(self) -> bool:
         return any(link.state == "ready" for link in self.prefills.values())
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of the whole model; 0 while no worker has told."""
+        infos = (link.info for link in self if link.info is not None)
+        return max((info.kv_bytes_per_token * max(1, info.tensor_parallel) for info in infos), default=0)
+
     def set_workers(self, prefill: Collection[str], decode: Collection[str], events: WorkerEvents) -> None:
         """Replace the list. Workers already known keep their sessions; those gone finish what they run."""
         self._replace(self.prefills, prefill, lambda at: PrefillLink(at, self._router_id, events, self._judge))

@@ -20,6 +20,7 @@ from ..engine.model_files import resolve_model
 from ..proto.rpc import CLIENT_FACING_OPTIONS
 from ..proto.server import Ready, RpcServer, run
 from ..scheduling.admission import Admission, AdmissionPolicy
+from ..scheduling.policies.registry import DEFAULT_POLICY, load_policy
 from ..scheduling.retries import RetryBudget, RetryRules
 from .dispatch import Dispatcher
 from .front_door import FrontDoor
@@ -49,6 +50,7 @@ class RouterOptions:
     api_key_file: Path | None = None  # keys asked of every caller; None: everybody may call
     controller_key_sha256: str = ""  # of the key that the cluster's controller calls with, in hex
     router_id: str = ""  # unique in the cluster; empty makes one
+    policy: str = DEFAULT_POLICY  # by which workers are chosen: scheduling/policies/registry.py knows the names
     max_queued: int = 256  # requests waiting for dispatch; more are refused
     max_live: int = 8_192  # requests not ended; more are refused
     prefill_bound_s: float = 0.2  # seconds of prefill work that a worker may have outstanding
@@ -70,7 +72,7 @@ class RouterOptions:
 class Router:
     """One router: made on a running event loop, then `start` and `stop`.
 
-    Raises: AddressInUse, ModelLoadFailed: it cannot start.
+    Raises: AddressInUse, ModelLoadFailed, ConfigError: it cannot start.
     """
 
     def __init__(self, options: RouterOptions) -> None:
@@ -100,6 +102,7 @@ class Router:
             ),
             keep_answers_s=options.keep_answers_s,
             no_worker_wait_s=options.no_worker_wait_s,
+            policy=load_policy(options.policy),
             ageing_s=options.ageing_s,
         )
         self._door = FrontDoor(

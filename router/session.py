@@ -28,6 +28,7 @@ from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
 from ..scheduling.attempts import NewTokens
 from ..scheduling.decode_pace import DecodePace
 from ..scheduling.routing import DecodeLoad, PrefillLoad
+from ..scheduling.step_times import MeasuredTimes, StepTimes
 
 logger = logging.getLogger(__name__)
 
@@ -388,12 +389,25 @@ class DecodeLink(WorkerLink):
         return (self.info.block_size if self.info is not None else 0) or 16
 
     @property
+    def times(self) -> StepTimes | None:
+        """Its steps as it measured them; None before its first prompt."""
+        if not self.status.prefill_tokens_per_s:
+            return None
+        return MeasuredTimes(
+            prefill_tokens_per_s=self.status.prefill_tokens_per_s, decode_step_time_s=self.status.decode_step_s
+        )
+
+    @property
     def load(self) -> DecodeLoad:
         available = self.status.num_free_blocks + self.status.num_cached_blocks
         return DecodeLoad(
             worker=self.address,
             available_blocks=available - sum(self.runs.values()),
             num_sequences=self._num_sequences,
+            num_blocks=self.status.num_blocks,
+            block_size=self.block_size,
+            local_prefill_tokens=self.status.num_outstanding_prefill_tokens,
+            times=self.times,
             colocated=self.colocated,
         )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..core.errors import ConfigError
 from ..core.kv_geometry import PREFIX_UNIT
+from .prefix_feed import PrefixFeed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,7 @@ class BlockAllocator:
         self._num_live = self._num_granted = 0  # kept: counting tens of thousands of blocks takes milliseconds
         self._by_hash: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
+        self._feeds: list[PrefixFeed] = []  # whom to tell of changes of the index
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached blocks without owner, next to evict first
 
     @property
@@ -106,6 +108,8 @@ class BlockAllocator:
         if self.has_prefix_cache and prefix_hash not in self._by_hash and block not in self._hash_of:
             self._by_hash[prefix_hash] = block
             self._hash_of[block] = prefix_hash
+            for feed in self._feeds:
+                feed.added(prefix_hash)
 
     def release(self, blocks: Sequence[int], *, granted: bool = False) -> None:
         """Give up ownership; a published block stays cached. The last blocks of a prefix are evicted first."""
@@ -132,6 +136,20 @@ class BlockAllocator:
         while self._idle:
             self._free.append(self._evict())
 
+    def follow(self) -> PrefixFeed:
+        """A feed of the prefix index: what it holds now, and from then on its changes. End it with `unfollow`."""
+        feed = PrefixFeed()
+        feed.restart(self._by_hash)
+        self._feeds.append(feed)
+        return feed
+
+    def unfollow(self, feed: PrefixFeed) -> None:
+        self._feeds.remove(feed)
+
+    def restart(self, feed: PrefixFeed) -> None:
+        """Its reader has lost track: tell it all again."""
+        feed.restart(self._by_hash)
+
     def owned(self) -> set[int]:
         """Blocks with at least one owner."""
         return {b for b in range(self.num_blocks) if self._live[b] or self._granted[b]}
@@ -146,5 +164,8 @@ class BlockAllocator:
 
     def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)
-        del self._by_hash[self._hash_of.pop(block)]
+        prefix_hash = self._hash_of.pop(block)
+        del self._by_hash[prefix_hash]
+        for feed in self._feeds:
+            feed.removed(prefix_hash)
         return block

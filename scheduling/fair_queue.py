@@ -93,12 +93,34 @@ class FairQueue(Generic[T]):
     def pop(self) -> T:
         """Take out who is served next, at its tenant's expense. Raises: IndexError: the queue is empty."""
         entry = self._first()
-        ticket = entry.ticket
+        self.serve(entry.ticket)
+        return entry.item
+
+    def in_order(self) -> Iterator[T]:
+        """As `pop` would give them if nobody joined meanwhile; the queue must not change while this is read."""
+        used = dict(self._used)
+        left = {priority: dict.fromkeys(tenants, 0) for priority, tenants in self._lines.items()}
+        while left:
+            heads = []
+            for priority, places in left.items():
+                lines = self._lines[priority]
+                name = min(places, key=lambda name: (used[name], lines[name].entries[places[name]].ticket.order))
+                heads.append((lines[name].entries[places[name]], priority, name))
+            entry, priority, name = min(heads, key=lambda head: self._urgency(head[0]))
+            yield entry.item
+            used[name] += entry.ticket.cost / entry.ticket.weight
+            left[priority][name] += 1
+            if left[priority][name] == len(self._lines[priority][name].entries):
+                del left[priority][name]
+                if not left[priority]:
+                    del left[priority]
+
+    def serve(self, ticket: Ticket) -> None:
+        """Take out somebody whose turn it need not be, at its tenant's expense."""
         used = self._used_by(ticket.tenant)
         self._clock = max(self._clock, used)
         self._used[ticket.tenant] = used + ticket.cost / ticket.weight
         self.discard(ticket)
-        return entry.item
 
     def discard(self, ticket: Ticket) -> bool:
         """Take out somebody who leaves unserved; False if it is not here."""
@@ -166,16 +188,16 @@ class FairQueue(Generic[T]):
             return self._clock
         return used
 
+    def _urgency(self, entry: _Entry[T]) -> tuple[float, int]:
+        return entry.ticket.arrived_at - entry.ticket.priority * self._ageing_s, entry.ticket.order
+
     def _first(self) -> _Entry[T]:
         if self._head is None:
             if not self._num_queued:
                 raise IndexError("the queue is empty")
             self._head = min(
                 (self._first_of(tenants) for tenants in self._lines.values()),
-                key=lambda entry: (
-                    entry.ticket.arrived_at - entry.ticket.priority * self._ageing_s,
-                    entry.ticket.order,
-                ),
+                key=self._urgency,
             )
         return self._head
 

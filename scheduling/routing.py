@@ -1,9 +1,13 @@
-"""Which prefill and which decode worker serve a request: pure choice over what the router knows of their load."""
+"""What a routing policy sees of the cluster and what it answers: loads of workers, one request, and a pair for it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from .links import Place
+from .step_times import StepTimes
 
 UNKNOWN_PREFILL_TOKENS_PER_S = 1_000.0  # until a worker has measured itself; low, so that little is sent on a guess
 
@@ -16,11 +20,16 @@ class PrefillLoad:
     outstanding_tokens: int  # accepted or on their way, not computed yet
     outstanding_prompts: int  # with tokens among them
     tokens_per_s: float = 0.0  # 0 when unknown
+    place: Place | None = None
 
     @property
     def wait_s(self) -> float:
         """Time until a new prompt would start."""
-        return self.outstanding_tokens / (self.tokens_per_s or UNKNOWN_PREFILL_TOKENS_PER_S)
+        return self.compute_s(self.outstanding_tokens)
+
+    def compute_s(self, num_tokens: int) -> float:
+        """Time to compute so many prompt tokens."""
+        return num_tokens / (self.tokens_per_s or UNKNOWN_PREFILL_TOKENS_PER_S)
 
     def is_open(self, bound_s: float) -> bool:
         """Whether it may be sent another prompt.
@@ -38,42 +47,87 @@ class DecodeLoad:
     worker: str  # its address
     available_blocks: int  # free or only cached, less what was sent since it last said so
     num_sequences: int
-    colocated: bool = False  # can prefill by itself
+    num_blocks: int = 0  # in all; 0 when unknown
+    block_size: int = 16
+    local_prefill_tokens: int = 0  # prompts that it still has to compute by itself
+    times: StepTimes | None = None  # how long its steps take; None when unknown
+    colocated: bool = False  # computes every prompt by itself if need be
+    prefills_locally: bool = False  # computes short prompts by itself if told so
+    place: Place | None = None
+
+    @property
+    def context_tokens(self) -> int:
+        """Of its sequences together, to the block."""
+        return max(0, self.num_blocks - self.available_blocks) * self.block_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutedRequest:
+    """What placing one attempt at a request may depend on."""
+
+    num_tokens: int  # whose KV must exist before the next token
+    turn: int = 0  # number of the request in order of arrival
+    draw: int = 0  # 64 random bits, drawn once: a request that is looked at again has the same luck
+    session: bytes = b""  # equal for the requests of one conversation; empty when unknown
+    ttft_slack_s: float | None = None  # until the first token is late; None: it has no time limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterView:
+    """The cluster at one moment. `prefills` and `decodes` hold workers that take work now."""
+
+    prefills: Sequence[PrefillLoad]
+    decodes: Sequence[DecodeLoad]
+    any_prefill_alive: bool  # also one that takes no work at the moment
+    prefill_bound_s: float  # work that a prefill worker may have outstanding
+    kv_bytes_per_token: float = 0.0
+    local_prefill_itl_s: float | None = None  # longest gap that a prompt prefilled on its decode worker may cause
+
+    @property
+    def can_start_any(self) -> bool:
+        """Whether any request at all can be sent off now."""
+        if self.local_prefill_itl_s is not None or not self.any_prefill_alive:
+            return True
+        return any(load.is_open(self.prefill_bound_s) for load in self.prefills)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """One request and the cluster at one moment; everything a policy decides on.
+
+    Workers in `avoid` failed this request before: they are taken only if there is no other.
+    """
+
+    request: RoutedRequest
+    view: ClusterView
+    cached_tokens: Mapping[str, int] = field(default_factory=dict)  # worker -> leading tokens whose KV it holds
+    held_tokens: Mapping[str, int] = field(default_factory=dict)  # worker -> of requests before this that wait for it
+    avoid: Collection[str] = ()
+
+    def wait_s(self, prefill: PrefillLoad) -> float:
+        """Time until this request would start there, behind those that wait for the worker in the router."""
+        return prefill.compute_s(prefill.outstanding_tokens + self.held_tokens.get(prefill.worker, 0))
+
+    def uncached_tokens(self, worker: str) -> int:
+        """Tokens that the worker would have to compute or be sent: the last one at least, for its logits."""
+        return max(1, self.request.num_tokens - self.cached_tokens.get(worker, 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where one attempt runs; without a prefill worker the decode worker does everything."""
+    """Where one attempt runs; without a prefill worker the decode worker does everything.
+
+    A prefill worker that is not open: the request waits in the router for this worker, and others may pass it.
+    """
 
     prefill: str | None
     decode: str
 
 
-def place(
-    prefills: Sequence[PrefillLoad],
-    decodes: Sequence[DecodeLoad],
-    *,
-    any_prefill_alive: bool,
-    prefill_bound_s: float,
-    avoid: Collection[str] = (),
-) -> Placement | None:
-    """The pair for the next request, or None: it stays queued, holding nothing.
+class RoutingPolicy(Protocol):
+    """Chooses the pair for a request, or None: it stays queued, holding nothing, and nobody passes it.
 
-    Prefill: the shortest wait of those within `prefill_bound_s` or about to run dry; more would only queue in the
-    worker, out of reach of a better choice. Decode: most available KV, then fewest sequences. While no prefill worker
-    is alive, a colocated worker runs the request by itself. Workers in `avoid` are taken only if there is no other.
+    Pure: equal snapshots get equal answers.
     """
-    local = not any_prefill_alive
-    candidates = [load for load in decodes if load.colocated] if local else decodes
-    decode = min(
-        candidates,
-        key=lambda load: (load.worker in avoid, -load.available_blocks, load.num_sequences),
-        default=None,
-    )
-    if decode is None:
-        return None
-    if local:
-        return Placement(prefill=None, decode=decode.worker)
-    open_prefills = [load for load in prefills if load.is_open(prefill_bound_s)]
-    prefill = min(open_prefills, key=lambda load: (load.worker in avoid, load.wait_s), default=None)
-    return Placement(prefill=prefill.worker, decode=decode.worker) if prefill is not None else None
+
+    def __call__(self, snapshot: Snapshot) -> Placement | None: ...

@@ -1,8 +1,6 @@
 """The simulator: times that can be worked out by hand, conservation, and the same answer each time."""
 
 import dataclasses
-import random
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from splitserve.core.errors import ConfigError
 from splitserve.core.events import TERMINAL, Event
-from splitserve.core.request import Request
 from splitserve.planner.simulator import RouterLimits, Simulation, SimulationResult, simulate
 from splitserve.planner.types import ClusterSpec, SimRequest, Slo
-from splitserve.scheduling.routing import DecodeLoad, Placement, PrefillLoad
+from splitserve.scheduling.routing import Placement, Snapshot
 from splitserve.scheduling.steps import StepScheduler
 
 from .clusters import LinearLatency, cluster, pool
@@ -144,16 +141,12 @@ def test_a_worker_that_is_added_takes_work_and_a_retired_one_gets_none() -> None
 
 
 def test_a_policy_chooses_the_workers_and_chance_comes_from_the_seed() -> None:
-    def random_pair(
-        request: Request,
-        prefills: Sequence[PrefillLoad],
-        decodes: Sequence[DecodeLoad],
-        *,
-        any_prefill_alive: bool,
-        prefill_bound_s: float,
-        rng: random.Random,
-    ) -> Placement | None:
-        return Placement(prefill=rng.choice(prefills).worker, decode=rng.choice(decodes).worker)
+    def random_pair(snapshot: Snapshot) -> Placement:
+        view, draw = snapshot.view, snapshot.request.draw
+        return Placement(
+            prefill=view.prefills[draw % len(view.prefills)].worker,
+            decode=view.decodes[(draw >> 32) % len(view.decodes)].worker,
+        )
 
     spec = cluster(pool(num_workers=3), pool(num_workers=3))
     requests = [one(2000, 20, i * 0.02) for i in range(100)]

@@ -182,3 +182,35 @@ def test_the_work_ahead_of_a_newcomer_is_what_is_served_before_it(rows: list[tup
     while (name := line.queue.pop()) != "newcomer":
         ahead += line.tickets[name].cost
     assert abs(expected - ahead) <= 3 * 50
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 30),
+            st.integers(1, 50),
+            st.sampled_from("xyz"),
+            st.sampled_from([0.5, 2.0]),
+            st.integers(0, 2),
+        ),
+        max_size=30,
+    ),
+    st.integers(0, 10),
+)
+def test_the_order_that_is_told_is_the_order_of_serving(
+    asked: list[tuple[int, int, str, float, int]], num_served: int
+) -> None:
+    line = Line()
+    for number, (at, cost, tenant, weight, priority) in enumerate(sorted(asked)):
+        line.push(str(number), at=at, cost=cost, tenant=tenant, weight=weight, priority=priority)
+    for _ in range(min(num_served, len(line.queue))):
+        line.queue.pop()
+    assert list(line.queue.in_order()) == line.pop_all()
+
+
+def test_whoever_is_served_out_of_turn_pays_for_it() -> None:
+    line = Line()
+    for name in ("x1", "x2", "y1", "y2"):
+        line.push(name, tenant=name[0])
+    line.queue.serve(line.tickets["x2"])
+    assert line.pop_all() == ["y1", "x1", "y2"]

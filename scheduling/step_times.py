@@ -1,0 +1,43 @@
+"""How long a worker's next step takes: a protocol that latency models implement, and one made of measured speeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class StepTimes(Protocol):
+    """Seconds of one engine step of one worker. The planner's latency models have these methods too."""
+
+    def prefill_step_s(self, chunks: Sequence[tuple[int, int]]) -> float:
+        """One step of prompt chunks: (new tokens, tokens already in the KV cache) of each sequence."""
+        ...
+
+    def decode_step_s(self, batch: int, context_tokens: int) -> float:
+        """One step that gives each of `batch` sequences a token; `context_tokens` is the sum of their contexts."""
+        ...
+
+    def mixed_step_s(self, chunks: Sequence[tuple[int, int]], batch: int, context_tokens: int) -> float:
+        """One step of chunked prefill: prompt chunks beside a decode batch."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredTimes:
+    """Steps as a worker measured them of late. Implements `StepTimes`.
+
+    Coarse: a decode step costs what it last did, whatever the batch, and a prompt token the mean of late.
+    """
+
+    prefill_tokens_per_s: float
+    decode_step_time_s: float  # 0: it has not decoded yet
+
+    def prefill_step_s(self, chunks: Sequence[tuple[int, int]]) -> float:
+        return sum(new for new, _ in chunks) / self.prefill_tokens_per_s
+
+    def decode_step_s(self, batch: int, context_tokens: int) -> float:
+        return self.decode_step_time_s if batch else 0.0
+
+    def mixed_step_s(self, chunks: Sequence[tuple[int, int]], batch: int, context_tokens: int) -> float:
+        return self.prefill_step_s(chunks) + self.decode_step_s(batch, context_tokens)
