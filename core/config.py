@@ -135,7 +135,7 @@ class RouterConfig(Section):
         default=2, ge=1, description="Workers that may die computing one request; then it fails as their likely cause"
     )
     retry_ratio: float = Field(
-        default=0.5, ge=0, description="Retries allowed in a minute for each request of that minute"
+        default=1.0, ge=0, description="Retries allowed in a minute for each request of that minute"
     )
     retry_floor: int = Field(default=64, ge=0, description="Retries allowed in a minute however few requests it had")
     keep_answers_s: float = Field(

@@ -60,7 +60,7 @@ class RouterOptions:
     prefill_bound_s: float = 0.2  # seconds of prefill work that a worker may have outstanding
     max_attempts: int = 3  # failures of a request before its error goes to the client
     max_worker_deaths: int = 2  # workers that may die computing one request before it is held to be the cause
-    retry_ratio: float = 0.5  # retries of a minute, for each of its requests
+    retry_ratio: float = 1.0  # retries of a minute, for each of its requests
     retry_floor: int = 64  # retries of a minute that are allowed in any case
     keep_answers_s: float = 30.0  # how long the answer to a finished request can be asked for again with its key
     default_timeout_s: float = 600.0  # deadline of a call that has none
