@@ -32,6 +32,7 @@ SUBCOMMANDS = {
     "logs": "Show what the processes of a running cluster wrote.",
     "drain": "Take a worker out of service without losing a request.",
     "switch": "Make a prefill worker a decode worker, or back.",
+    "doctor": "Show what workers hold, for whom, and what is wrong.",
     "down": "Stop the cluster that `up` started.",
     "config": "Check a cluster's YAML file, or show it with its defaults.",
     "generate": "Send one prompt and print the answer.",

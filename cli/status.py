@@ -16,7 +16,7 @@ from ..client import Client
 from ..client.results import RouterStatus, WorkerView
 from . import options
 
-_STATE_STYLES = {"ready": "green", "failed": "red", "refused": "red", "waiting to restart": "red"}
+_STATE_STYLES = {"ready": "green", "failed": "red", "refused": "red", "gone": "red", "waiting to restart": "red"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

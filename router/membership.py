@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
 from ..core.metrics import RouterMetrics
 from ..proto import worker_pb2
 from ..scheduling.admission import ModelLimits
 from ..scheduling.decode_pace import DecodePace
+from .departed import Departed, DepartedWorker
 from .session import DecodeLink, PrefillLink, WorkerEvents, WorkerKind, WorkerLink
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class WorkerPool:
         self._router_id = router_id
         self._metrics = metrics
         self._geometry = ""
+        self._departed = Departed()
         self._listed: dict[WorkerKind, tuple[str, ...]] = {"prefill": (), "decode": ()}
         self._roles: dict[str, WorkerKind] = {}  # of workers, by address, that were found to have another than listed
         self.prefills: dict[str, PrefillLink] = {}
@@ -52,6 +55,14 @@ class WorkerPool:
     def boot_ids(self) -> set[str]:
         """Of all workers that are there."""
         return {link.boot_id for link in self if link.info is not None}
+
+    def departed(self) -> Sequence[DepartedWorker]:
+        """Workers that died and were then taken off the list."""
+        return self._departed.shown(
+            addresses={link.address for link in self},
+            worker_ids={link.last_worker_id for link in self},
+            now=time.monotonic(),
+        )
 
     @property
     def any_prefill_alive(self) -> bool:
@@ -139,6 +150,14 @@ class WorkerPool:
                 known[address].start(lambda gone: self._gone(known, gone), switched)
         for address, link in known.items():
             if address not in wanted:
+                if link.info is None and link.last_worker_id and not (link.retired or link.status.draining):
+                    self._departed.add(
+                        address=address,
+                        role=link.shown_role,
+                        worker_id=link.last_worker_id,
+                        reason=link.reason,
+                        now=time.monotonic(),
+                    )
                 link.retire()
 
     @staticmethod

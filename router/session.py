@@ -96,6 +96,7 @@ class WorkerLink:
         self.reason = "not connected yet"
         self.info: worker_pb2.WorkerInfo | None = None  # None while there is no session
         self.boot_id = ""  # of the process that the session is with, or was
+        self.last_worker_id = ""  # what it called itself last; empty until it first said hello
         self.status = worker_pb2.WorkerStatus()
         self.full = False  # it said "overloaded"; asked again after its next status or when a run here ends
         self.retired = False  # no longer on the list: finishes what it runs
@@ -283,7 +284,7 @@ class WorkerLink:
 
     def _hello(self, info: worker_pb2.WorkerInfo) -> None:
         check_protocol(info.protocol_version, f"{self.role} worker {self.address}")
-        self.info, self.boot_id = info, info.boot_id
+        self.info, self.boot_id, self.last_worker_id = info, info.boot_id, info.worker_id
         self.status = worker_pb2.WorkerStatus()
         self.reconsider()
         logger.info("%s worker %s (%s): %s", self.role, self.address, info.worker_id, self.reason or "connected")

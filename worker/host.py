@@ -30,6 +30,7 @@ from ..proto.mount import ServiceMount
 from ..proto.rpc import abort
 from ..proto.server import Ready, RpcServer
 from .device import THROTTLE_REASONS, DeviceReader, DeviceState, open_devices
+from .holdings import list_holdings
 from .options import Role, WorkerOptions
 from .role import RoleHooks, RoleSwitch
 from .session import Session
@@ -342,6 +343,12 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
     async def Drain(self, request: worker_pb2.DrainRequest, context: object) -> worker_pb2.DrainResponse:
         drained = await self.drain(max(0.0, request.timeout_s))
         return worker_pb2.DrainResponse(num_left=drained.num_left, num_handed_over=drained.num_handed_over)
+
+    async def ListHoldings(
+        self, request: worker_pb2.ListHoldingsRequest, context: object
+    ) -> worker_pb2.ListHoldingsResponse:
+        holders = list(self._role.holders()) if self._role is not None else []
+        return list_holdings(self.engine, holders, request)
 
     async def Undrain(self, request: worker_pb2.UndrainRequest, context: object) -> worker_pb2.UndrainResponse:
         await self.undrain()
