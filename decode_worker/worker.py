@@ -43,6 +43,7 @@ class _Run:
     received_s: float
     ready_s: float  # local: received; split: committed
     transfer: asyncio.Task[None] | None = None
+    adopted: bool = False  # the engine took over what was reserved for the transfer
     started_s: float | None = None  # first step
     first_token_s: float | None = None
     preemptions: int = 0
@@ -119,7 +120,7 @@ class DecodeWorker:
         session.send(worker_pb2.DecodeSessionResponse(grant=told))
         run.transfer = asyncio.create_task(self._receive(run, grant, source.address, reservation))
         self._transfers.add(run.transfer)
-        run.transfer.add_done_callback(self._transfers.discard)
+        run.transfer.add_done_callback(lambda task: self._transfer_ended(run, task))
 
     def run_local(self, session: RouterSession, request_id: str, request: Request) -> None:
         """Prefill and decode here, or answer with RunFailed. Older attempts are revoked."""
@@ -202,7 +203,6 @@ class DecodeWorker:
         """Fetch, verify, join the running batch, commit. Holds the reservation until the link is quiet."""
         request = run.request
         token_ids = request.prompt_token_ids + request.output_token_ids
-        adopted = False
         try:
             received = await self.receiver.receive(
                 grant,
@@ -215,7 +215,7 @@ class DecodeWorker:
             self._record(run, Event.TRANSFER_FINISHED)
             if not received.finished:
                 self.host.engine.start_reserved(request.request_id, received.first_token_id)
-                adopted, run.transfer = True, None
+                run.adopted, run.transfer = True, None
                 run.ready_s = time.monotonic()
                 self._record(run, Event.DECODE_QUEUED)
                 self.host.wake()
@@ -228,9 +228,12 @@ class DecodeWorker:
         except Exception:
             logger.exception("receiving KV of request %s failed", run.request_id)
             self._fail(run, EngineFailed("the decode worker failed while it received KV; see its log"))
-        finally:
-            if not adopted:  # and the link is quiet now
-                self._release(run)
+
+    def _transfer_ended(self, run: _Run, task: asyncio.Task[None]) -> None:
+        """The link is quiet now. Not the task's own last act: one that is cancelled before it began does nothing."""
+        self._transfers.discard(task)
+        if not run.adopted:
+            self._release(run)
 
     def _transfer_done(self, run: _Run, received: Received) -> None:
         metrics = self.host.metrics

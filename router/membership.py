@@ -175,9 +175,9 @@ class WorkerPool:
         if link.status.fault:
             return f"it is out of service: {link.status.fault}"
         if (info.role == worker_pb2.ROLE_PREFILL) != (link.role == "prefill"):
-            return (
-                f"it is listed as a {link.role} worker, but is a {worker_pb2.Role.Name(info.role)[5:].lower()} worker"
-            )
+            known = {number: name[5:].lower() for name, number in worker_pb2.Role.items()}
+            role = known.get(info.role, f"role {info.role}")  # a peer may send any number
+            return f"it is listed as a {link.role} worker, but is a {role} worker"
         if info.model != self._model:
             return f"it serves model {info.model!r}, this router serves {self._model!r}; start both with the same one"
         self._geometry = self._geometry or info.geometry_digest

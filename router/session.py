@@ -215,6 +215,9 @@ class WorkerLink:
                     refusal = reason
             except ProtocolMismatch as error:
                 reason = refusal = error.message
+            except Exception:
+                logger.exception("the session with %s worker %s failed", self.role, self.address)
+                reason = "the router failed to handle what it said; see the router's log"
             finally:  # also when stopped
                 was_up, self.info = self.info is not None, None
                 self._refusal, self.full = refusal, False
@@ -265,22 +268,26 @@ class WorkerLink:
             try:
                 async for message in call:
                     watchdog.reschedule(loop.time() + SILENCE_S)
-                    kind = message.WhichOneof("message")
-                    body: Any = getattr(message, kind) if kind else None
-                    if kind == "hello":
-                        self._hello(body)
-                    elif self.info is None:
-                        raise ProtocolMismatch(f"{self.address} sent {kind} before its hello")
-                    elif kind == "status":
-                        self._status(body)
-                    elif kind == "failed":
-                        error = failure_from_proto(body.failure)
-                        self._events.failed(self, body.request_id, body.attempt, error)
-                    elif kind is not None:  # None: a message of a newer minor version, not for us
-                        self._received(kind, body)
+                    self.take(message)
             finally:
                 call.cancel()
                 outbox.put_nowait(None)  # ends _drain, which the call no longer reads
+
+    def take(self, message: Any) -> None:
+        """One message of the worker. Raises: ProtocolMismatch: this build cannot make sense of it."""
+        kind = message.WhichOneof("message")
+        body: Any = getattr(message, kind) if kind else None
+        if kind == "hello":
+            self._hello(body)
+        elif self.info is None:
+            raise ProtocolMismatch(f"{self.address} sent {kind} before its hello")
+        elif kind == "status":
+            self._status(body)
+        elif kind == "failed":
+            error = failure_from_proto(body.failure)
+            self._events.failed(self, body.request_id, body.attempt, error)
+        elif kind is not None:  # None: a message of a newer minor version, not for us
+            self._received(kind, body)
 
     def _hello(self, info: worker_pb2.WorkerInfo) -> None:
         check_protocol(info.protocol_version, f"{self.role} worker {self.address}")
@@ -501,6 +508,8 @@ class DecodeLink(WorkerLink):
             )
 
     def _decoded(self, entry: worker_pb2.SequenceTokens) -> None:
+        if entry.logprobs and len(entry.logprobs) != len(entry.token_ids):
+            raise ProtocolMismatch(f"{self.address} sent {len(entry.token_ids)} tokens, {len(entry.logprobs)} logprobs")
         tokens = NewTokens(
             request_id=entry.request_id,
             attempt=entry.attempt,
