@@ -63,6 +63,7 @@ class DecodeWorker:
             transports=options.transports,
             codec=options.kv_codec,
             metrics=self.host.metrics,
+            tls=options.tls,
         )
         self.host.take_role(
             RoleHooks(services=SERVICES, on_step=self._on_step, hand_over=self.hand_over, close=self.close)
