@@ -65,6 +65,7 @@ class DecodeWorker:
             transports=options.transports,
             codec=options.kv_codec,
             metrics=self.host.metrics,
+            tls=options.tls,
         )
         self.host.take_role(
             RoleHooks(

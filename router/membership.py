@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from ..core.metrics import RouterMetrics
 from ..proto import worker_pb2
+from ..proto.tls import Tls
 from ..scheduling.admission import ModelLimits
 from ..scheduling.decode_pace import DecodePace
 from .departed import Departed, DepartedWorker
@@ -30,12 +31,19 @@ class WorkerPool:
     """
 
     def __init__(
-        self, model: str, router_id: str, metrics: RouterMetrics, *, tpot_target_s: float | None = None
+        self,
+        model: str,
+        router_id: str,
+        metrics: RouterMetrics,
+        *,
+        tpot_target_s: float | None = None,
+        tls: Tls | None = None,
     ) -> None:
         self._model = model
         self._tpot_target_s = tpot_target_s
         self._router_id = router_id
         self._metrics = metrics
+        self._tls = tls
         self._geometry = ""
         self._departed = Departed()
         self._listed: dict[WorkerKind, tuple[str, ...]] = {"prefill": (), "decode": ()}
@@ -122,10 +130,12 @@ class WorkerPool:
             self.usable_changed.set()
 
     def _prefill_link(self, address: str, events: WorkerEvents) -> PrefillLink:
-        return PrefillLink(address, self._router_id, events, self._judge)
+        return PrefillLink(address, self._router_id, events, self._judge, self._tls)
 
     def _decode_link(self, address: str, events: WorkerEvents) -> DecodeLink:
-        return DecodeLink(address, self._router_id, events, self._judge, pace=DecodePace(self._tpot_target_s))
+        return DecodeLink(
+            address, self._router_id, events, self._judge, self._tls, pace=DecodePace(self._tpot_target_s)
+        )
 
     async def close(self) -> None:
         """End every session."""
