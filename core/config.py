@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from .config_section import Section
 from .errors import ConfigError
 from .pool_config import MAX_REPLICAS, PlacementConfig, PoolConfig, ScalingConfig, SloConfig
+from .security_config import SecurityConfig
 
 DEFAULT_HTTP_PORT = 8000
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
@@ -225,6 +226,7 @@ class ClusterConfig(Section):
     placement: PlacementConfig = Field(default_factory=PlacementConfig, description="Which nodes workers go to")
     ray: RayConfig = Field(default_factory=RayConfig, description="Where workers are placed")
     restart: RestartConfig = Field(default_factory=RestartConfig, description="What happens when a process dies")
+    security: SecurityConfig = Field(default_factory=SecurityConfig, description="Certificates of every process")
 
     @model_validator(mode="after")
     def _serves_something(self) -> Self:
