@@ -83,6 +83,12 @@ class RankSender:
             for share in shares.ids:
                 self._sender.fail(share, error)
 
+    def lease_left_s(self, request_id: str) -> float | None:
+        """Until the first of its shares is freed if nobody comes for it; None while all are fetched."""
+        shares = self._requests.get(request_id)
+        left_s = [self._sender.lease_left_s(share) for share in shares.open] if shares is not None else []
+        return min((each for each in left_s if each is not None), default=None)
+
     async def close(self) -> None:
         await self._sender.close()
 

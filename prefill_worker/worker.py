@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +21,7 @@ from ..worker.edge import sequence_id
 from ..worker.fence import Fence
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
-from ..worker.role import RoleHooks
+from ..worker.role import Holder, RoleHooks
 from ..worker.session import Session
 
 RouterSession = Session[worker_pb2.PrefillSessionRequest, worker_pb2.PrefillSessionResponse]
@@ -66,7 +66,7 @@ class PrefillWorker:
             return sender
 
         self.sender = SenderGroup(host.layout, release=self._released)
-        own_rank = RankSender(
+        self._own_rank = own_rank = RankSender(
             make_sender,
             release=partial(self.sender.released, 0),
             report=lambda sequence, _: self.sender.failed(0, sequence),
@@ -82,9 +82,22 @@ class PrefillWorker:
                 on_step=self._on_step,
                 hand_over=self.hand_over,
                 close=own_rank.close,
+                holders=self._holders,
                 kv_written=own_rank.kv_written,
             )
         )
+
+    def _holders(self) -> Iterator[Holder]:
+        now = time.monotonic()
+        for sequence, run in self._runs.items():
+            yield Holder(
+                sequence_id=sequence,
+                request_id=run.request_id,
+                attempt=run.request.attempt,
+                router_id=run.session.router_id,
+                age_s=now - run.received_s,
+                lease_left_s=self._own_rank.lease_left_s(sequence),
+            )
 
     async def stop(self) -> None:
         await self.host.stop()

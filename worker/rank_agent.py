@@ -86,7 +86,7 @@ class RankAgent:
         shape = kv_transfer_pb2.KvShape.FromString(bytes.fromhex(json.loads(await reader.readline())["shape"]))
         layout, settings = KvLayout.from_proto(shape), self._settings
         identity = WorkerIdentity(worker_id=settings.worker_id, boot_id=settings.boot_id, host_id=settings.host_id)
-        server = RpcServer(settings.host, 0, ("splitserve.v1.KvTransfer",))
+        server = RpcServer(settings.host, 0, ("splitserve.v1.KvTransfer",), tls=settings.tls)
 
         def make_sender(release: Any, report: Any) -> KvSender:
             sender = KvSender(
@@ -103,7 +103,9 @@ class RankAgent:
             return sender
 
         self._sender = RankSender(make_sender, release=self._released, report=self._failed)
-        self._receiver = KvReceiver(pool, identity, transports=settings.transports, layout=layout, rank=self._rank)
+        self._receiver = KvReceiver(
+            pool, identity, transports=settings.transports, layout=layout, rank=self._rank, tls=settings.tls
+        )
         self._arrivals = RankReceiver(self._receiver)
         await server.start()
         self._say(address=server.address)

@@ -7,6 +7,7 @@ import json
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from ..core.errors import SplitserveError, from_code
@@ -14,6 +15,7 @@ from ..kv_transfer.grants import Grant
 from ..kv_transfer.ranges import KvLayout
 from ..kv_transfer.ranks import Endpoint
 from ..kv_transfer.receiver import Received
+from ..proto.tls import Tls
 
 LINE_LIMIT = 1 << 26  # bytes of a line: a million token ids
 SWITCH_INTERVAL_S = 2e-4  # steps and transfers share an interpreter; Python's 5 ms would be a whole decode step
@@ -30,14 +32,17 @@ class RankSettings:
     host: str
     transports: tuple[str, ...]
     lease_s: float
+    tls: Tls | None
 
     def to_json(self) -> dict[str, object]:
-        return asdict(self)
+        files = None if self.tls is None else {name: str(path) for name, path in asdict(self.tls).items() if path}
+        return {**asdict(self), "tls": files}
 
     @classmethod
     def from_json(cls, written: Mapping[str, Any]) -> RankSettings:
-        fields = {name: written[name] for name in cls.__slots__}
-        return cls(**{**fields, "transports": tuple(fields["transports"])})
+        files = written["tls"]
+        tls = None if files is None else Tls(**{name: Path(path) for name, path in files.items()})
+        return cls(**{**written, "transports": tuple(written["transports"]), "tls": tls})
 
 
 def received_from_json(written: Mapping[str, Any]) -> Received:
