@@ -28,6 +28,7 @@ from ..proto.rpc import from_rpc_error
 from ..proto.tls import PeerRole, Tls, open_channel
 from ..scheduling.attempts import NewTokens
 from ..scheduling.decode_pace import DecodePace
+from ..scheduling.pairing import Group
 from ..scheduling.routing import DecodeLoad, PrefillLoad
 from ..scheduling.step_times import MeasuredTimes, StepTimes
 
@@ -111,6 +112,7 @@ class WorkerLink:
         self.retired = False  # no longer on the list: finishes what it runs
         self.runs: dict[str, int] = {}  # request id to the load it adds (prefill tokens or KV blocks)
         self._refusal = ""
+        self._group: Group | None = None
         self._router_id = router_id
         self._events = events
         self._judge = judge
@@ -138,6 +140,11 @@ class WorkerLink:
     def shown_role(self) -> str:
         """For the operator: prefill, decode or colocated."""
         return self.role
+
+    @property
+    def group(self) -> Group | None:
+        """Whom it can be paired with; None while it has not introduced itself."""
+        return self._group if self.info is not None else None
 
     def attach(self, request_id: str, load: int) -> None:
         """Count a run that is about to be sent."""
@@ -302,6 +309,7 @@ class WorkerLink:
     def _hello(self, info: worker_pb2.WorkerInfo) -> None:
         check_protocol(info.protocol_version, f"{self.role} worker {self.address}")
         self.info, self.boot_id, self.last_worker_id = info, info.boot_id, info.worker_id
+        self._group = Group(weights=info.geometry_digest, protocol=info.protocol_version or 1)
         self.status = worker_pb2.WorkerStatus()
         self.reconsider()
         logger.info("%s worker %s (%s): %s", self.role, self.address, info.worker_id, self.reason or "connected")
@@ -338,6 +346,7 @@ class PrefillLink(WorkerLink):
     def load(self) -> PrefillLoad:
         return PrefillLoad(
             worker=self.address,
+            group=self.group,
             outstanding_tokens=self._own_tokens + self._others_tokens,
             outstanding_prompts=self._own_prompts + self._others_prompts,
             tokens_per_s=self.status.prefill_tokens_per_s,
@@ -447,6 +456,7 @@ class DecodeLink(WorkerLink):
         available = self.status.num_free_blocks + self.status.num_cached_blocks
         return DecodeLoad(
             worker=self.address,
+            group=self.group,
             available_blocks=available - sum(self.runs.values()),
             num_sequences=self._num_sequences,
             num_blocks=self.status.num_blocks,
