@@ -99,6 +99,22 @@ class RouterMetrics:
             "splitserve_router_stale_messages", "Worker messages dropped: of no live attempt", registry=registry
         )
         self.refused = Counter("splitserve_refused", "Calls refused by who makes them", ["reason"], registry=registry)
+        self.local_prefills = Counter(
+            "splitserve_router_local_prefills",
+            "Attempts whose prompt was computed on the decode worker although prefill workers live",
+            registry=registry,
+        )
+        self.remote_prefills = Counter(
+            "splitserve_router_remote_prefills", "Attempts whose prompt went to a prefill worker", registry=registry
+        )
+        self.expected_cached_tokens = Counter(
+            "splitserve_router_expected_cached_tokens",
+            "Prompt tokens that the prefix index said the computing worker holds",
+            registry=registry,
+        )
+        self.prefix_blocks = Gauge(
+            "splitserve_router_prefix_blocks", "Blocks in the router's prefix index", registry=registry
+        )
         self.tokenizations = Counter("splitserve_tokenizations", "Texts tokenised", registry=registry)
         self.workers = Gauge("splitserve_ready_workers", "Workers ready", ["role"], registry=registry)
         self.ttft_seconds = Histogram(

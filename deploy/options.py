@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..core.address import check_address
@@ -35,6 +36,7 @@ def worker_options(
     worker_id: str,
     num_threads: int | None,
     kv_address: str = "",
+    labels: Mapping[str, str] | None = None,
 ) -> WorkerOptions:
     """Raises: ConfigError: a value that only the engine can judge is wrong."""
     if kv_address:
@@ -72,6 +74,8 @@ def worker_options(
             shared_pool="shared_memory" in transports and role == "prefill",
         ),
         role=role,
+        labels=labels or {},
+        local_prefill=engine.local_prefill,
         host=host,
         port=port,
         metrics_port=metrics_port,
@@ -105,6 +109,7 @@ def router_options(
         router_id=router_id,
         api_key_file=router.api_key_file,
         policy=router.policy,
+        local_prefill_itl_s=router.local_prefill_itl_s,
         controller_key_sha256=os.environ.get(CONTROLLER_KEY, ""),
         max_queued=router.max_queued,
         max_live=router.max_live,

@@ -49,6 +49,7 @@ class RouterOptions:
     api_key_file: Path | None = None  # keys asked of every caller; None: everybody may call
     controller_key_sha256: str = ""  # of the key that the cluster's controller calls with, in hex
     router_id: str = ""  # unique in the cluster; empty makes one
+    local_prefill_itl_s: float | None = None  # longest gap that a prompt computed on its decode worker may cause
     policy: str = DEFAULT_POLICY  # by which workers are chosen: scheduling/policies/registry.py knows the names
     max_queued: int = 256  # requests waiting for dispatch; more are refused
     max_live: int = 8_192  # requests not ended; more are refused
@@ -102,6 +103,7 @@ class Router:
             keep_answers_s=options.keep_answers_s,
             no_worker_wait_s=options.no_worker_wait_s,
             policy=load_policy(options.policy),
+            local_prefill_itl_s=options.local_prefill_itl_s,
             ageing_s=options.ageing_s,
         )
         self._door = FrontDoor(

@@ -93,6 +93,7 @@ async def start_cluster(tiny: Path) -> AsyncIterator[StartCluster]:
             transports: tuple[str, ...] = ("shared_memory", "grpc"),
             router: dict[str, Any] | None = None,
             decode_blocks: int | None = None,
+            local_prefill: bool = False,
             **engine: Any,
         ) -> Cluster:
             name = str(model or tiny)
@@ -103,7 +104,15 @@ async def start_cluster(tiny: Path) -> AsyncIterator[StartCluster]:
                 options = EngineOptions(model=name, dtype="float32", shared_pool=True, **{**fields, **changes})
                 kind = PrefillServer if role == "prefill" else DecodeServer
                 worker_id = f"{role}-{number}"
-                server = kind(WorkerOptions(engine=options, role=role, worker_id=worker_id, transports=transports))
+                server = kind(
+                    WorkerOptions(
+                        engine=options,
+                        role=role,
+                        worker_id=worker_id,
+                        transports=transports,
+                        local_prefill=local_prefill,
+                    )
+                )
                 stack.push_async_callback(server.worker.stop)
                 workers[worker_id] = server
                 return (await server.worker.host.start()).address
