@@ -31,6 +31,7 @@ SUBCOMMANDS = {
     "remove": "Drain workers of a running cluster and take them out.",
     "logs": "Show what the processes of a running cluster wrote.",
     "drain": "Take a worker out of service without losing a request.",
+    "switch": "Make a prefill worker a decode worker, or back.",
     "down": "Stop the cluster that `up` started.",
     "config": "Check a cluster's YAML file, or show it with its defaults.",
     "generate": "Send one prompt and print the answer.",

@@ -13,3 +13,8 @@ def check_address(address: str, what: str) -> str:
     if match is None or not 0 < int(match[1]) < 65536:
         raise ConfigError(f"{what} is {address!r}; it must be HOST:PORT, as in 127.0.0.1:7000")
     return address
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on `host`."""
+    return host == "localhost" or host.startswith("127.") or host.strip("[]") == "::1"

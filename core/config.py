@@ -187,6 +187,9 @@ class RestartConfig(Section):
     backoff_s: float = Field(
         default=0.5, ge=0, description="Wait before the second restart in a row; doubles, up to 30 s"
     )
+    unhealthy_s: float = Field(
+        default=7.0, gt=0, description="Seconds after which a worker that does not answer is killed and started again"
+    )
 
 
 class ClusterConfig(Section):

@@ -17,12 +17,14 @@ from .members import ClusterView, Member, Phase, PoolView
 from .neighbours import preferred_nodes
 from .roles import role_command, with_threads
 from .router_links import RouterLinks
+from .worker_watch import WorkerWatch
 
 logger = logging.getLogger(__name__)
 
 _ROLES: tuple[Role, ...] = (*WORKER_ROLES, "router")
 _STATUS_PERIOD_S = 0.5
 _STARTING_PERIOD_S = 0.1
+_WATCH_PERIOD_S = 1.0
 
 
 class Controller:
@@ -58,6 +60,7 @@ class Controller:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._access = access or AdminAccess()
         self._links = RouterLinks(self._access)
+        self._watch = WorkerWatch()
         self._tasks: asyncio.TaskGroup | None = None
         self._routing_changed = asyncio.Event()  # routers must be told
         self._change = asyncio.Event()  # of any member; each change sets it and puts a new one in its place
@@ -88,10 +91,10 @@ class Controller:
                 for name in self._adopt:
                     self._add(_role_of(name), name)
                 self._reconcile()
-                telling = group.create_task(self._tell_routers())
+                watching = [group.create_task(self._tell_routers()), group.create_task(self._watch_workers())]
                 self._roll_outdated()
                 await self.stopping.wait()
-                for task in (telling, *self._running.values(), *filter(None, [self._rolling])):
+                for task in (*watching, *self._running.values(), *filter(None, [self._rolling])):
                     task.cancel()
         except BaseExceptionGroup as failed:
             raise first_error(failed) from failed
@@ -139,11 +142,6 @@ class Controller:
             raise ConfigError(f"{name} is a router: drain it with a restart, or change router.replicas in the file")
         self.config = self.config.scaled({role: self.config.replicas(role) - 1})
         keeper.retire()
-
-    def replace(self, name: str, reason: str) -> None:
-        """Kill a process that does not work, and start it again."""
-        logger.error("%s is replaced: %s", name, reason)
-        self._keepers[name].replace(reason)
 
     def _wanted(self, role: Role) -> int:
         return self.config.router.replicas if role == "router" else self.config.replicas(role)
@@ -227,6 +225,7 @@ class Controller:
 
     def _member_changed(self, before: Member, after: Member) -> None:
         if before.serving != after.serving:
+            self._is_settled = False
             self._routing_changed.set()
         self._wake()
 
@@ -257,6 +256,19 @@ class Controller:
                     pass
         finally:
             await self._links.close()
+
+    async def _watch_workers(self) -> None:
+        """Replace workers that live and do not work."""
+        try:
+            while True:
+                members = [keeper.member for keeper in self._keepers.values() if not keeper.ordered]
+                problems = await self._watch.look(members, self.config.restart.unhealthy_s)
+                for name, reason in problems.items():
+                    if name in self._keepers:
+                        self._keepers[name].replace(reason)
+                await asyncio.sleep(_WATCH_PERIOD_S)
+        finally:
+            await self._watch.close()
 
     def _settled(self) -> bool:
         """Nothing starts, drains or runs with old settings, and every router knows who serves.

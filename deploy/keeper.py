@@ -15,12 +15,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from ..core.address import is_loopback
 from ..core.config import ClusterConfig, Role
 from ..core.errors import ConfigError, SplitserveError, Unavailable
 from .launch import Command, Launch, make_launch
 from .members import Member, MemberFailed, Phase
-from .placement import create_actor, find_group, nodes_with, place
+from .placement import create_actor, nodes_with, place, remove_group
 from .process import Endpoint, StartFailure
+from .roles import Needs
 from .worker_admin import drain_worker
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ class Keeper:
         self._ordered = asyncio.Event()
         self._reason = ""
         self._actor: Any = None
+        self._lost_node = ""
         self._on_cpu = False
         self._ports: tuple[int, int] | None = None  # of a router, which its clients find again
         self._restarts: deque[float] = deque()
@@ -136,6 +139,10 @@ class Keeper:
             if order is _Order.REPLACE:
                 await self._stop_process(0.0)
                 reason = self._reason
+                if self.member.endpoint is not None:
+                    self._lost_node = self.member.endpoint.node
+                await self._discard_actor()
+                await asyncio.to_thread(remove_group, self.name)
             else:
                 reason = life.result()
             if not await self._may_restart(reason):
@@ -147,9 +154,7 @@ class Keeper:
             await self._drain()
         await self._stop_process(self.config.drain_timeout_s + _EXIT_S)
         await self._discard_actor()
-        group = await asyncio.to_thread(find_group, self.name)
-        if group is not None:
-            await asyncio.to_thread(ray.util.remove_placement_group, group)
+        await asyncio.to_thread(remove_group, self.name)
         self._update(phase=Phase.STOPPED, endpoint=None)
 
     # -- its life --
@@ -160,7 +165,7 @@ class Keeper:
             try:
                 started = await self._start()
             except RayActorError as error:
-                await self._discard_actor()
+                await self._lose_actor()
                 return f"its actor died: {error}"
             except RayError as error:  # the head is away; nothing is known to be wrong with the process
                 self._update(reason=f"Ray does not answer: {error}")
@@ -177,7 +182,7 @@ class Keeper:
         try:
             return str(await self._actor.wait.remote())
         except RayActorError:
-            await self._discard_actor()
+            await self._lose_actor()
             return "lost its actor"
 
     async def _start(self) -> Endpoint | StartFailure | None:
@@ -187,7 +192,7 @@ class Keeper:
         launch = await self._place()
         if launch is None:
             return None
-        self._update(phase=Phase.STARTING)
+        self._update(phase=Phase.STARTING, reason="")
         started: Endpoint | StartFailure = await self._actor.start.remote(
             launch.command,
             {**launch.environment, **self._environment},
@@ -196,6 +201,7 @@ class Keeper:
         )
         if isinstance(started, Endpoint):
             logger.info("%s serves at %s, pid %d", self.name, started.address, started.pid)
+            self._lost_node = ""
             self._update(phase=Phase.READY, endpoint=started, reason="")
         return started
 
@@ -224,15 +230,30 @@ class Keeper:
 
     async def _reserve(self) -> None:
         config, needs = self.config, self._launch().needs
-        nodes = await asyncio.to_thread(nodes_with, needs) if config.placement.pairs != "any" else ()
+        if self.member.role == "router" and config.ray.address and is_loopback(config.router.host):
+            # Nobody else could reach it: it goes where the controller is.
+            here = ray.get_runtime_context().get_node_id()
+            needs = replace(needs, labels={**needs.labels, "ray.io/node-id": here})
         group = await place(
             self.name,
             needs,
             timeout_s=config.startup_timeout_s,
             nodes_timeout_s=config.placement.wait_for_nodes_s,
-            prefer=self._prefer(self.name, nodes),
+            waits=lambda reason: self._update(phase=Phase.UNPLACED, reason=reason),
+            wish=await self._wish(needs),
         )
         self._actor = await asyncio.to_thread(create_actor, self.name, group, needs, log_path=self._log_path)
+
+    async def _wish(self, needs: Needs) -> str:
+        """Not the node where it was lost, which may be dead without Ray knowing; otherwise what `placement` says."""
+        lost = self._lost_node
+        if not lost and self.config.placement.pairs == "any":
+            return ""
+        nodes = [node for node in await asyncio.to_thread(nodes_with, needs) if node != lost]
+        preferred = self._prefer(self.name, nodes)
+        if preferred:
+            return f"in({','.join(preferred)})"
+        return f"!{lost}" if lost and nodes else ""
 
     def _launch(self, *, fixed_ports: bool = True) -> Launch:
         return make_launch(
@@ -282,9 +303,7 @@ class Keeper:
         await self._drain()
         await self._stop_process(self.config.drain_timeout_s + _EXIT_S)
         await self._discard_actor()
-        group = await asyncio.to_thread(find_group, self.name)
-        if group is not None:
-            await asyncio.to_thread(ray.util.remove_placement_group, group)
+        await asyncio.to_thread(remove_group, self.name)
         self._update(phase=Phase.PLACING, endpoint=None, reason="")
 
     async def _drain(self) -> None:
@@ -309,6 +328,14 @@ class Keeper:
         finally:
             for each in (task, hurry):
                 each.cancel()
+
+    async def _lose_actor(self) -> None:
+        """It died, by itself or with its node: another place is looked for."""
+        if self.member.endpoint is not None:
+            self._lost_node = self.member.endpoint.node
+        self._update(phase=Phase.WAITING, endpoint=None)
+        await self._discard_actor()
+        await asyncio.to_thread(remove_group, self.name)
 
     async def _discard_actor(self) -> None:
         """Its process, if it still lives, is killed with it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from .log_reader import read_log
 from .process import Endpoint, Exit, RoleProcess, StartFailure
 from .roles import Needs
 
+_EVERYWHERE = ("0.0.0.0", "[::]", "::")  # no address to call
 _POLL_S = 0.1  # Ray tells the state of a placement group only when asked
+_TELL_S = 2.0  # of waiting, before it is told
 _PREFERENCE_S = 2.0  # for a preferred node; after it, any node that has what is needed
 
 
@@ -44,7 +46,9 @@ class ProcessActor:
         started = await self._process.start(filled, environment, timeout_s)
         if isinstance(started, Endpoint):
             node_id = ray.get_runtime_context().get_node_id()
-            started = self._endpoint = replace(started, node=node_id, launch=digest)
+            host, _, port = started.address.rpartition(":")
+            address = f"{node_ip}:{port}" if host in _EVERYWHERE else started.address
+            started = self._endpoint = replace(started, address=address, node=node_id, launch=digest)
         return started
 
     async def wait(self) -> Exit:
@@ -61,28 +65,34 @@ class ProcessActor:
 
 
 async def place(
-    name: str, needs: Needs, *, timeout_s: float, nodes_timeout_s: float, prefer: Sequence[str] = ()
+    name: str,
+    needs: Needs,
+    *,
+    timeout_s: float,
+    nodes_timeout_s: float,
+    waits: Callable[[str], None],
+    wish: str = "",
 ) -> PlacementGroup:
     """A placement group for one process, once its resources are held; after a restart, the one it had.
 
     Args:
         timeout_s: how long to wait for resources that others hold.
         nodes_timeout_s: how long to wait for a node that has them at all.
-        prefer: ids of nodes to try first, for a moment.
+        waits: told what it waits for, if it does not get it soon.
+        wish: which nodes to try first, for a moment: a label selector over node ids.
 
     Raises: ConfigError: no node has what it needs. Unavailable: nodes have it, but others hold it.
     """
     group = await asyncio.to_thread(find_group, name)
-    if group is None and prefer:
-        wish = f"in({','.join(prefer)})"
+    if group is None and wish:
         group = await asyncio.to_thread(_reserve, name, needs, {"ray.io/node-id": wish})
         try:
-            return await _reserved(name, needs, group, _PREFERENCE_S, _PREFERENCE_S)
+            return await _reserved(name, needs, group, _PREFERENCE_S, _PREFERENCE_S, lambda _: None)
         except (ConfigError, Unavailable):
             group = None
     if group is None:
         group = await asyncio.to_thread(_reserve, name, needs, {})
-    return await _reserved(name, needs, group, timeout_s, nodes_timeout_s)
+    return await _reserved(name, needs, group, timeout_s, nodes_timeout_s, waits)
 
 
 def _reserve(name: str, needs: Needs, labels: Mapping[str, str]) -> PlacementGroup:
@@ -98,11 +108,17 @@ def _reserve(name: str, needs: Needs, labels: Mapping[str, str]) -> PlacementGro
 
 
 async def _reserved(
-    name: str, needs: Needs, group: PlacementGroup, timeout_s: float, nodes_timeout_s: float
+    name: str,
+    needs: Needs,
+    group: PlacementGroup,
+    timeout_s: float,
+    nodes_timeout_s: float,
+    waits: Callable[[str], None],
 ) -> PlacementGroup:
     """The group, as soon as its resources are held; removed if they never will be."""
     started = time.monotonic()
     feasible = started
+    told = False
     while True:
         row = await asyncio.to_thread(placement_group_table, group)
         if row["state"] == "CREATED":
@@ -118,7 +134,17 @@ async def _reserved(
             await asyncio.to_thread(remove_placement_group, group)
             missing = await asyncio.to_thread(missing_from, needs)
             raise Unavailable(f"{name} waited {timeout_s:g} s for {needs}, which others hold: {missing}")
+        if not told and now - started > _TELL_S:
+            told = True
+            waits(f"waits for {needs}: {await asyncio.to_thread(missing_from, needs)}")
         await asyncio.sleep(_POLL_S)
+
+
+def remove_group(name: str) -> None:
+    """Give back what the process of this name has reserved; fine if that is nothing."""
+    group = find_group(name)
+    if group is not None:
+        remove_placement_group(group)
 
 
 def find_group(name: str) -> PlacementGroup | None:

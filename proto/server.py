@@ -94,6 +94,7 @@ class RpcServer:
     ) -> None:
         self._host = host
         self._service_names = tuple(service_names)
+        self._offered = frozenset(service_names)
         self.server = grpc.aio.server(interceptors=[*interceptors, RefuseUnreadable()], options=SERVER_OPTIONS)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
@@ -112,15 +113,20 @@ class RpcServer:
         """host:port that others connect to."""
         return _join(self._host, self.port)
 
+    def offer(self, service_names: Sequence[str]) -> None:
+        """The services that are served as of the next `set_serving`; health says NOT_SERVING of the others."""
+        self._offered = frozenset(service_names)
+
     async def start(self) -> None:
         await self.server.start()
         await self.set_serving(True)
 
     async def set_serving(self, serving: bool) -> None:
         """Tell health watchers."""
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        states = health_pb2.HealthCheckResponse
         for name in ("", *self._service_names):
-            await self._health.set(name, status)
+            served = serving and (not name or name in self._offered)
+            await self._health.set(name, states.SERVING if served else states.NOT_SERVING)
 
     async def stop(self, grace_s: float = 0.2) -> None:
         """Say goodbye to health watchers, then stop; an open Watch would hold `grace_s` to its end."""

@@ -130,3 +130,13 @@ async def test_pools_grow_and_shrink_and_new_settings_are_rolled_out(tmp_path: P
         with pytest.raises(ConfigError, match=r"there is no 'decode-7'; the cluster has decode-1, prefill-1, router-0"):
             controller.drain("decode-7", restart=True)
     assert not ray.util.list_named_actors()
+
+
+async def test_a_worker_that_hangs_is_killed_and_started_again(tmp_path: Path) -> None:
+    async with running(config(restart__unhealthy_s=3.0), tmp_path) as controller:
+        before = endpoints(controller.view())["decode-0"]
+        os.kill(before.pid, signal.SIGSTOP)
+        view = await until(controller, lambda view: endpoints(view).get("decode-0", before) != before)
+        assert not psutil.pid_exists(before.pid)
+        await until(controller, lambda view: view.settled)
+        assert next(m for m in view.members if m.name == "decode-0").num_restarts == 1

@@ -1,0 +1,69 @@
+"""Asks every worker how it fares: one that hangs, stands still or is broken is found, whatever its process says."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping
+
+import grpc
+import grpc.aio
+
+from ..proto import worker_pb2, worker_pb2_grpc
+from ..proto.rpc import CHANNEL_OPTIONS
+from .members import Member
+
+_TIMEOUT_S = 2.0
+_SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+class WorkerWatch:
+    """Call `look` about once a second."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._silent_since: dict[str, float] = {}  # address -> when it was first not heard
+        self._statuses: dict[str, worker_pb2.WorkerStatus] = {}
+
+    @property
+    def statuses(self) -> Mapping[str, worker_pb2.WorkerStatus]:
+        """The last word of every worker, by its address."""
+        return self._statuses
+
+    async def look(self, members: Iterable[Member], unhealthy_s: float) -> Mapping[str, str]:
+        """Ask all of them at once; returns why some of them must be replaced, by name.
+
+        A worker that is not heard for `unhealthy_s` hangs; its death would be seen by its actor.
+        """
+        workers = [m for m in members if m.role != "router" and m.serving is not None]
+        addresses = {m.serving.address for m in workers if m.serving}
+        for gone in self._channels.keys() - addresses:
+            await self._channels.pop(gone).close()
+            self._silent_since.pop(gone, None)
+            self._statuses.pop(gone, None)
+        found = await asyncio.gather(*(self._ask(address, unhealthy_s) for address in addresses))
+        problems = dict(zip(addresses, found, strict=True))
+        return {m.name: problems[m.serving.address] for m in workers if m.serving and problems[m.serving.address]}
+
+    async def close(self) -> None:
+        await asyncio.gather(*(channel.close() for channel in self._channels.values()))
+
+    async def _ask(self, address: str, unhealthy_s: float) -> str:
+        """What is wrong with it; "" if nothing is."""
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        stub = worker_pb2_grpc.WorkerAdminStub(self._channels[address])
+        asked_at = time.monotonic()
+        try:
+            answer = await stub.GetWorkerStatus(worker_pb2.GetWorkerStatusRequest(), timeout=_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            if error.code() not in _SILENT:  # it lives, and says so
+                self._silent_since.pop(address, None)
+                return ""
+            silent_s = time.monotonic() - self._silent_since.setdefault(address, asked_at)
+            return f"it did not answer for {silent_s:.0f} s" if silent_s >= unhealthy_s else ""
+        self._silent_since.pop(address, None)
+        self._statuses[address] = status = answer.status
+        if status.stalled:
+            return "it has work and makes no progress"
+        return f"it is out of service: {status.fault}" if status.fault else ""
