@@ -83,6 +83,7 @@ class RpcServer:
         port: 0 takes a free one.
         service_names: full names, for health and reflection.
         interceptors: what each call goes through first.
+        options: of the channel.
     """
 
     def __init__(
@@ -91,11 +92,12 @@ class RpcServer:
         port: int,
         service_names: Sequence[str],
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        options: Sequence[tuple[str, int]] = SERVER_OPTIONS,
     ) -> None:
         self._host = host
         self._service_names = tuple(service_names)
         self._offered = frozenset(service_names)
-        self.server = grpc.aio.server(interceptors=[*interceptors, RefuseUnreadable()], options=SERVER_OPTIONS)
+        self.server = grpc.aio.server(interceptors=[*interceptors, RefuseUnreadable()], options=options)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         names = (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)

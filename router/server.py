@@ -19,6 +19,7 @@ from ..core.metrics import RouterMetrics
 from ..core.probes import serve_probes
 from ..core.pulse import Pulse
 from ..engine.model_files import resolve_model
+from ..proto.rpc import CLIENT_FACING_OPTIONS
 from ..proto.server import Ready, RpcServer, run
 from ..scheduling.admission import Admission, AdmissionPolicy
 from ..scheduling.policies.registry import DEFAULT_POLICY, load_policy
@@ -121,7 +122,7 @@ class Router:
             controller = bytes.fromhex(options.controller_key_sha256)
             keys = ApiKeys(KeyFile(options.api_key_file).keys, self.metrics, controller)
         interceptors = [RequireKey(keys)] if keys is not None else []
-        self._rpc = RpcServer(options.host, options.port, [INFERENCE, ADMIN], interceptors)
+        self._rpc = RpcServer(options.host, options.port, [INFERENCE, ADMIN], interceptors, CLIENT_FACING_OPTIONS)
         add_to_server(self._rpc.server, Inference(self._door), RouterAdmin(self.pool, self.dispatcher))
         self._pulse = Pulse(_HANGING_S)
         self._health: asyncio.Task[None] | None = None
