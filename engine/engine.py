@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -25,6 +26,8 @@ from .output_format import OutputFormats
 from .parallel.leader import LeadingRunner, OtherRanks
 from .pool import KvPool
 from .runner import CpuRunner, StepResult, StepRunner, needs_history
+
+logger = logging.getLogger(__name__)
 
 _GPU_PACKED_TOKENS = 512  # from here on a prefill step is bound by arithmetic
 _RECENT = 4  # steps that tell how long the next one takes
@@ -84,6 +87,16 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """What one sequence has of the pool."""
+
+    request_id: str
+    state: str  # of scheduling/sequence.py:SequenceState
+    num_blocks: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Launched:
     plan: StepPlan
     scheduled_s: float  # seconds that planning took
@@ -135,6 +148,7 @@ class Engine:
             max_packed_tokens=options.max_packed_tokens or (None if on_cpu else _GPU_PACKED_TOKENS),
         )
         self.num_steps = 0
+        self._num_unaccounted = 0
         self._last_end_s = 0.0
         self._launched: deque[_Launched] = deque()  # steps that run, the oldest first
         self._step_began_s = 0.0
@@ -204,7 +218,9 @@ class Engine:
         """
         with self._lock:
             self._no_longer_due(request_id)
-            return self._scheduler.release(request_id)
+            released = self._scheduler.release(request_id)
+            self._check_blocks()
+            return released
 
     def block_table(self, request_id: str) -> tuple[int, ...]:
         """Raises: KeyError: no such live request."""
@@ -237,7 +253,30 @@ class Engine:
         Looks at every block: for scrapes and tests, not for each status.
         """
         with self._lock:
-            return self._scheduler.num_orphaned_blocks()
+            return max(self._scheduler.num_orphaned_blocks(), self._scheduler.num_unaccounted_blocks())
+
+    def holdings(self) -> list[Holding]:
+        """What every sequence holds, by request id."""
+        with self._lock:
+            return [
+                Holding(
+                    request_id=sequence.request_id,
+                    state=sequence.state.value,
+                    num_blocks=len(sequence.block_table),
+                    num_tokens=sequence.num_tokens,
+                )
+                for sequence in self._scheduler.holdings()
+            ]
+
+    def _check_blocks(self) -> None:
+        """Conservation, after each step and each release: free + cached + granted + live = total."""
+        unaccounted = self._scheduler.num_unaccounted_blocks()
+        if unaccounted > self._num_unaccounted:
+            counts = self._scheduler.blocks.counts()
+            logger.error(
+                "%d KV blocks are unaccounted for: %s; restart this worker and report this", unaccounted, counts
+            )
+        self._num_unaccounted = unaccounted
 
     @property
     def cached_tokens(self) -> int:
@@ -353,6 +392,7 @@ class Engine:
             if part.sequence.request_id in result.failed and not part.sequence.released
         ]
         tokens = self._scheduler.commit(result.token_ids)
+        self._check_blocks()
         self.output_tokens += len(tokens)
         record = self._record(
             "prefill" if not plan.num_decode_tokens else "mixed" if plan.num_prefill_tokens else "decode",

@@ -1195,3 +1195,125 @@ class SwitchRoleResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SwitchRoleResponse: _TypeAlias = SwitchRoleResponse  # noqa: Y015
+
+@_typing.final
+class ListHoldingsRequest(_message.Message):
+    """ListHoldingsRequest asks for a page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    page_token: _builtins.str
+    """next_page_token of the page before; empty for the first."""
+    page_size: _builtins.int
+    """Most holdings in the answer; 0 reads as 200, more than 1,000 as 1,000."""
+    def __init__(
+        self,
+        *,
+        page_token: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListHoldingsRequest: _TypeAlias = ListHoldingsRequest  # noqa: Y015
+
+@_typing.final
+class ListHoldingsResponse(_message.Message):
+    """ListHoldingsResponse is a page, as of now: what comes or goes between two pages may be missing or be there twice."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDINGS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    NUM_HOLDINGS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_ORPHANED_BLOCKS_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page; empty on the last."""
+    num_holdings: _builtins.int
+    """Sequences in all."""
+    num_cached_blocks: _builtins.int
+    """Blocks held only by the prefix cache."""
+    num_orphaned_blocks: _builtins.int
+    """Blocks that nobody owns or that do not add up; anything but 0 is a bug."""
+    @_builtins.property
+    def holdings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Holding]:
+        """In order of sequence_id."""
+
+    def __init__(
+        self,
+        *,
+        holdings: _abc.Iterable[Global___Holding] | None = ...,
+        next_page_token: _builtins.str = ...,
+        num_holdings: _builtins.int = ...,
+        num_cached_blocks: _builtins.int = ...,
+        num_orphaned_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holdings", b"holdings", "next_page_token", b"next_page_token", "num_cached_blocks", b"num_cached_blocks", "num_holdings", b"num_holdings", "num_orphaned_blocks", b"num_orphaned_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListHoldingsResponse: _TypeAlias = ListHoldingsResponse  # noqa: Y015
+
+@_typing.final
+class Holding(_message.Message):
+    """Holding is what one sequence has, and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    LEASE_LEFT_S_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.str
+    """The attempt's name inside the worker."""
+    state: _builtins.str
+    """"waiting", "running", "held" (its KV waits to be fetched) or "reserved" (a grant: its KV is on its way)."""
+    num_blocks: _builtins.int
+    """KV blocks."""
+    num_tokens: _builtins.int
+    """Prompt and output tokens."""
+    request_id: _builtins.str
+    """Id of the request; empty if nobody asked for it, which is a bug."""
+    attempt: _builtins.int
+    """Attempt."""
+    router_id: _builtins.str
+    """Id of the router whose session asked for it."""
+    age_s: _builtins.float
+    """Seconds since it was asked for."""
+    lease_left_s: _builtins.float
+    """Seconds until its KV is freed if nobody fetches it; unset when no lease runs."""
+    def __init__(
+        self,
+        *,
+        sequence_id: _builtins.str = ...,
+        state: _builtins.str = ...,
+        num_blocks: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+        request_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        router_id: _builtins.str = ...,
+        age_s: _builtins.float = ...,
+        lease_left_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lease_left_s", b"_lease_left_s", "lease_left_s", b"lease_left_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lease_left_s", b"_lease_left_s", "age_s", b"age_s", "attempt", b"attempt", "lease_left_s", b"lease_left_s", "num_blocks", b"num_blocks", "num_tokens", b"num_tokens", "request_id", b"request_id", "router_id", b"router_id", "sequence_id", b"sequence_id", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__lease_left_s: _TypeAlias = _typing.Literal["lease_left_s"]  # noqa: Y015
+    _WhichOneofArgType__lease_left_s: _TypeAlias = _typing.Literal["_lease_left_s", b"_lease_left_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lease_left_s) -> _WhichOneofReturnType__lease_left_s | None: ...
+
+Global___Holding: _TypeAlias = Holding  # noqa: Y015

@@ -24,7 +24,8 @@ from ..proto.convert import (
     reason_from_proto,
     request_to_proto,
 )
-from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
+from ..proto.rpc import from_rpc_error
+from ..proto.tls import PeerRole, Tls, open_channel
 from ..scheduling.attempts import NewTokens
 from ..scheduling.decode_pace import DecodePace
 from ..scheduling.routing import DecodeLoad, PrefillLoad
@@ -85,17 +86,26 @@ class WorkerLink:
 
     Args:
         address: host:port of the worker's session service.
+        tls: of this router; None: plain text.
         judge: tells, from the worker's introduction, why it cannot be used ("" if it can).
     """
 
     role: WorkerKind
     _service: str
 
-    def __init__(self, address: str, router_id: str, events: WorkerEvents, judge: Callable[[WorkerLink], str]) -> None:
+    def __init__(
+        self,
+        address: str,
+        router_id: str,
+        events: WorkerEvents,
+        judge: Callable[[WorkerLink], str],
+        tls: Tls | None = None,
+    ) -> None:
         self.address = address
         self.reason = "not connected yet"
         self.info: worker_pb2.WorkerInfo | None = None  # None while there is no session
         self.boot_id = ""  # of the process that the session is with, or was
+        self.last_worker_id = ""  # what it called itself last; empty until it first said hello
         self.status = worker_pb2.WorkerStatus()
         self.full = False  # it said "overloaded"; asked again after its next status or when a run here ends
         self.retired = False  # no longer on the list: finishes what it runs
@@ -104,6 +114,7 @@ class WorkerLink:
         self._router_id = router_id
         self._events = events
         self._judge = judge
+        self._tls = tls
         self._outbox: asyncio.Queue[Any] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
 
@@ -241,7 +252,7 @@ class WorkerLink:
         hello = worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_id=self._router_id)
         call: Any
         first: Any
-        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+        async with open_channel(self.address, self._tls, PeerRole.WORKER) as channel:
             if self.role == "prefill":
                 call = worker_pb2_grpc.DecodeWorkerStub(channel).DecodeSession(timeout=SILENCE_S)
                 first = worker_pb2.DecodeSessionRequest(hello=hello)
@@ -262,7 +273,7 @@ class WorkerLink:
         loop = asyncio.get_running_loop()
         outbox = self._outbox = asyncio.Queue()
         self._send(hello=worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_id=self._router_id))
-        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+        async with open_channel(self.address, self._tls, PeerRole(self.role)) as channel:
             call = self._open(channel, _drain(outbox))
             try:
                 async for message in call:
@@ -290,7 +301,7 @@ class WorkerLink:
 
     def _hello(self, info: worker_pb2.WorkerInfo) -> None:
         check_protocol(info.protocol_version, f"{self.role} worker {self.address}")
-        self.info, self.boot_id = info, info.boot_id
+        self.info, self.boot_id, self.last_worker_id = info, info.boot_id, info.worker_id
         self.status = worker_pb2.WorkerStatus()
         self.reconsider()
         logger.info("%s worker %s (%s): %s", self.role, self.address, info.worker_id, self.reason or "connected")

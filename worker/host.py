@@ -29,7 +29,9 @@ from ..proto.convert import PROTOCOL_VERSION
 from ..proto.mount import ServiceMount
 from ..proto.rpc import abort
 from ..proto.server import Ready, RpcServer
+from ..proto.tls import probes_context
 from .device import THROTTLE_REASONS, DeviceReader, DeviceState, open_devices
+from .holdings import list_holdings
 from .options import Role, WorkerOptions
 from .role import RoleHooks, RoleSwitch
 from .session import Session
@@ -87,8 +89,10 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
     def __init__(self, options: WorkerOptions) -> None:
         self.options = options
         self.switch: RoleSwitch | None = None  # None: its role is for life
+        self.registry = new_registry()
+        self.metrics = WorkerMetrics(self.registry, options.role)
         # The address is taken before the model is loaded: a port in use is told at once.
-        self.rpc = RpcServer(options.host, options.port, SERVICES)
+        self.rpc = RpcServer(options.host, options.port, SERVICES, tls=options.tls, links=self.metrics.links)
         self.mount = ServiceMount()
         self.rpc.server.add_generic_rpc_handlers((self.mount,))
         self.identity = WorkerIdentity(
@@ -97,8 +101,6 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             host_id=current_host_id(),
         )
         self.recorder = Recorder(self.identity.worker_id, options.trace_dir)
-        self.registry = new_registry()
-        self.metrics = WorkerMetrics(self.registry, options.role)
         self._ranks = start_ranks(options.engine)
         try:
             self.model = load_model(options.engine, None if self._ranks is None else self._ranks.group)
@@ -140,6 +142,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             registry=lambda: self.registry,
             alive=lambda: self.stuck,
             ready=lambda: self.stuck or self.out_of_service,
+            tls=probes_context(self.options.tls),
         )
         self._device.start()
         self._pulse.start()
@@ -170,7 +173,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self.options = dataclasses.replace(self.options, role=successor)
         self.identity = dataclasses.replace(self.identity, boot_id=secrets.token_hex(8))
         self.registry = new_registry()
-        self.metrics = WorkerMetrics(self.registry, successor)
+        self.metrics = WorkerMetrics(self.registry, successor, self.metrics.links)
         self._told = _Counts.of(self.engine)
         self._publish_gauges()
 
@@ -342,6 +345,12 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
     async def Drain(self, request: worker_pb2.DrainRequest, context: object) -> worker_pb2.DrainResponse:
         drained = await self.drain(max(0.0, request.timeout_s))
         return worker_pb2.DrainResponse(num_left=drained.num_left, num_handed_over=drained.num_handed_over)
+
+    async def ListHoldings(
+        self, request: worker_pb2.ListHoldingsRequest, context: object
+    ) -> worker_pb2.ListHoldingsResponse:
+        holders = list(self._role.holders()) if self._role is not None else []
+        return list_holdings(self.engine, holders, request)
 
     async def Undrain(self, request: worker_pb2.UndrainRequest, context: object) -> worker_pb2.UndrainResponse:
         await self.undrain()

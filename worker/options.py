@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..engine.options import EngineOptions
+from ..proto.tls import Tls
 
 Role = Literal["prefill", "decode", "colocated"]
 
@@ -28,4 +29,5 @@ class WorkerOptions:
     trace_dir: Path | None = None
     drain_timeout_s: float = 30.0  # how long SIGTERM waits for running requests
     lease_s: float = 30.0  # finished KV is held this long without a sign of life from its receiver
+    tls: Tls | None = None  # of this worker, towards routers and other workers; None: plain text
     stall_bound_s: float = 8.0  # work queued and no step finished for this long: unhealthy; twice that: it ends itself
