@@ -34,6 +34,7 @@ from ..scheduling.step_times import MeasuredTimes, StepTimes
 logger = logging.getLogger(__name__)
 
 SILENCE_S = 3.0  # a worker reports at least once a second; silent for this long it hangs, or its host does
+HEARD_S = 0.1  # messages closer together than that do not move the watchdog: a timer each would cost more than they do
 MIN_RECONNECT_S, MAX_RECONNECT_S = 0.1, 1.0
 
 WorkerKind = Literal["prefill", "decode"]  # the two dialects; colocated workers speak decode
@@ -275,9 +276,12 @@ class WorkerLink:
         self._send(hello=worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_id=self._router_id))
         async with open_channel(self.address, self._tls, PeerRole(self.role)) as channel:
             call = self._open(channel, _drain(outbox))
+            heard_at = 0.0
             try:
                 async for message in call:
-                    watchdog.reschedule(loop.time() + SILENCE_S)
+                    if (now := loop.time()) - heard_at > HEARD_S:
+                        heard_at = now
+                        watchdog.reschedule(now + SILENCE_S)
                     self.take(message)
             finally:
                 call.cancel()
