@@ -265,10 +265,6 @@ class Dispatcher:
         self._end(job, Cancelled("the request was cancelled"))
         return True
 
-    def keeps_answer(self, request_id: str) -> bool:
-        """Whether the answer to a finished request can be asked for again."""
-        return self._ended.finished(request_id) is not None
-
     def close(self, error: SplitserveError) -> None:
         """End every request with the error."""
         for job in list(self._jobs.values()):
