@@ -20,17 +20,22 @@ WORKER_ROLES: tuple[WorkerRole, ...] = ("prefill", "decode", "colocated")
 class ProcessCluster:
     """Addresses of what runs; workers by name, such as "prefill-0"."""
 
-    router: Endpoint
+    routers: tuple[Endpoint, ...]
     workers: dict[str, Endpoint]
     restart: Callable[[str, float], Awaitable[Exit]]
     """restart(name, grace_s): stop a worker with SIGTERM, start it anew at the same address; how the old one ended."""
+
+    @property
+    def router(self) -> Endpoint:
+        """The first one."""
+        return self.routers[0]
 
 
 @asynccontextmanager
 async def process_cluster(
     config: ClusterConfig, log_dir: Path, *, num_threads: int = 1, gpus: Mapping[str, int] | None = None
 ) -> AsyncIterator[ProcessCluster]:
-    """Start every worker of `config` in parallel, then a router; all are killed on the way out.
+    """Start every worker of `config` in parallel, then its routers; all are killed on the way out.
 
     Args: gpus: the GPU that each worker, by name, may see.
     Raises: SplitserveError: a process did not start; the end of its log is in the message.
@@ -50,17 +55,18 @@ async def process_cluster(
         workers[name] = await start(name, int(workers[name].address.rpartition(":")[2]))
         return ended
 
+    async def start_router(name: str) -> Endpoint:
+        command = [*role_command(config, "router", name=name, host="127.0.0.1", port=0, num_threads=1, http_port=0)]
+        for worker, endpoint in workers.items():
+            command += ["--prefill" if names[worker] == "prefill" else "--decode", endpoint.address]
+        processes[name] = process = RoleProcess(log_dir / f"{name}.log")
+        return await _start(process, command, 1, config, {})
+
     names = {f"{role}-{index}": role for role in WORKER_ROLES for index in range(config.replicas(role))}
     try:
         workers.update(zip(names, await asyncio.gather(*map(start, names)), strict=True))
-        command = [
-            *role_command(config, "router", name="router-0", host="127.0.0.1", port=0, num_threads=1, http_port=0)
-        ]
-        for name, endpoint in workers.items():
-            command += ["--prefill" if names[name] == "prefill" else "--decode", endpoint.address]
-        processes["router-0"] = process = RoleProcess(log_dir / "router-0.log")
-        router = await _start(process, command, 1, config, {})
-        yield ProcessCluster(router=router, workers=workers, restart=restart)
+        routers = await asyncio.gather(*(start_router(f"router-{n}") for n in range(config.router.replicas)))
+        yield ProcessCluster(routers=tuple(routers), workers=workers, restart=restart)
     finally:
         await asyncio.gather(*(process.stop(2.0) for process in processes.values()))
 

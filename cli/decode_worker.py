@@ -34,7 +34,7 @@ def command(
 
     $ splitserve decode-worker --role colocated --kv-memory 2GiB
     """
-    from ..decode_worker.server import serve  # imports torch: not for --help
+    from ..deploy.worker_process import serve  # imports torch: not for --help
 
     options = worker_options(
         config,

@@ -14,7 +14,7 @@ from . import options
 from .workers import find_worker, worker_admin
 
 _RPC_TIMEOUT_S = 5.0
-_LETTING_GO_S = 10.0  # beyond the grace period
+LETTING_GO_S = 10.0  # beyond the grace period
 _LOOK_S = 0.5
 
 Worker = Annotated[str, typer.Argument(help="Its name, as `splitserve status` shows it, or HOST:PORT.")]
@@ -45,7 +45,7 @@ def command(
             admin.Undrain(worker_pb2.UndrainRequest(), timeout=_RPC_TIMEOUT_S)
             print(f"{worker} takes work again")
             return
-        draining = admin.Drain.future(worker_pb2.DrainRequest(timeout_s=timeout), timeout=timeout + _LETTING_GO_S)
+        draining = admin.Drain.future(worker_pb2.DrainRequest(timeout_s=timeout), timeout=timeout + LETTING_GO_S)
         with console.status(f"draining {worker}") as shown:
             while True:
                 try:

@@ -32,6 +32,7 @@ SUBCOMMANDS = {
     "scaling": "Show the decisions of a controller that scales, or replay them.",
     "logs": "Show what the processes of a running cluster wrote.",
     "drain": "Take a worker out of service without losing a request.",
+    "switch": "Make a prefill worker a decode worker, or back.",
     "down": "Stop the cluster that `up` started.",
     "config": "Check a cluster's YAML file, or show it with its defaults.",
     "generate": "Send one prompt and print the answer.",

@@ -41,7 +41,7 @@ def command(
 
     $ splitserve prefill-worker --config cluster.yaml --dtype bfloat16
     """
-    from ..prefill_worker.server import serve  # imports torch: not for --help
+    from ..deploy.worker_process import serve  # imports torch: not for --help
 
     options = worker_options(
         config,

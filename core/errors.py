@@ -105,6 +105,12 @@ class Overloaded(SplitserveError):
     code, grpc_code, http_status, retryable = "overloaded", "RESOURCE_EXHAUSTED", 429, True
 
 
+class RateLimited(Overloaded):
+    """The caller's API key has had what it may have for now; try again after `retry_after_s`."""
+
+    code = "rate_limited"
+
+
 class Unavailable(SplitserveError):
     """Nobody can serve the request right now (no ready worker, or a server is draining)."""
 

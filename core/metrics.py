@@ -8,10 +8,7 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
-    start_http_server,
 )
-
-from .errors import AddressInUse
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -117,12 +114,3 @@ def new_registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     return registry
-
-
-def serve(registry: CollectorRegistry, host: str, port: int) -> int:
-    """Serve `/metrics` in a daemon thread; returns the bound port. Raises: AddressInUse."""
-    try:
-        server, _ = start_http_server(port, addr=host, registry=registry)
-    except OSError as error:
-        raise AddressInUse(f"cannot serve metrics on {host}:{port}: {error}; choose another --metrics-port") from error
-    return int(server.server_port)

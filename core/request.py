@@ -201,9 +201,19 @@ class Request:
                 raise InvalidRequest(
                     f"logit_bias names token {token_id}, outside the vocabulary of {vocab_size:,}", field="logit_bias"
                 )
-        low, high = min(self.prompt_token_ids), max(self.prompt_token_ids)
-        if low < 0 or high >= vocab_size:
+        for field_name, token_ids in (
+            ("prompt", self.prompt_token_ids),
+            ("received_token_ids", self.output_token_ids),
+            ("stop_token_ids", self.stop_token_ids),
+        ):
+            low, high = min(token_ids, default=0), max(token_ids, default=0)
+            if low < 0 or high >= vocab_size:
+                raise InvalidRequest(
+                    f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size:,}",
+                    field=field_name,
+                )
+        if len(self.output_token_ids) > self.max_tokens:
             raise InvalidRequest(
-                f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size:,}",
-                field="prompt",
+                f"received_token_ids holds {len(self.output_token_ids)} tokens, more than max_tokens {self.max_tokens}",
+                field="received_token_ids",
             )

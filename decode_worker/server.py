@@ -1,8 +1,7 @@
-"""The decode worker's gRPC edge, and the process around it."""
+"""The decode worker's gRPC edge."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import grpc.aio
@@ -11,20 +10,18 @@ from ..core.errors import SplitserveError
 from ..kv_transfer.grants import KvSource
 from ..kv_transfer.ranges import known_dtype
 from ..proto import worker_pb2, worker_pb2_grpc
-from ..proto.server import Ready, run
 from ..worker.edge import open_session, sequence_from_proto
+from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
 from .worker import DecodeWorker, RouterSession
-
-__all__ = ["DecodeServer", "Ready", "WorkerOptions", "serve"]
 
 
 class DecodeServer(worker_pb2_grpc.DecodeWorkerServicer):
     """Turns messages into calls of DecodeWorker."""
 
-    def __init__(self, options: WorkerOptions) -> None:
-        self.worker = DecodeWorker(options)
-        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, self.worker.host.rpc.server)
+    def __init__(self, options: WorkerOptions, host: WorkerHost | None = None) -> None:
+        self.worker = DecodeWorker(options, host)
+        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, self.worker.host.mount)  # type: ignore[arg-type]
 
     async def DecodeSession(self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:  # type: ignore[override]
         host = self.worker.host
@@ -72,21 +69,3 @@ class DecodeServer(worker_pb2_grpc.DecodeWorkerServicer):
             self.worker.refuse(session, work.request_id, work.attempt, error)
             return
         self.worker.run_local(session, work.request_id, request)
-
-
-async def serve_async(options: WorkerOptions, ready: Callable[[Ready], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; `ready` is called once the address answers."""
-    server = DecodeServer(options)
-    server.worker.host.take_signals()
-    try:
-        told = await server.worker.host.start()
-        if ready is not None:
-            ready(told)
-        await server.worker.host.run_until_signalled()
-    finally:
-        await server.worker.stop()
-
-
-def serve(options: WorkerOptions, ready: Callable[[Ready], None] | None = None) -> None:
-    """Run a decode or colocated worker in this process. Raises: SplitserveError: it cannot start."""
-    run(serve_async(options, ready))

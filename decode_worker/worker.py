@@ -22,6 +22,7 @@ from ..worker.edge import sequence_id
 from ..worker.fence import Fence
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
+from ..worker.role import RoleHooks
 from ..worker.session import Session
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class _Run:
     deadline: asyncio.TimerHandle
     ready_s: float  # local: received; split: committed
     transfer: asyncio.Task[None] | None = None
+    adopted: bool = False  # the engine took over what was reserved for the transfer
     started_s: float | None = None  # first step
     first_token_s: float | None = None
     preemptions: int = 0
@@ -50,11 +52,11 @@ class _Run:
 class DecodeWorker:
     """Engine plus incoming transfers. Lives on the event loop."""
 
-    def __init__(self, options: WorkerOptions) -> None:
+    def __init__(self, options: WorkerOptions, host: WorkerHost | None = None) -> None:
         self._runs: dict[str, _Run] = {}
         self._fence = Fence()
         self._transfers: set[asyncio.Task[None]] = set()
-        self.host = WorkerHost(options, SERVICES, on_step=self._on_step, hand_over=self.hand_over)
+        self.host = host or WorkerHost(options)
         self.receiver = KvReceiver(
             self.host.engine.pool,
             self.host.identity,
@@ -62,13 +64,19 @@ class DecodeWorker:
             codec=options.kv_codec,
             metrics=self.host.metrics,
         )
+        self.host.take_role(
+            RoleHooks(services=SERVICES, on_step=self._on_step, hand_over=self.hand_over, close=self.close)
+        )
 
-    async def stop(self) -> None:
+    async def close(self) -> None:
+        """Free what is left; the host goes on."""
         for run in list(self._runs.values()):
             self._end(run)
         if self._transfers:
             await asyncio.wait(self._transfers)
         await self.receiver.close()
+
+    async def stop(self) -> None:
         await self.host.stop()
 
     # -- what the router asks for; `request` carries the attempt's sequence id in place of `request_id` --
@@ -93,7 +101,7 @@ class DecodeWorker:
         session.send(worker_pb2.DecodeSessionResponse(grant=told))
         run.transfer = asyncio.create_task(self._receive(run, grant, source.address, reservation))
         self._transfers.add(run.transfer)
-        run.transfer.add_done_callback(self._transfers.discard)
+        run.transfer.add_done_callback(lambda task: self._transfer_ended(run, task))
 
     def run_local(self, session: RouterSession, request_id: str, request: Request) -> None:
         """Prefill and decode here, or answer with RunFailed. Older attempts are revoked."""
@@ -175,7 +183,6 @@ class DecodeWorker:
         """Fetch, verify, join the running batch, commit. Holds the reservation until the link is quiet."""
         request = run.request
         token_ids = request.prompt_token_ids + request.output_token_ids
-        adopted = False
         try:
             received = await self.receiver.receive(
                 grant,
@@ -188,7 +195,7 @@ class DecodeWorker:
             self._record(run, Event.TRANSFER_FINISHED)
             if not received.finished:
                 self.host.engine.start_reserved(request.request_id, received.first_token_id)
-                adopted, run.transfer = True, None
+                run.adopted, run.transfer = True, None
                 run.ready_s = time.monotonic()
                 self._record(run, Event.DECODE_QUEUED)
                 self.host.wake()
@@ -201,9 +208,12 @@ class DecodeWorker:
         except Exception:
             logger.exception("receiving KV of request %s failed", run.request_id)
             self._fail(run, EngineFailed("the decode worker failed while it received KV; see its log"))
-        finally:
-            if not adopted:  # and the link is quiet now
-                self._release(run)
+
+    def _transfer_ended(self, run: _Run, task: asyncio.Task[None]) -> None:
+        """The link is quiet now. Not the task's own last act: one that is cancelled before it began does nothing."""
+        self._transfers.discard(task)
+        if not run.adopted:
+            self._release(run)
 
     def _transfer_done(self, run: _Run, received: Received) -> None:
         metrics = self.host.metrics

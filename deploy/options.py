@@ -69,7 +69,7 @@ def worker_options(
             prefix_cache=engine.prefix_cache,
             num_threads=num_threads or config.pool(role).threads,
             self_check=engine.self_check,
-            shared_pool="shared_memory" in transports and role == "prefill",
+            shared_pool="shared_memory" in transports and role != "colocated",  # a decode worker may become one
         ),
         role=role,
         host=host,

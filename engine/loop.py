@@ -5,11 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 from .engine import Engine, StepOutput
 
 logger = logging.getLogger(__name__)
+
+_RECENT = 64  # steps that tell how long one takes
+_SLOW = 5.0  # times the slowest of them: no bound is shorter
+_FIRST, _WARM_UP = 4.0, 75.0  # times the bound: until the first step ended, and before that the warm-up
 
 
 class DeviceLoop:
@@ -26,6 +31,8 @@ class DeviceLoop:
         self._stopping = False
         self._idle = True  # nothing can go on until somebody wakes us
         self._progress_s = time.monotonic()  # when the last step ended
+        self._warm = False
+        self._recent_s: deque[float] = deque(maxlen=_RECENT)  # what steps took of late
         self._thread = threading.Thread(target=self._run, name="device-loop", daemon=True)
 
     def start(self) -> None:
@@ -49,16 +56,28 @@ class DeviceLoop:
             self._thread.join()
 
     def stalled(self, bound_s: float) -> bool:
-        """Whether work is queued and no step finished within the bound: alive means progress."""
+        """Whether work is queued and no step finished within the bound: alive means progress.
+
+        The bound is wider while the first steps compile what they need, and where steps take long anyway.
+        """
         with self._condition:
+            if not self._recent_s:
+                bound_s *= _FIRST if self._warm else _WARM_UP
+            else:
+                bound_s = max(bound_s, _SLOW * max(self._recent_s))
             return not self._idle and time.monotonic() - self._progress_s > bound_s
 
     def _run(self) -> None:
         self._engine.warm_up()
+        with self._condition:
+            self._warm = True
+            self._progress_s = time.monotonic()
         while self._wait():
+            began_s = time.monotonic()
             output = self._step()
             with self._condition:
                 self._progress_s = time.monotonic()
+                self._recent_s.append(self._progress_s - began_s)
                 self._idle = output is None and not self._woken
                 self._woken = self._woken or output is not None
             if output is not None:

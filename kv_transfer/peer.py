@@ -75,6 +75,7 @@ class Peer:
         self.users = 0
         self.retired = False
         self.unused = asyncio.Event()
+        self.watch: asyncio.Task[None] | None = None
 
 
 class Peers:
@@ -138,8 +139,10 @@ class Peers:
         if known is not None and known.boot_id == peer.boot_id and not known.retired:
             await peer.channel.close()
             return known
+        if known is not None and known.watch is not None:  # another boot in the same process: that link did not break
+            known.watch.cancel()
         self._peers[address] = peer
-        watch = asyncio.create_task(self._watch(address, peer))
+        peer.watch = watch = asyncio.create_task(self._watch(address, peer))
         self._watches.add(watch)
         watch.add_done_callback(self._watches.discard)
         return peer
@@ -207,6 +210,8 @@ class Peers:
             typed = from_rpc_error(error)
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 typed = LinkTimeout(f"the prefill worker at {address} did not answer within {timeout_s:g} s")
+            elif error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                typed = TransferFailed(f"what is at {address} is no prefill worker, or none any more")
             elif error.code() is grpc.StatusCode.UNAVAILABLE:
                 typed = TransferFailed(f"the prefill worker at {address} cannot be reached: {error.details()}")
             raise typed from error

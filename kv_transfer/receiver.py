@@ -379,6 +379,8 @@ async def _quiet(copying: asyncio.Future[int]) -> None:
 def _typed(error: grpc.aio.AioRpcError) -> SplitserveError:
     """What the prefill worker said; a broken link is a failed transfer."""
     typed = from_rpc_error(error)
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return TransferFailed("what was a prefill worker is none any more; prefill it elsewhere")
     if isinstance(typed, Draining | TransferFailed | StaleMessage) or error.code() is not (grpc.StatusCode.UNAVAILABLE):
         return typed
     return TransferFailed(f"the prefill worker cannot be reached any more: {error.details()}")

@@ -32,6 +32,7 @@ from ..core.errors import (
 from ..core.metrics import WorkerMetrics
 from ..proto import kv_transfer_pb2 as pb
 from ..proto.convert import check_protocol
+from ..proto.mount import ServiceMount
 from ..proto.rpc import abort
 from .channel import Lane
 from .codecs import CODEC_NAMES, GROUP_TOKENS, WireFormat, narrower
@@ -163,7 +164,7 @@ class KvSender:
         self._parked: dict[str, asyncio.Event] = {}  # grant id -> its request was offered
         self._ended: OrderedDict[str, tuple[Grant, SplitserveError | None]] = OrderedDict()  # bounded
 
-    def register(self, server: grpc.aio.Server) -> None:
+    def register(self, server: grpc.aio.Server | ServiceMount) -> None:
         """Add the service. By hand, since the frames of Fetch are bytes and not protobuf."""
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Connect": grpc.unary_unary_rpc_method_handler(

@@ -255,7 +255,8 @@ class SimulatedRouter:
 
     def pump(self) -> None:
         """Send off what can be."""
-        dispatch(self._policy, self)
+        if len(self._queue):  # else most of a large simulation's time would go into views for nobody
+            dispatch(self._policy, self)
 
     def _prefill_loads(self) -> list[PrefillLoad]:
         """Of everybody who computes prompts, whether or not it takes one more right now; none if nobody asks."""

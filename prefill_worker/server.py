@@ -1,8 +1,7 @@
-"""The prefill worker's gRPC edge, and the process around it."""
+"""The prefill worker's gRPC edge."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,20 +10,18 @@ import grpc.aio
 from ..core.errors import SplitserveError
 from ..kv_transfer.grants import Grant
 from ..proto import worker_pb2, worker_pb2_grpc
-from ..proto.server import Ready, run
 from ..worker.edge import open_session, sequence_from_proto
+from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
 from .worker import PrefillWorker, RouterSession
-
-__all__ = ["PrefillServer", "Ready", "WorkerOptions", "serve"]
 
 
 class PrefillServer(worker_pb2_grpc.PrefillWorkerServicer):
     """Turns messages into calls of PrefillWorker."""
 
-    def __init__(self, options: WorkerOptions) -> None:
-        self.worker = PrefillWorker(options)
-        worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, self.worker.host.rpc.server)
+    def __init__(self, options: WorkerOptions, host: WorkerHost | None = None) -> None:
+        self.worker = PrefillWorker(options, host)
+        worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, self.worker.host.mount)  # type: ignore[arg-type]
 
     async def PrefillSession(self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:  # type: ignore[override]
         host = self.worker.host
@@ -57,21 +54,3 @@ class PrefillServer(worker_pb2_grpc.PrefillWorkerServicer):
             self.worker.refuse(session, run.request.request_id, run.request.attempt, error)
             return
         self.worker.run(session, run.request.request_id, request, grant)
-
-
-async def serve_async(options: WorkerOptions, ready: Callable[[Ready], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; `ready` is called once the address answers."""
-    server = PrefillServer(options)
-    server.worker.host.take_signals()
-    try:
-        told = await server.worker.host.start()
-        if ready is not None:
-            ready(told)
-        await server.worker.host.run_until_signalled()
-    finally:
-        await server.worker.stop()
-
-
-def serve(options: WorkerOptions, ready: Callable[[Ready], None] | None = None) -> None:
-    """Run a prefill worker in this process. Raises: SplitserveError: it cannot start."""
-    run(serve_async(options, ready))

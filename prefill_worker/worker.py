@@ -18,6 +18,7 @@ from ..worker.edge import sequence_id
 from ..worker.fence import Fence
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
+from ..worker.role import RoleHooks
 from ..worker.session import Session
 
 RouterSession = Session[worker_pb2.PrefillSessionRequest, worker_pb2.PrefillSessionResponse]
@@ -37,17 +38,15 @@ class _Run:
 
 
 class PrefillWorker:
-    """Engine plus outgoing transfers. Lives on the event loop; only kv_written comes from the device thread.
+    """Engine plus outgoing transfers. Lives on the event loop.
 
     A run ends when its sender says `released`: the KV was committed, or the attempt failed or was cancelled.
     """
 
-    def __init__(self, options: WorkerOptions) -> None:
+    def __init__(self, options: WorkerOptions, host: WorkerHost | None = None) -> None:
         self._runs: dict[str, _Run] = {}
         self._fence = Fence()
-        self.host = WorkerHost(
-            options, SERVICES, on_step=self._on_step, hand_over=self.hand_over, kv_written=self._kv_written
-        )
+        self.host = host or WorkerHost(options)
         self.sender = KvSender(
             self.host.engine.pool,
             self.host.identity,
@@ -56,10 +55,18 @@ class PrefillWorker:
             host=options.host,
             lease_s=options.lease_s,
         )
-        self.sender.register(self.host.rpc.server)
+        self.sender.register(self.host.mount)
+        self.host.take_role(
+            RoleHooks(
+                services=SERVICES,
+                on_step=self._on_step,
+                hand_over=self.hand_over,
+                close=self.sender.close,
+                kv_written=self.sender.kv_written,
+            )
+        )
 
     async def stop(self) -> None:
-        await self.sender.close()
         await self.host.stop()
 
     # -- what the router asks for --
@@ -127,9 +134,6 @@ class PrefillWorker:
         session.send(worker_pb2.PrefillSessionResponse(failed=failed))
 
     # -- what the engine did --
-
-    def _kv_written(self, sequence: str, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
-        self.sender.kv_written(sequence, layer_start, layer_end, token_start, token_end)  # device thread
 
     def _on_step(self, output: StepOutput) -> None:
         for sequence in output.started:

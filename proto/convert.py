@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..core.errors import InvalidRequest, ProtocolMismatch, SplitserveError, Superseded, from_code
 from ..core.logprobs import TokenLogprob, TopLogprob
 from ..core.request import FinishReason, FormatKind, OutputFormat, Request, SamplingParams
@@ -118,6 +120,8 @@ def request_from_proto(message: worker_pb2.WorkRequest) -> Request:
     """Raises: InvalidRequest: it names no request or a value is out of range."""
     if not message.request_id or message.attempt < 1:
         raise InvalidRequest("a work request needs a request_id and an attempt from 1")
+    if math.isnan(message.timeout_s):
+        raise InvalidRequest("timeout_s is NaN; it must be a number of seconds", field="timeout_s")
     return Request(
         request_id=message.request_id,
         attempt=message.attempt,

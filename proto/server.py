@@ -83,6 +83,7 @@ class RpcServer:
         port: 0 takes a free one.
         service_names: full names, for health and reflection.
         interceptors: what each call goes through first.
+        options: of the channel.
     """
 
     def __init__(
@@ -91,10 +92,12 @@ class RpcServer:
         port: int,
         service_names: Sequence[str],
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        options: Sequence[tuple[str, int]] = SERVER_OPTIONS,
     ) -> None:
         self._host = host
         self._service_names = tuple(service_names)
-        self.server = grpc.aio.server(interceptors=[*interceptors, RefuseUnreadable()], options=SERVER_OPTIONS)
+        self._offered = frozenset(service_names)
+        self.server = grpc.aio.server(interceptors=[*interceptors, RefuseUnreadable()], options=options)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         names = (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -112,15 +115,20 @@ class RpcServer:
         """host:port that others connect to."""
         return _join(self._host, self.port)
 
+    def offer(self, service_names: Sequence[str]) -> None:
+        """The services that are served as of the next `set_serving`; health says NOT_SERVING of the others."""
+        self._offered = frozenset(service_names)
+
     async def start(self) -> None:
         await self.server.start()
         await self.set_serving(True)
 
     async def set_serving(self, serving: bool) -> None:
         """Tell health watchers."""
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        states = health_pb2.HealthCheckResponse
         for name in ("", *self._service_names):
-            await self._health.set(name, status)
+            served = serving and (not name or name in self._offered)
+            await self._health.set(name, states.SERVING if served else states.NOT_SERVING)
 
     async def stop(self, grace_s: float = 0.2) -> None:
         """Say goodbye to health watchers, then stop; an open Watch would hold `grace_s` to its end."""

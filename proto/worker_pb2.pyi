@@ -79,7 +79,7 @@ Global___RouterHello: _TypeAlias = RouterHello  # noqa: Y015
 
 @_typing.final
 class WorkerInfo(_message.Message):
-    """WorkerInfo introduces a worker; it never changes while the worker lives."""
+    """WorkerInfo introduces a worker; role and boot_id change with SwitchRole, the rest never while the worker lives."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1137,3 +1137,61 @@ class UndrainResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UndrainResponse: _TypeAlias = UndrainResponse  # noqa: Y015
+
+@_typing.final
+class SwitchRoleRequest(_message.Message):
+    """SwitchRoleRequest names what a worker is to become."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    role: Global___Role.ValueType
+    """ROLE_PREFILL or ROLE_DECODE."""
+    timeout_s: _builtins.float
+    """How long what is running may go on before it is handed over."""
+    def __init__(
+        self,
+        *,
+        role: Global___Role.ValueType = ...,
+        timeout_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role", "timeout_s", b"timeout_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwitchRoleRequest: _TypeAlias = SwitchRoleRequest  # noqa: Y015
+
+@_typing.final
+class SwitchRoleResponse(_message.Message):
+    """SwitchRoleResponse is sent once the new role serves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INFO_FIELD_NUMBER: _builtins.int
+    SWITCH_S_FIELD_NUMBER: _builtins.int
+    NUM_HANDED_OVER_FIELD_NUMBER: _builtins.int
+    switch_s: _builtins.float
+    """Seconds from the end of the drain until it served; 0 if it had the role already."""
+    num_handed_over: _builtins.int
+    """Requests that were handed over."""
+    @_builtins.property
+    def info(self) -> Global___WorkerInfo:
+        """Who the worker is now."""
+
+    def __init__(
+        self,
+        *,
+        info: Global___WorkerInfo | None = ...,
+        switch_s: _builtins.float = ...,
+        num_handed_over: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "num_handed_over", b"num_handed_over", "switch_s", b"switch_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwitchRoleResponse: _TypeAlias = SwitchRoleResponse  # noqa: Y015

@@ -202,6 +202,11 @@ class WorkerAdminStub:
                 request_serializer=splitserve_dot_proto_dot_worker__pb2.UndrainRequest.SerializeToString,
                 response_deserializer=splitserve_dot_proto_dot_worker__pb2.UndrainResponse.FromString,
                 _registered_method=True)
+        self.SwitchRole = channel.unary_unary(
+                '/splitserve.v1.WorkerAdmin/SwitchRole',
+                request_serializer=splitserve_dot_proto_dot_worker__pb2.SwitchRoleRequest.SerializeToString,
+                response_deserializer=splitserve_dot_proto_dot_worker__pb2.SwitchRoleResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerAdminServicer:
@@ -230,6 +235,14 @@ class WorkerAdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SwitchRole(self, request, context):
+        """SwitchRole drains a prefill or decode worker and makes it the other one, without loading its model again. It has
+        another boot id afterwards; the end of its sessions tells its routers, which find its new role by themselves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerAdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -247,6 +260,11 @@ def add_WorkerAdminServicer_to_server(servicer, server):
                     servicer.Undrain,
                     request_deserializer=splitserve_dot_proto_dot_worker__pb2.UndrainRequest.FromString,
                     response_serializer=splitserve_dot_proto_dot_worker__pb2.UndrainResponse.SerializeToString,
+            ),
+            'SwitchRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SwitchRole,
+                    request_deserializer=splitserve_dot_proto_dot_worker__pb2.SwitchRoleRequest.FromString,
+                    response_serializer=splitserve_dot_proto_dot_worker__pb2.SwitchRoleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -331,6 +349,33 @@ class WorkerAdmin:
             '/splitserve.v1.WorkerAdmin/Undrain',
             splitserve_dot_proto_dot_worker__pb2.UndrainRequest.SerializeToString,
             splitserve_dot_proto_dot_worker__pb2.UndrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SwitchRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/splitserve.v1.WorkerAdmin/SwitchRole',
+            splitserve_dot_proto_dot_worker__pb2.SwitchRoleRequest.SerializeToString,
+            splitserve_dot_proto_dot_worker__pb2.SwitchRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

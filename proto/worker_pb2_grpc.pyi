@@ -105,6 +105,10 @@ class WorkerAdminStub:
     """
     Undrain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.UndrainRequest, _worker_pb2.UndrainResponse]
     """Undrain takes new work again."""
+    SwitchRole: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SwitchRoleRequest, _worker_pb2.SwitchRoleResponse]
+    """SwitchRole drains a prefill or decode worker and makes it the other one, without loading its model again. It has
+    another boot id afterwards; the end of its sessions tells its routers, which find its new role by themselves.
+    """
 
 @_typing.type_check_only
 class WorkerAdminAsyncStub(WorkerAdminStub):
@@ -119,6 +123,10 @@ class WorkerAdminAsyncStub(WorkerAdminStub):
     """
     Undrain: _aio.UnaryUnaryMultiCallable[_worker_pb2.UndrainRequest, _worker_pb2.UndrainResponse]  # type: ignore[assignment]
     """Undrain takes new work again."""
+    SwitchRole: _aio.UnaryUnaryMultiCallable[_worker_pb2.SwitchRoleRequest, _worker_pb2.SwitchRoleResponse]  # type: ignore[assignment]
+    """SwitchRole drains a prefill or decode worker and makes it the other one, without loading its model again. It has
+    another boot id afterwards; the end of its sessions tells its routers, which find its new role by themselves.
+    """
 
 class WorkerAdminServicer(metaclass=_abc_1.ABCMeta):
     """WorkerAdmin is served by every worker, for the operator and the cluster controller."""
@@ -148,5 +156,15 @@ class WorkerAdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.UndrainResponse, _abc.Awaitable[_worker_pb2.UndrainResponse]]:
         """Undrain takes new work again."""
+
+    @_abc_1.abstractmethod
+    def SwitchRole(
+        self,
+        request: _worker_pb2.SwitchRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.SwitchRoleResponse, _abc.Awaitable[_worker_pb2.SwitchRoleResponse]]:
+        """SwitchRole drains a prefill or decode worker and makes it the other one, without loading its model again. It has
+        another boot id afterwards; the end of its sessions tells its routers, which find its new role by themselves.
+        """
 
 def add_WorkerAdminServicer_to_server(servicer: WorkerAdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -37,6 +37,7 @@ from ..scheduling.attempts import Answer, NewTokens, first_attempt
 from ..scheduling.dispatch_order import dispatch
 from ..scheduling.fair_queue import FairQueue, Ticket
 from ..scheduling.policies.prefix import prefix
+from ..scheduling.quotas import Quotas
 from ..scheduling.retries import Failures, RetryRules
 from ..scheduling.routing import ClusterView, Placement, PrefillLoad, RoutingPolicy, Snapshot
 from .idempotency import EndedRequests, can_read, check_same
@@ -143,6 +144,7 @@ class Dispatcher:
         self._jobs: dict[str, Job] = {}
         self._queue: FairQueue[Job] = FairQueue(ageing_s)
         self._pumping = False
+        self._quotas = Quotas()
         self._num_submitted = 0
         self._unusable_since = time.monotonic()
         self._give_up_timer: asyncio.TimerHandle | None = None
@@ -165,6 +167,16 @@ class Dispatcher:
         """To be prefilled for those that wait for dispatch."""
         return sum(job.request.num_tokens for job in self._jobs.values() if job.phase is Phase.QUEUED)
 
+    def check_room(self, request_id: str, num_preparing: int) -> None:
+        """Whether there is room for one more besides those on their way to `open`. Raises: Overloaded."""
+        if request_id in self._jobs or self._ended.finished(request_id) is not None:
+            return  # another call for what is here already
+        try:
+            self._admission.check(num_queued=self.num_queued, num_live=self.num_live + num_preparing)
+        except Overloaded:
+            self._metrics.overloaded.inc()
+            raise
+
     @contextmanager
     def open(
         self, request: Request, *, arrived_at: float, deadline_at: float, call: int = 0, digest: bytes = b""
@@ -174,8 +186,8 @@ class Dispatcher:
         Args:
             call: how often the client asked before; see `GenerateRequest.call`.
             digest: of the request; a key that comes with another one is refused.
-        Raises: Overloaded: no room, or the first token would come too late. IdempotencyConflict: the id is another
-            request's. DeadlineExceeded: it is past.
+        Raises: Overloaded: no room, the first token would come too late, or the key has had its share.
+            IdempotencyConflict: the id is another request's. DeadlineExceeded: it is past.
         """
         reading = self._take_over(request, arrived_at, deadline_at, digest)
         if reading is None:
@@ -347,12 +359,15 @@ class Dispatcher:
             order=self._num_submitted,
             arrived_at=arrived_at,
             cost=request.num_tokens,
-            tenant=request.tenant,
+            tenant=request.key.name or request.tenant,
+            weight=request.key.weight,
             priority=request.priority,
         )
 
     def _admit(self, job: Job) -> None:
         """Raises: Overloaded."""
+        key, num_tokens, now = job.request.key, job.request.num_prompt_tokens, time.monotonic()
+        self._quotas.begin(key, num_tokens, now)
         try:
             if job.num_given:  # its first token came from another router, its client is reading: it goes on if it can
                 self._admission.check(num_queued=self.num_queued, num_live=self.num_live)
@@ -365,6 +380,7 @@ class Dispatcher:
                 prefills=self._prefill_loads(),
             )
         except Overloaded:
+            self._quotas.take_back(key, num_tokens, now)
             self._metrics.overloaded.inc()
             raise
 
@@ -508,7 +524,9 @@ class Dispatcher:
             self._end(job, None)
 
     def _attempt_failed(self, job: Job, worker: WorkerLink, error: SplitserveError) -> None:
-        if isinstance(error, Draining):  # nothing failed, and that worker takes no more work
+        leaving = job.prefill is not None and job.prefill.status.draining
+        if isinstance(error, Draining) or (leaving and isinstance(error, TransferFailed)):
+            # Nothing failed, and that worker takes no more work.
             self._metrics.handed_over.inc()
             self._requeue(job)
             return
@@ -569,7 +587,9 @@ class Dispatcher:
             return
         now = time.monotonic()
         self._queue.discard(job.ticket)
-        self._queue.charge(job.ticket, len(job.answer.token_ids) - job.num_given)
+        num_new = len(job.answer.token_ids) - job.num_given
+        self._queue.charge(job.ticket, num_new)
+        self._quotas.end(job.request.key, num_new, now)
         self._revoke(job)
         _cancel(job.deadline_timer)
         _cancel(job.queue_timer)

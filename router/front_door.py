@@ -52,6 +52,7 @@ class FrontDoor:
         self._default_timeout_s = default_timeout_s
         self._no_worker_wait_s = no_worker_wait_s
         self.draining = False
+        self._num_preparing = 0
 
     async def answer(
         self, request: inference_pb2.GenerateRequest, timeout_s: float | None = None
@@ -64,7 +65,12 @@ class FrontDoor:
         arrived_at = time.monotonic()
         if self.draining:
             raise Unavailable("the router is shutting down; use another one", retry_after_s=1.0)
-        work = await self._prepare(request, timeout_s)
+        self._dispatcher.check_room(request.idempotency_key, self._num_preparing)  # before anything is spent on it
+        self._num_preparing += 1
+        try:
+            work = await self._prepare(request, timeout_s)
+        finally:
+            self._num_preparing -= 1
         answer = AnswerText(self._text, request.stop, work.min_tokens)
         answer.push(work.output_token_ids)  # the client has this text; what it holds back may still come
         if (reason := _already_complete(work, answer)) is not None:
@@ -102,9 +108,11 @@ class FrontDoor:
         return self._dispatcher.cancel(request_id)
 
     @property
-    def usable(self) -> bool:
-        """Somebody can serve a request, now or when it is less busy."""
-        return self._pool.usable
+    def out_of_service(self) -> str:
+        """Why it takes no requests; "" while somebody can serve one, now or when it is less busy."""
+        if self.draining:
+            return "the router is shutting down"
+        return "" if self._pool.usable else "no pair of workers is ready"
 
     def models(self) -> list[inference_pb2.Model]:
         """What can be asked for right now."""

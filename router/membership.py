@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar
 
@@ -10,7 +11,9 @@ from ..core.metrics import RouterMetrics
 from ..proto import worker_pb2
 from ..scheduling.admission import ModelLimits
 from ..scheduling.decode_pace import DecodePace
-from .session import DecodeLink, PrefillLink, WorkerEvents, WorkerLink
+from .session import DecodeLink, PrefillLink, WorkerEvents, WorkerKind, WorkerLink
+
+logger = logging.getLogger(__name__)
 
 L = TypeVar("L", bound=WorkerLink)
 
@@ -32,6 +35,8 @@ class WorkerPool:
         self._router_id = router_id
         self._metrics = metrics
         self._geometry = ""
+        self._listed: dict[WorkerKind, tuple[str, ...]] = {"prefill": (), "decode": ()}
+        self._roles: dict[str, WorkerKind] = {}  # of workers, by address, that were found to have another than listed
         self.prefills: dict[str, PrefillLink] = {}
         self.decodes: dict[str, DecodeLink] = {}
         self.limits: ModelLimits | None = None  # what the workers can do; None until the first one said hello
@@ -59,9 +64,27 @@ class WorkerPool:
         return max((info.kv_bytes_per_token * max(1, info.tensor_parallel) for info in infos), default=0)
 
     def set_workers(self, prefill: Collection[str], decode: Collection[str], events: WorkerEvents) -> None:
-        """Replace the list. Workers already known keep their sessions; those gone finish what they run."""
-        self._replace(self.prefills, prefill, lambda at: PrefillLink(at, self._router_id, events, self._judge))
-        self._replace(self.decodes, decode, lambda at: self._decode_link(at, events))
+        """Replace the list. Workers already known keep their sessions; those gone finish what they run.
+
+        The list in which a worker stands is where it is looked for first. Its own word counts: it may have changed its
+        role since.
+        """
+        self._listed = {"prefill": tuple(prefill), "decode": tuple(decode)}
+        self._roles = {at: role for at, role in self._roles.items() if at in (*prefill, *decode)}
+        self._look_for(events)
+
+    def _look_for(self, events: WorkerEvents) -> None:
+        def switched(link: WorkerLink) -> None:
+            logger.info("the %s worker at %s has the other role now", link.role, link.address)
+            self._roles[link.address] = "decode" if link.role == "prefill" else "prefill"
+            self._look_for(events)
+
+        listed = [(at, role) for role, addresses in self._listed.items() for at in addresses]
+        wanted: dict[WorkerKind, list[str]] = {"prefill": [], "decode": []}
+        for address, role in listed:
+            wanted[self._roles.get(address, role)].append(address)
+        self._replace(self.prefills, wanted["prefill"], lambda at: self._prefill_link(at, events), switched)
+        self._replace(self.decodes, wanted["decode"], lambda at: self._decode_link(at, events), switched)
         events.workers_changed()
 
     def refresh(self) -> None:
@@ -87,6 +110,9 @@ class WorkerPool:
             self.usable = usable
             self.usable_changed.set()
 
+    def _prefill_link(self, address: str, events: WorkerEvents) -> PrefillLink:
+        return PrefillLink(address, self._router_id, events, self._judge)
+
     def _decode_link(self, address: str, events: WorkerEvents) -> DecodeLink:
         return DecodeLink(address, self._router_id, events, self._judge, pace=DecodePace(self._tpot_target_s))
 
@@ -97,14 +123,20 @@ class WorkerPool:
             link.stop()
         await asyncio.gather(*(link.join() for link in links))
 
-    def _replace(self, known: dict[str, L], wanted: Collection[str], make: Callable[[str], L]) -> None:
+    def _replace(
+        self,
+        known: dict[str, L],
+        wanted: Collection[str],
+        make: Callable[[str], L],
+        switched: Callable[[WorkerLink], object],
+    ) -> None:
         for address in wanted:
             link = known.get(address)
             if link is not None and not link.stopping:
                 link.retired = False
             else:
                 known[address] = make(address)
-                known[address].start(lambda gone: self._gone(known, gone))
+                known[address].start(lambda gone: self._gone(known, gone), switched)
         for address, link in known.items():
             if address not in wanted:
                 link.retire()
@@ -124,9 +156,9 @@ class WorkerPool:
         if link.status.fault:
             return f"it is out of service: {link.status.fault}"
         if (info.role == worker_pb2.ROLE_PREFILL) != (link.role == "prefill"):
-            return (
-                f"it is listed as a {link.role} worker, but is a {worker_pb2.Role.Name(info.role)[5:].lower()} worker"
-            )
+            known = {number: name[5:].lower() for name, number in worker_pb2.Role.items()}
+            role = known.get(info.role, f"role {info.role}")  # a peer may send any number
+            return f"it is listed as a {link.role} worker, but is a {role} worker"
         if info.model != self._model:
             return f"it serves model {info.model!r}, this router serves {self._model!r}; start both with the same one"
         self._geometry = self._geometry or info.geometry_digest

@@ -16,7 +16,10 @@ from ..core import metrics
 from ..core.errors import Unavailable
 from ..core.events import Recorder
 from ..core.metrics import RouterMetrics
+from ..core.probes import serve_probes
+from ..core.pulse import Pulse
 from ..engine.model_files import resolve_model
+from ..proto.rpc import CLIENT_FACING_OPTIONS
 from ..proto.server import Ready, RpcServer, run
 from ..scheduling.admission import Admission, AdmissionPolicy
 from ..scheduling.policies.registry import DEFAULT_POLICY, load_policy
@@ -32,6 +35,8 @@ from .openai.server import HttpServer
 from .text import ModelText
 
 logger = logging.getLogger(__name__)
+
+_HANGING_S = 8.0  # an event loop that has not run for this long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +122,9 @@ class Router:
             controller = bytes.fromhex(options.controller_key_sha256)
             keys = ApiKeys(KeyFile(options.api_key_file).keys, self.metrics, controller)
         interceptors = [RequireKey(keys)] if keys is not None else []
-        self._rpc = RpcServer(options.host, options.port, [INFERENCE, ADMIN], interceptors)
+        self._rpc = RpcServer(options.host, options.port, [INFERENCE, ADMIN], interceptors, CLIENT_FACING_OPTIONS)
         add_to_server(self._rpc.server, Inference(self._door), RouterAdmin(self.pool, self.dispatcher))
+        self._pulse = Pulse(_HANGING_S)
         self._health: asyncio.Task[None] | None = None
         self._http: HttpServer | None = None
         if options.http_port is not None:
@@ -137,7 +143,14 @@ class Router:
     async def start(self) -> Ready:
         """Serve. Health says serving as soon as a pair of workers is ready."""
         options = self.options
-        metrics_port = metrics.serve(self._registry, options.host, options.metrics_port)
+        metrics_port = serve_probes(
+            options.host,
+            options.metrics_port,
+            registry=lambda: self._registry,
+            alive=self._pulse.silence,
+            ready=lambda: self._pulse.silence() or self._door.out_of_service,
+        )
+        self._pulse.start()
         await self._rpc.start()
         await self._rpc.set_serving(False)
         self._health = asyncio.create_task(self._tell_health())
@@ -169,6 +182,7 @@ class Router:
             await self._http.stop()
         await self._rpc.stop()
         await self.pool.close()
+        self._pulse.stop()
         self.recorder.close()
 
     async def _tell_health(self) -> None:

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 SILENCE_S = 3.0  # a worker reports at least once a second; silent for this long it hangs, or its host does
 MIN_RECONNECT_S, MAX_RECONNECT_S = 0.1, 1.0
 
+WorkerKind = Literal["prefill", "decode"]  # the two dialects; colocated workers speak decode
 State = Literal["connecting", "ready", "draining", "refused"]
 
 
@@ -87,7 +88,7 @@ class WorkerLink:
         judge: tells, from the worker's introduction, why it cannot be used ("" if it can).
     """
 
-    role: Literal["prefill", "decode"]
+    role: WorkerKind
     _service: str
 
     def __init__(self, address: str, router_id: str, events: WorkerEvents, judge: Callable[[WorkerLink], str]) -> None:
@@ -153,8 +154,9 @@ class WorkerLink:
     def stopping(self) -> bool:
         return self._task is not None and (self._task.done() or self._task.cancelling() > 0)
 
-    def start(self, on_gone: Callable[[WorkerLink], object]) -> None:
-        """Keep a session until stopped; `on_gone` is called after that."""
+    def start(self, on_gone: Callable[[WorkerLink], object], on_switched: Callable[[WorkerLink], object]) -> None:
+        """Keep a session until stopped, and then call `on_gone`; or until what is there has the other role."""
+        self._on_switched = on_switched
         self._task = asyncio.create_task(self._keep_session(), name=f"session with {self.address}")
         self._task.add_done_callback(lambda _: on_gone(self))
 
@@ -193,7 +195,7 @@ class WorkerLink:
         """Session after session until stopped, with back-off between them."""
         delay_s = MIN_RECONNECT_S
         while True:
-            reason, refusal, died = "the worker ended the session", "", False
+            reason, refusal, died, is_none = "the worker ended the session", "", False, False
             try:
                 async with asyncio.timeout(SILENCE_S) as watchdog:
                     await self._session(watchdog)
@@ -207,10 +209,14 @@ class WorkerLink:
                 died = error.code() is grpc.StatusCode.UNAVAILABLE
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                     reason = refusal = f"nothing at {self.address} is a {self.role} worker"
+                    is_none = True
                 elif isinstance(from_rpc_error(error), ProtocolMismatch):
                     refusal = reason
             except ProtocolMismatch as error:
                 reason = refusal = error.message
+            except Exception:
+                logger.exception("the session with %s worker %s failed", self.role, self.address)
+                reason = "the router failed to handle what it said; see the router's log"
             finally:  # also when stopped
                 was_up, self.info = self.info is not None, None
                 self._refusal, self.full = refusal, False
@@ -224,8 +230,32 @@ class WorkerLink:
                     self._events.lost(self, kind(f"{self.role} worker {self.address} was lost: {reason}"))
                     self.runs.clear()
                 self._events.workers_changed()
+            if is_none and await self._has_other_role():
+                self._on_switched(self)
+                return
             delay_s = MIN_RECONNECT_S if was_up else min(2 * delay_s, MAX_RECONNECT_S)
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # back-off, not polling
+
+    async def _has_other_role(self) -> bool:
+        """Whether the worker there answers in the other dialect."""
+        hello = worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_id=self._router_id)
+        call: Any
+        first: Any
+        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+            if self.role == "prefill":
+                call = worker_pb2_grpc.DecodeWorkerStub(channel).DecodeSession(timeout=SILENCE_S)
+                first = worker_pb2.DecodeSessionRequest(hello=hello)
+            else:
+                call = worker_pb2_grpc.PrefillWorkerStub(channel).PrefillSession(timeout=SILENCE_S)
+                first = worker_pb2.PrefillSessionRequest(hello=hello)
+            try:
+                await call.write(first)
+                answer = await call.read()
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                return False
+            finally:
+                call.cancel()
+        return answer is not grpc.aio.EOF and answer.WhichOneof("message") == "hello"
 
     async def _session(self, watchdog: asyncio.Timeout) -> None:
         """One session from hello to its end. A fresh channel, so that no back-off of an old one delays it."""
@@ -237,22 +267,26 @@ class WorkerLink:
             try:
                 async for message in call:
                     watchdog.reschedule(loop.time() + SILENCE_S)
-                    kind = message.WhichOneof("message")
-                    body: Any = getattr(message, kind) if kind else None
-                    if kind == "hello":
-                        self._hello(body)
-                    elif self.info is None:
-                        raise ProtocolMismatch(f"{self.address} sent {kind} before its hello")
-                    elif kind == "status":
-                        self._status(body)
-                    elif kind == "failed":
-                        error = failure_from_proto(body.failure)
-                        self._events.failed(self, body.request_id, body.attempt, error)
-                    elif kind is not None:  # None: a message of a newer minor version, not for us
-                        self._received(kind, body)
+                    self.take(message)
             finally:
                 call.cancel()
                 outbox.put_nowait(None)  # ends _drain, which the call no longer reads
+
+    def take(self, message: Any) -> None:
+        """One message of the worker. Raises: ProtocolMismatch: this build cannot make sense of it."""
+        kind = message.WhichOneof("message")
+        body: Any = getattr(message, kind) if kind else None
+        if kind == "hello":
+            self._hello(body)
+        elif self.info is None:
+            raise ProtocolMismatch(f"{self.address} sent {kind} before its hello")
+        elif kind == "status":
+            self._status(body)
+        elif kind == "failed":
+            error = failure_from_proto(body.failure)
+            self._events.failed(self, body.request_id, body.attempt, error)
+        elif kind is not None:  # None: a message of a newer minor version, not for us
+            self._received(kind, body)
 
     def _hello(self, info: worker_pb2.WorkerInfo) -> None:
         check_protocol(info.protocol_version, f"{self.role} worker {self.address}")
@@ -473,6 +507,8 @@ class DecodeLink(WorkerLink):
             )
 
     def _decoded(self, entry: worker_pb2.SequenceTokens) -> None:
+        if entry.logprobs and len(entry.logprobs) != len(entry.token_ids):
+            raise ProtocolMismatch(f"{self.address} sent {len(entry.token_ids)} tokens, {len(entry.logprobs)} logprobs")
         tokens = NewTokens(
             request_id=entry.request_id,
             attempt=entry.attempt,

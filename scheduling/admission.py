@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from ..core.api_key import ANYBODY, ApiKey
-from ..core.errors import InvalidRequest, ModelNotFound, Overloaded
+from ..core.errors import ModelNotFound, Overloaded
 from ..core.request import OutputFormat, Request, SamplingParams
 from .fair_queue import FairQueue, Ticket
 from .routing import PrefillLoad
@@ -81,16 +81,6 @@ def make_request(
         key=key,
     )
     request.validate(max_model_len=limits.max_model_len, vocab_size=limits.vocab_size)
-    for name, ids in (("received_token_ids", output_token_ids), ("stop_token_ids", stop_token_ids)):
-        if ids and max(ids) >= limits.vocab_size:
-            raise InvalidRequest(
-                f"{name} holds {max(ids)}, outside the vocabulary of {limits.vocab_size:,}", field=name
-            )
-    if len(output_token_ids) > max_tokens:
-        raise InvalidRequest(
-            f"received_token_ids holds {len(output_token_ids)} tokens, more than max_tokens {max_tokens}",
-            field="received_token_ids",
-        )
     return request
 
 

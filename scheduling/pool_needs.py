@@ -76,23 +76,25 @@ class Demand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefill:
-    """What a prompt costs."""
+    """What prompts cost: a short and a long one stand for all."""
 
     mean_s: float
-    spread: float  # (1 + cv^2) / 2 of its seconds: how much worse than a clock it queues
-    long_s: float  # of a long one, which the percentile must still let through
+    spread: float  # (1 + cv^2) / 2 of the seconds: how much worse than a clock they queue
+    parts: tuple[tuple[float, float], ...]  # (share of the prompts, seconds of one)
 
 
 def prompt_cost(demand: Demand, times: StepTimes, limits: WorkerLimits) -> Prefill:
     """Two prompts with the weights that give lengths their mean and spread: costs are about quadratic in length."""
     mean, deviation = max(1.0, demand.prefill_tokens), demand.prefill_spread
     skew = min(1.0, 0.75 * mean / deviation) if deviation else 1.0  # no prompt below a quarter of the mean
-    short, long = mean - skew * deviation, mean + deviation / skew
     long_share = skew**2 / (1 + skew**2)
-    costs = [_prompt_s(tokens, demand.cached_tokens, times, limits) for tokens in (short, long)]
-    mean_s = costs[0] * (1 - long_share) + costs[1] * long_share
-    square = costs[0] ** 2 * (1 - long_share) + costs[1] ** 2 * long_share
-    return Prefill(mean_s=mean_s, spread=(1 + max(0.0, square / mean_s**2 - 1)) / 2, long_s=costs[1])
+    parts = tuple(
+        (share, _prompt_s(tokens, demand.cached_tokens, times, limits))
+        for share, tokens in ((1 - long_share, mean - skew * deviation), (long_share, mean + deviation / skew))
+    )
+    mean_s = sum(share * seconds for share, seconds in parts)
+    square = sum(share * seconds**2 for share, seconds in parts)
+    return Prefill(mean_s=mean_s, spread=(1 + max(0.0, square / mean_s**2 - 1)) / 2, parts=parts)
 
 
 def _prompt_s(tokens: float, cached: float, times: StepTimes, limits: WorkerLimits) -> float:
@@ -109,31 +111,26 @@ def _prompt_s(tokens: float, cached: float, times: StepTimes, limits: WorkerLimi
 
 
 def prefill_workers(demand: Demand, cost: Prefill, level: ServiceLevel, *, max_utilisation: float) -> int:
-    """Fewest workers that keep the percentile's wait within the TTFT slack.
+    """Fewest workers with which no more prompts than the percentile leaves are later than the TTFT limit.
 
-    Waits are those of M/G/c: Erlang C's probability, an exponential tail, Pollaczek and Khinchine's correction.
+    Waits are those of M/G/c: Erlang C's probability, an exponential tail, Pollaczek and Khinchine's correction. A kind
+    of prompt that takes longer than the limit by itself has a tenth of it for waiting: no pool is large enough for it.
     """
     offered = demand.requests_per_s * cost.mean_s
     fewest = math.ceil(offered / max_utilisation - 1e-9)
     if level.ttft_s is None or offered <= 0:
         return fewest
-    slack_s = ttft_slack_s(cost, level)
+    slacks = [(share, max(level.ttft_s - seconds, level.ttft_s / 10)) for share, seconds in cost.parts]
     tail, blocking, count = 1 - level.percentile / 100, 1.0, 0
     while True:
         count += 1
         blocking = offered * blocking / (count + offered * blocking)
         if count < fewest or count <= offered:
             continue
-        late = waiting_probability(count, offered, blocking)
-        late *= math.exp(-(count - offered) / cost.mean_s / cost.spread * slack_s)
-        if late <= tail:
+        decay = (count - offered) / cost.mean_s / cost.spread
+        late = sum(share * math.exp(-decay * slack_s) for share, slack_s in slacks)
+        if late * waiting_probability(count, offered, blocking) <= tail:
             return count
-
-
-def ttft_slack_s(cost: Prefill, level: ServiceLevel) -> float:
-    """Seconds that a prompt may wait. A tenth of the limit where prompts alone take (nearly) all of it."""
-    assert level.ttft_s is not None
-    return max(level.ttft_s - cost.long_s, level.ttft_s / 10)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,6 @@ from .pool_needs import (
     decode_workers,
     prefill_workers,
     prompt_cost,
-    ttft_slack_s,
 )
 from .scaling_config import ScalingConfig
 from .scaling_signals import POOLS, Pool, ScalingDecision, ScalingSignals, WorkerSignal
@@ -141,7 +140,7 @@ class SloScaling:
             f"prefill a second, {backlog_s:.1f} s are queued"
         )
         if config.level.ttft_s is not None:
-            reason += f", the TTFT slack is {ttft_slack_s(cost, config.level):.2f} s"
+            reason += f", one may wait {config.level.ttft_s - cost.mean_s:.2f} s"
         behind = math.ceil((offered + backlog_s / config.recover_s) / config.max_utilisation - 1e-9)
         return _need(steady, behind, keep, reason)
 

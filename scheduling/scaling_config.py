@@ -36,7 +36,7 @@ class ScalingConfig:
     down_cooldown_s: float = 30.0  # from any change of a pool to its shrinking
     max_down_share: float = 0.25  # of a pool, in one decision
     recover_s: float = 10.0  # a backlog of prompts is to be gone after so long
-    max_utilisation: float = 0.9  # of prefill workers
+    max_utilisation: float = 0.85  # of prefill workers
     max_kv_used: float = 0.85  # of decode workers' KV
     tpot_margin: float = 0.9  # of the TPOT limit that a step may take
     correction_s: float = 300.0  # in which what missed service levels taught is forgotten

@@ -8,15 +8,17 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.errors import Draining, Unavailable
+import grpc.aio
+
+from ..core.errors import Draining, InvalidRequest, SplitserveError, Unavailable
 from ..core.events import Recorder
 from ..core.metrics import WorkerMetrics, new_registry
-from ..core.metrics import serve as serve_metrics
-from ..engine.attention import KvWritten
+from ..core.probes import serve_probes
+from ..core.pulse import Pulse
 from ..engine.engine import Engine, StepOutput
 from ..engine.loading import load_model
 from ..engine.loop import DeviceLoop
@@ -24,18 +26,25 @@ from ..engine.parallel.ranks import start_ranks
 from ..kv_transfer.identity import WorkerIdentity, current_host_id
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.convert import PROTOCOL_VERSION
+from ..proto.mount import ServiceMount
+from ..proto.rpc import abort
 from ..proto.server import Ready, RpcServer
 from .device import THROTTLE_REASONS, DeviceReader, DeviceState, open_devices
-from .options import WorkerOptions
+from .options import Role, WorkerOptions
+from .role import RoleHooks, RoleSwitch
 from .session import Session
 
 logger = logging.getLogger(__name__)
 
-_ROLES = {
+_ROLES: dict[Role, worker_pb2.Role.ValueType] = {
     "prefill": worker_pb2.ROLE_PREFILL,
     "decode": worker_pb2.ROLE_DECODE,
     "colocated": worker_pb2.ROLE_COLOCATED,
 }
+_ROLE_NAMES: dict[int, Role] = {value: name for name, value in _ROLES.items()}
+_ADMIN = "splitserve.v1.WorkerAdmin"
+# Whatever its role is or becomes: what reflection tells of.
+SERVICES = ("splitserve.v1.PrefillWorker", "splitserve.v1.DecodeWorker", "splitserve.v1.KvTransfer", _ADMIN)
 _HEALTH_PERIOD_S = 1.0
 _HAND_OVER_S = 2.0  # for what was handed over to be let go of, and for sessions to end
 _RATE_WEIGHT = 0.2  # of the newest step in the moving averages
@@ -69,25 +78,19 @@ class Drained:
 class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
     """Everything about a worker that does not depend on its role.
 
-    A role passes `on_step` (called on the event loop after every engine step), `hand_over` (ends every run with the
-    error it is given) and, to send KV away, `kv_written` (called on the device thread). It counts its requests in
+    It has one role at a time: `take_role`. The role registers its services on `mount`, and counts its requests in
     `num_runs` through `run_started` and `run_ended`.
 
     Raises: AddressInUse, ModelLoadFailed, ModelUnsupported, ConfigError: it cannot start.
     """
 
-    def __init__(
-        self,
-        options: WorkerOptions,
-        service_names: tuple[str, ...],
-        *,
-        on_step: Callable[[StepOutput], None],
-        hand_over: Callable[[Draining], None],
-        kv_written: KvWritten | None = None,
-    ) -> None:
+    def __init__(self, options: WorkerOptions) -> None:
         self.options = options
+        self.switch: RoleSwitch | None = None  # None: its role is for life
         # The address is taken before the model is loaded: a port in use is told at once.
-        self.rpc = RpcServer(options.host, options.port, (*service_names, "splitserve.v1.WorkerAdmin"))
+        self.rpc = RpcServer(options.host, options.port, SERVICES)
+        self.mount = ServiceMount()
+        self.rpc.server.add_generic_rpc_handlers((self.mount,))
         self.identity = WorkerIdentity(
             worker_id=options.worker_id or f"{options.role}-{self.rpc.port}",
             boot_id=secrets.token_hex(8),
@@ -99,8 +102,9 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self._ranks = start_ranks(options.engine)
         try:
             self.model = load_model(options.engine, None if self._ranks is None else self._ranks.group)
+            sends_kv = None if options.role == "colocated" else self._kv_written
             self.engine = Engine(
-                self.model, options.engine, recorder=self.recorder, kv_written=kv_written, others=self._ranks
+                self.model, options.engine, recorder=self.recorder, kv_written=sends_kv, others=self._ranks
             )
         except BaseException:
             if self._ranks is not None:
@@ -113,8 +117,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self.sessions: set[Session[Any, Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._on_step = on_step
-        self._hand_over = hand_over
+        self._role: RoleHooks | None = None
         self._no_sessions = asyncio.Event()
         self._stop = asyncio.Event()  # the first signal
         self._hurry = asyncio.Event()  # the second
@@ -122,6 +125,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self._decode_step_s = 0.0
         self._loop = asyncio.get_running_loop()
         self._device = DeviceLoop(self.engine, self._step_done)
+        self._pulse = Pulse(options.stall_bound_s)
         self._tasks: list[asyncio.Task[None]] = []
         self._device_states: Sequence[DeviceState] = ()
         self._told = _Counts()
@@ -130,8 +134,15 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
 
     async def start(self) -> Ready:
         """Start serving; the address is reachable when this returns."""
-        metrics_port = serve_metrics(self.registry, self.options.host, self.options.metrics_port)
+        metrics_port = serve_probes(
+            self.options.host,
+            self.options.metrics_port,
+            registry=lambda: self.registry,
+            alive=lambda: self.stuck,
+            ready=lambda: self.stuck or self.out_of_service,
+        )
         self._device.start()
+        self._pulse.start()
         await self.rpc.start()
         self._tasks.append(asyncio.create_task(self._watch_health()))
         return Ready(
@@ -140,6 +151,36 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             pid=os.getpid(),
             boot_id=self.identity.boot_id,
         )
+
+    def take_role(self, role: RoleHooks) -> None:
+        """Run requests this way from now on."""
+        self._role = role
+        self.rpc.offer((*role.services, _ADMIN))
+
+    async def leave_role(self, successor: Role) -> None:
+        """End every session of the role, free what it holds, and be somebody else for whoever knew it.
+
+        A new boot id, so that no grant, frame or message of the old role is taken for the new; metrics begin anew.
+        """
+        assert self._role is not None, "it has no role to leave"
+        self.mount.clear()
+        await self._end_sessions()
+        await self._role.close()
+        self._role = None
+        self.options = dataclasses.replace(self.options, role=successor)
+        self.identity = dataclasses.replace(self.identity, boot_id=secrets.token_hex(8))
+        self.registry = new_registry()
+        self.metrics = WorkerMetrics(self.registry, successor)
+        self._told = _Counts.of(self.engine)
+        self._publish_gauges()
+
+    async def _end_sessions(self) -> None:
+        for session in self.sessions:
+            session.end()
+        if self.sessions and not await _within(_HAND_OVER_S, self._no_sessions):
+            logger.warning("%d routers do not read their sessions to the end", len(self.sessions))
+            for session in self.sessions:
+                session.abort()
 
     def take_signals(self) -> None:
         """From here on SIGTERM and SIGINT ask for the end; before anybody is told that this worker serves."""
@@ -163,13 +204,14 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             await self.drain(0.0)
 
     async def stop(self) -> None:
+        """Fail what still runs, and go."""
         for task in self._tasks:
             task.cancel()
-        for session in self.sessions:
-            session.end()
-        if self.sessions and not await _within(_HAND_OVER_S, self._no_sessions):
-            logger.warning("%d routers do not read their sessions to the end", len(self.sessions))
+        if self._role is not None:
+            await self._role.close()
+        await self._end_sessions()
         await self.rpc.stop()
+        self._pulse.stop()
         await asyncio.to_thread(self._device.stop)
         if self._ranks is not None:
             await asyncio.to_thread(self._ranks.close)
@@ -208,7 +250,8 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         if not await _within(timeout_s, self._idle):
             num_handed_over = self.num_runs
             logger.info("handing %d requests over after %.1f s of draining", num_handed_over, timeout_s)
-            self._hand_over(
+            assert self._role is not None, "requests run without a role"
+            self._role.hand_over(
                 Draining(f"worker {self.identity.worker_id} is draining; {timeout_s:g} s of grace are over")
             )
             if not await _within(_HAND_OVER_S, self._idle):
@@ -223,9 +266,21 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         await self.rpc.set_serving(self.is_healthy)
 
     @property
+    def stuck(self) -> str:
+        """Why it counts as hanging, from any thread; "" while it makes progress or has nothing to do."""
+        if self._device.stalled(self.options.stall_bound_s):
+            return f"work is queued and no step finished for {self.options.stall_bound_s:g} s or more"
+        return self._pulse.silence()
+
+    @property
+    def out_of_service(self) -> str:
+        """Why it takes no work although it makes progress; "" if it does."""
+        return self.fault or ("it is draining" if self.draining else "")
+
+    @property
     def is_healthy(self) -> bool:
         """Whether it makes progress on sound devices and takes work."""
-        return not (self.draining or self.fault or self._device.stalled(self.options.stall_bound_s))
+        return not (self.stuck or self.out_of_service)
 
     def session_began(self, session: Session[Any, Any]) -> None:
         self.sessions.add(session)
@@ -292,6 +347,23 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         await self.undrain()
         return worker_pb2.UndrainResponse()
 
+    async def SwitchRole(
+        self, request: worker_pb2.SwitchRoleRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.SwitchRoleResponse:
+        try:
+            if self.switch is None or request.role not in _ROLE_NAMES:
+                raise InvalidRequest(
+                    f"worker {self.identity.worker_id} cannot take role {request.role}: it has its role for life, or "
+                    "there is no such role",
+                    field="role",
+                )
+            switched = await self.switch.to(_ROLE_NAMES[request.role], max(0.0, request.timeout_s))
+        except SplitserveError as error:
+            await abort(context, error)
+        return worker_pb2.SwitchRoleResponse(
+            info=self.info(), switch_s=switched.switch_s, num_handed_over=switched.num_handed_over
+        )
+
     # -- after each step --
 
     def _step_done(self, output: StepOutput) -> None:  # device thread
@@ -315,7 +387,12 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             )
         elif record.kind == "decode":
             self._decode_step_s = _average(self._decode_step_s, record.total_s)
-        self._on_step(output)
+        if self._role is not None:
+            self._role.on_step(output)
+
+    def _kv_written(self, sequence: str, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
+        if self._role is not None and self._role.kv_written is not None:  # device thread
+            self._role.kv_written(sequence, layer_start, layer_end, token_start, token_end)
 
     async def _watch_health(self) -> None:
         """Health means progress on sound devices: NOT_SERVING while it stalls, drains or is broken."""

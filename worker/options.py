@@ -28,4 +28,4 @@ class WorkerOptions:
     trace_dir: Path | None = None
     drain_timeout_s: float = 30.0  # how long SIGTERM waits for running requests
     lease_s: float = 30.0  # finished KV is held this long without a sign of life from its receiver
-    stall_bound_s: float = 30.0  # work queued and no step finished for this long: unhealthy
+    stall_bound_s: float = 8.0  # work queued and no step finished for this long: unhealthy; twice that: it ends itself

@@ -31,8 +31,7 @@ class Session(Generic[In, Out]):
     def send(self, message: Out) -> None:
         """Queue a message. A router that no longer reads is disconnected rather than buffered for without bound."""
         if len(self._outbox) >= MAX_OUTBOX:
-            if self._handler is not None:
-                self._handler.cancel()
+            self.abort()
             return
         self._outbox.append(message)
         self._wake.set()
@@ -50,6 +49,11 @@ class Session(Generic[In, Out]):
         """Write what is queued, then end the call: the router sees a session that is over, not one that broke."""
         self._ending = True
         self._wake.set()
+
+    def abort(self) -> None:
+        """Cut the call off."""
+        if self._handler is not None:
+            self._handler.cancel()
 
     async def run(self, context: grpc.aio.ServicerContext[In, Out], handle: Callable[[In], None]) -> None:
         """Read and write until the router closes its side, the call is cancelled or `end` was called."""

@@ -77,13 +77,15 @@ async def embeddings(request: Request) -> Response:
     raise InvalidRequest("embeddings are not served: the models here generate text; use an embedding server for them")
 
 
-async def health(request: Request) -> Response:
+async def alive(request: Request) -> Response:
+    """200: whoever answers here makes progress, for the event loop that carries every token does."""
+    return json_response({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
     """200 while a pair of workers can serve requests, else 503."""
-    door = _door(request)
-    if door.draining:
-        raise Unavailable("the router is shutting down", retry_after_s=1.0)
-    if not door.usable:
-        raise Unavailable("no pair of workers is ready", retry_after_s=1.0)
+    if reason := _door(request).out_of_service:
+        raise Unavailable(reason, retry_after_s=1.0)
     return json_response({"status": "ok"})
 
 
@@ -107,7 +109,9 @@ ROUTES: Sequence[Route] = (
     Route("/v1/embeddings", embeddings, methods=["POST"]),
     Route("/tokenize", tokenize, methods=["POST"]),
     Route("/detokenize", detokenize, methods=["POST"]),
-    Route("/health", health),
+    Route("/health", ready),
+    Route("/healthz", alive),
+    Route("/readyz", ready),
     Route("/metrics", metrics),
     Route("/openapi.json", openapi),
 )

@@ -12,11 +12,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...core.errors import InvalidRequest, PromptTooLong, SplitserveError
+from ...core.errors import InvalidRequest, PromptTooLong, RateLimited, SplitserveError
 from .responses import ErrorBody
 
 _SHOWN_CHARS = 100  # of a wrong value
-_CODES: Mapping[type[SplitserveError], str] = {PromptTooLong: "context_length_exceeded"}  # where OpenAI has its own
+# Where OpenAI has its own.
+_CODES: Mapping[type[SplitserveError], str] = {
+    PromptTooLong: "context_length_exceeded",
+    RateLimited: "rate_limit_exceeded",
+}
 _TYPES: Mapping[int, str] = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 # Names that fields of the gRPC API have here.
 _PARAMS: Mapping[str, str] = {

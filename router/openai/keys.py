@@ -1,4 +1,4 @@
-"""API keys over HTTP: every path but /health asks for one, /metrics for one of an operator."""
+"""API keys over HTTP: every path but those of health asks for one, /metrics for one of an operator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...core.errors import PermissionDenied, Unauthenticated
 from ..keys import CALLER, ApiKeys
 from .errors import error_response
 
-_OPEN_PATHS = ("/health",)
+_OPEN_PATHS = ("/health", "/healthz", "/readyz")
 _ADMIN_PATHS = ("/metrics",)
 
 

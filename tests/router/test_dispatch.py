@@ -333,16 +333,30 @@ async def test_a_worker_that_speaks_before_its_hello_is_refused(start_scene: Sta
     assert "before its hello" in await scene.becomes(scene.decode.address, "refused")
 
 
-async def test_the_wrong_dialect_is_refused(start_scene: StartScene) -> None:
-    """A prefill worker's address listed as a decode worker's."""
-    scene = await start_scene()
-    wrong = [scene.decode.address, scene.prefill.address]
-    scene.router.pool.set_workers([scene.prefill.address], wrong, scene.router.dispatcher)
+async def test_a_worker_is_found_under_the_role_that_it_has_and_not_that_it_is_listed_with(
+    start_scene: StartScene,
+) -> None:
+    scene = await start_scene(prefill=2)
+    moved = scene.prefills[1].address
+    scene.router.pool.set_workers([scene.prefill.address], [scene.decode.address, moved], scene.router.dispatcher)
     async with asyncio.timeout(WAIT_S):
-        while not any("nothing at" in link.reason for link in scene.router.pool.decodes.values()):
+        while moved in scene.router.pool.decodes or moved not in scene.router.pool.prefills:
             await asyncio.sleep(0.01)
-    assert scene.router.pool.decodes[scene.prefill.address].state == "refused"
-    assert scene.router.pool.prefills[scene.prefill.address].state == "ready"
+    await scene.becomes(moved, "ready")
+    assert (await scene.client.status()).workers[1].role == "prefill"
+
+
+async def test_what_speaks_neither_dialect_is_refused(start_scene: StartScene) -> None:
+    scene, server = await start_scene(), grpc.aio.server()
+    stranger = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        scene.router.pool.set_workers(
+            [scene.prefill.address], [scene.decode.address, stranger], scene.router.dispatcher
+        )
+        assert "nothing at" in await scene.becomes(stranger, "refused")
+    finally:
+        await server.stop(0)
 
 
 async def test_a_worker_on_a_broken_device_is_refused_with_the_reason(start_scene: StartScene) -> None:

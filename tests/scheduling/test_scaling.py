@@ -52,7 +52,7 @@ def test_a_step_up_and_down_comes_back_to_where_it_was() -> None:
 def test_a_rising_load_is_met_before_it_arrives() -> None:
     """The forecast looks as far ahead as a worker takes to start; the level alone would come late."""
     cluster, policy = ScaledCluster(prefill=1, decode=1), SloScaling(config(), Times())
-    rates = [10.0] * 20 + [10.0 + 2.0 * n for n in range(40)]
+    rates = [10.0] * 20 + [10.0 + 5.0 * n for n in range(40)]
     for rate in rates:
         cluster.enact(policy.decide(cluster.signals(rate)))
     steady = SloScaling(config(), Times())

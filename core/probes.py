@@ -1,0 +1,75 @@
+"""The small HTTP server of every process: /metrics for Prometheus, /healthz and /readyz for whoever keeps it alive.
+
+It runs in threads of its own, so it answers, and tells the truth, also when the process's event loop hangs.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from .errors import AddressInUse
+
+_IDLE_S = 30.0  # of a kept-open connection
+
+
+def serve_probes(
+    host: str,
+    port: int,
+    *,
+    registry: Callable[[], CollectorRegistry],
+    alive: Callable[[], str],
+    ready: Callable[[], str],
+) -> int:
+    """Serve in daemon threads; returns the bound port.
+
+    Args: alive, ready: called from those threads; "" is yes (200), anything else the reason why not (503).
+    Raises: AddressInUse.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        timeout = _IDLE_S
+
+        def do_GET(self) -> None:
+            match self.path.partition("?")[0]:
+                case "/healthz":
+                    self._judge(alive())
+                case "/readyz":
+                    self._judge(ready())
+                case "/" | "/metrics":
+                    encode, content_type = choose_encoder(self.headers.get("accept", ""))
+                    self._answer(200, encode(registry()), content_type)
+                case _:
+                    self._answer(404, b"not found; try /metrics, /healthz or /readyz\n")
+
+        do_HEAD = do_GET
+
+        def _judge(self, reason: str) -> None:
+            self._answer(503 if reason else 200, f"{reason or 'ok'}\n".encode())
+
+        def _answer(self, status: int, body: bytes, content_type: str = "text/plain; charset=utf-8") -> None:
+            self.send_response(status)
+            self.send_header("content-type", content_type)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """A probe a second is no news."""
+
+    class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+    try:
+        server = Server((host, port), Handler)
+    except OSError as error:
+        raise AddressInUse(f"cannot serve metrics on {host}:{port}: {error}; choose another --metrics-port") from error
+    threading.Thread(target=server.serve_forever, name="probes", daemon=True).start()
+    return int(server.server_port)
