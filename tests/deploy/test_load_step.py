@@ -18,11 +18,15 @@ from splitserve.deploy.scaler import replay_log
 from splitserve.engine.testing import make_tiny_model
 
 from .nodes import kinds_of, ray_nodes
-from .stand_in_roles import until
+from .stand_in_roles import scaling_log, until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.verify, pytest.mark.timeout(1200)]
+
+WAIT_S = 240.0  # for a pool to have changed its size, on a machine that is busy with other tests
 
 MAX_RUNNING = 2
+NUM_LAYERS = 8  # slow enough that few requests are many
+STEP = 1.3  # times what one worker carries
 
 
 class Load:
@@ -64,7 +68,8 @@ def cluster_config(model: Path) -> ClusterConfig:
             "model": str(model),
             "router.port": 0,
             "router.http_port": -1,
-            "startup_timeout_s": 120,
+            "router.max_queued": 8192,
+            "startup_timeout_s": 240,
             "restart.unhealthy_s": 60,
             "ray.address": ray.get_runtime_context().gcs_address,
             "engine.device": "cpu",
@@ -96,7 +101,7 @@ def sizes(view: ClusterView) -> dict[str, int]:
 
 
 async def test_each_pool_follows_its_own_load_and_no_request_fails(tmp_path: Path) -> None:
-    model = make_tiny_model("llama", tmp_path / "model")
+    model = make_tiny_model("llama", tmp_path / "model", num_hidden_layers=NUM_LAYERS)
     with ray_nodes() as nodes:
         nodes.add("H100", num_cpus=2, num_gpus=2)
         nodes.add("H200", num_cpus=2, num_gpus=2)
@@ -106,28 +111,31 @@ async def test_each_pool_follows_its_own_load_and_no_request_fails(tmp_path: Pat
             running = group.create_task(controller.run())
             await controller.ready.wait()
             address = controller.view().router_addresses[0]
-            async with AsyncClient(address, retry=RetryPolicy(max_attempts=1), timeout_s=120) as client:
+            async with AsyncClient(address, retry=RetryPolicy(max_attempts=1), timeout_s=600) as client:
                 load = Load(client)
                 await load.one(200, 1)
                 prefill_s = await load.one(200, 1)
-                async with load.at(1.5 / prefill_s, 200, 1):
+                async with load.at(STEP / prefill_s, 200, 1):
                     view = await until(
-                        controller, lambda view: sizes(view) == {"prefill": 2, "decode": 1} and view.settled
+                        controller, lambda view: sizes(view) == {"prefill": 2, "decode": 1} and view.settled, WAIT_S
                     )
                     assert kinds_of(view)["prefill-1"] == "H100"
-                view = await until(controller, lambda view: sizes(view) == {"prefill": 1, "decode": 1} and view.settled)
+                view = await until(
+                    controller, lambda view: sizes(view) == {"prefill": 1, "decode": 1} and view.settled, WAIT_S
+                )
 
                 await load.one(16, 64)
                 decode_s = await load.one(16, 64)
-                async with load.at(1.5 * MAX_RUNNING / decode_s, 16, 64):
+                async with load.at(STEP * MAX_RUNNING / decode_s, 16, 64):
                     view = await until(
-                        controller, lambda view: sizes(view) == {"prefill": 1, "decode": 2} and view.settled
+                        controller, lambda view: sizes(view) == {"prefill": 1, "decode": 2} and view.settled, WAIT_S
                     )
                     assert kinds_of(view)["decode-1"] == "H200"
-                view = await until(controller, lambda view: sizes(view) == {"prefill": 1, "decode": 1} and view.settled)
+                view = await until(
+                    controller, lambda view: sizes(view) == {"prefill": 1, "decode": 1} and view.settled, WAIT_S
+                )
                 assert load.num_done > 20
                 assert sum(router.num_failed for router in view.routers) == 0
             controller.stop()
             await running
-    (log,) = (tmp_path / "logs").glob("scaling-*.jsonl")
-    assert replay_log(log, controller.config)[1] == []
+    assert replay_log(scaling_log(tmp_path / "logs"), controller.config)[1] == []
