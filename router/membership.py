@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
 from ..core.metrics import RouterMetrics
 from ..proto import worker_pb2
+from ..proto.tls import Tls
 from ..scheduling.admission import ModelLimits
 from ..scheduling.decode_pace import DecodePace
+from .departed import Departed, DepartedWorker
 from .session import DecodeLink, PrefillLink, WorkerEvents, WorkerKind, WorkerLink
 
 logger = logging.getLogger(__name__)
@@ -28,13 +31,21 @@ class WorkerPool:
     """
 
     def __init__(
-        self, model: str, router_id: str, metrics: RouterMetrics, *, tpot_target_s: float | None = None
+        self,
+        model: str,
+        router_id: str,
+        metrics: RouterMetrics,
+        *,
+        tpot_target_s: float | None = None,
+        tls: Tls | None = None,
     ) -> None:
         self._model = model
         self._tpot_target_s = tpot_target_s
         self._router_id = router_id
         self._metrics = metrics
+        self._tls = tls
         self._geometry = ""
+        self._departed = Departed()
         self._listed: dict[WorkerKind, tuple[str, ...]] = {"prefill": (), "decode": ()}
         self._roles: dict[str, WorkerKind] = {}  # of workers, by address, that were found to have another than listed
         self.prefills: dict[str, PrefillLink] = {}
@@ -52,6 +63,14 @@ class WorkerPool:
     def boot_ids(self) -> set[str]:
         """Of all workers that are there."""
         return {link.boot_id for link in self if link.info is not None}
+
+    def departed(self) -> Sequence[DepartedWorker]:
+        """Workers that died and were then taken off the list."""
+        return self._departed.shown(
+            addresses={link.address for link in self},
+            worker_ids={link.last_worker_id for link in self},
+            now=time.monotonic(),
+        )
 
     @property
     def any_prefill_alive(self) -> bool:
@@ -95,6 +114,10 @@ class WorkerPool:
             link.reconsider()
         ready_prefills = sum(link.state == "ready" for link in self.prefills.values())
         ready_decodes = [link for link in self.decodes.values() if link.state == "ready"]
+        speeds = [link.status.prefill_tokens_per_s for link in self.prefills.values()]
+        if known := [speed for speed in speeds if speed > 0]:
+            for link in self.decodes.values():
+                link.assumed_prefill_tokens_per_s = sum(known) / len(known)
         self._metrics.workers.labels("prefill").set(ready_prefills)
         self._metrics.workers.labels("decode").set(len(ready_decodes))
         usable = any(link.colocated for link in ready_decodes) or (ready_prefills > 0 and bool(ready_decodes))
@@ -111,10 +134,12 @@ class WorkerPool:
             self.usable_changed.set()
 
     def _prefill_link(self, address: str, events: WorkerEvents) -> PrefillLink:
-        return PrefillLink(address, self._router_id, events, self._judge)
+        return PrefillLink(address, self._router_id, events, self._judge, self._tls)
 
     def _decode_link(self, address: str, events: WorkerEvents) -> DecodeLink:
-        return DecodeLink(address, self._router_id, events, self._judge, pace=DecodePace(self._tpot_target_s))
+        return DecodeLink(
+            address, self._router_id, events, self._judge, self._tls, pace=DecodePace(self._tpot_target_s)
+        )
 
     async def close(self) -> None:
         """End every session."""
@@ -139,6 +164,14 @@ class WorkerPool:
                 known[address].start(lambda gone: self._gone(known, gone), switched)
         for address, link in known.items():
             if address not in wanted:
+                if link.info is None and link.last_worker_id and not (link.retired or link.status.draining):
+                    self._departed.add(
+                        address=address,
+                        role=link.shown_role,
+                        worker_id=link.last_worker_id,
+                        reason=link.reason,
+                        now=time.monotonic(),
+                    )
                 link.retire()
 
     @staticmethod
