@@ -27,6 +27,7 @@ TIMEOUT_S = 30.0
 BASE_LOAD = 0.5  # of the capacity, before and after the burst
 TRIAL_S = 20.0  # of each rate that may be the capacity
 MAX_TRIALS = 8
+QUEUE = "queue of 256"
 STEP = 0.85  # from one such rate to the next
 
 console = Console(stderr=True)
@@ -42,7 +43,7 @@ async def run(model: str, seconds: float, seed: int) -> tuple[float, dict[str, d
         async with process_cluster(load_config(None, refuse), logs) as cluster:
             second = RoleProcess(logs / "router-queue.log")
             try:
-                addresses = {"refuse": cluster.router.address, "queue of 256": await _start(second, queue, cluster)}
+                addresses = {"refuse": cluster.router.address, QUEUE: await _start(second, queue, cluster)}
                 return await _measure(addresses, seconds, seed, model)
             finally:
                 await second.stop(2.0)
@@ -62,7 +63,7 @@ async def _start(process: RoleProcess, config: ClusterConfig, cluster: ProcessCl
 async def _measure(
     addresses: dict[str, str], seconds: float, seed: int, model: str
 ) -> tuple[float, dict[str, dict[str, Measured]], str]:
-    rate = await _capacity(addresses["refuse"], seed)
+    rate = await _capacity(addresses["refuse"], await _saturated_rate(addresses[QUEUE], seed), seed)
     traffic = {
         "capacity": (poisson_times(rate, seconds, seed + 1), 0.0, seconds),
         "2x capacity": (poisson_times(2 * rate, seconds, seed + 1), 0.0, seconds),
@@ -78,9 +79,8 @@ async def _measure(
     return rate, rows, title
 
 
-async def _capacity(address: str, seed: int) -> float:
-    """The highest rate, of those tried, at which 90 % meet the service level."""
-    rate = await _saturated_rate(address, seed)
+async def _capacity(address: str, rate: float, seed: int) -> float:
+    """The highest rate, from `rate` downwards, at which 90 % meet the service level."""
     console.print(f"saturated: {rate:.2f} requests/s")
     for _ in range(MAX_TRIALS):
         found = count(await _send(address, poisson_times(rate, TRIAL_S, seed), seed), 0.0, TRIAL_S)
