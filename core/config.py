@@ -81,6 +81,10 @@ class EngineConfig(Section):
     )
     decode_headroom_tokens: int = Field(default=64, ge=0, description="Tokens reserved past the prompt by a grant")
     prefix_cache: bool = Field(default=True, description="Keep KV of finished prompts for prompts that begin alike")
+    local_prefill: bool = Field(
+        default=True,
+        description="Decode workers compute short prompts by themselves for routers with local_prefill_itl_s",
+    )
     self_check: bool = Field(default=True, description="Compare logits with plain transformers before serving")
 
 
@@ -130,6 +134,12 @@ class RouterConfig(Section):
         default=0.2,
         gt=0,
         description="Seconds of prefill work that a prefill worker may have outstanding; a second prompt always may",
+    )
+    local_prefill_itl_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Longest gap between tokens, by prediction, that a prompt computed on its decode worker may cause; "
+        "empty: every prompt goes to a prefill worker",
     )
     max_attempts: int = Field(default=3, ge=1, description="Attempts at a request before its error goes to the client")
     max_worker_deaths: int = Field(

@@ -114,6 +114,22 @@ class RouterMetrics:
         self.stale_messages = Counter(
             "splitserve_router_stale_messages", "Worker messages dropped: of no live attempt", registry=registry
         )
+        self.local_prefills = Counter(
+            "splitserve_router_local_prefills",
+            "Attempts whose prompt was computed on the decode worker although prefill workers live",
+            registry=registry,
+        )
+        self.remote_prefills = Counter(
+            "splitserve_router_remote_prefills", "Attempts whose prompt went to a prefill worker", registry=registry
+        )
+        self.expected_cached_tokens = Counter(
+            "splitserve_router_expected_cached_tokens",
+            "Prompt tokens that the prefix index said the computing worker holds",
+            registry=registry,
+        )
+        self.prefix_blocks = Gauge(
+            "splitserve_router_prefix_blocks", "Blocks in the router's prefix index", registry=registry
+        )
         self.links = LinkMetrics()
         self.links.publish(registry)
         self.tokenizations = Counter("splitserve_tokenizations", "Texts tokenised", registry=registry)

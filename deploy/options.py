@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ def worker_options(
     worker_id: str,
     num_threads: int | None,
     kv_address: str = "",
+    labels: Mapping[str, str] | None = None,
 ) -> WorkerOptions:
     """Raises: ConfigError: a value that only the engine can judge is wrong."""
     if kv_address:
@@ -79,6 +81,8 @@ def worker_options(
             shared_pool="shared_memory" in transports and role != "colocated",  # a decode worker may become one
         ),
         role=role,
+        labels=labels or {},
+        local_prefill=engine.local_prefill,
         host=host,
         port=port,
         metrics_port=metrics_port,
@@ -117,6 +121,7 @@ def router_options(
         tls=tls,
         http_client_cert=config.security.http_client_cert,
         policy=router.policy,
+        local_prefill_itl_s=router.local_prefill_itl_s,
         controller_key_sha256=os.environ.get(CONTROLLER_KEY, ""),
         max_queued=router.max_queued,
         max_live=router.max_live,

@@ -17,6 +17,7 @@ from ..core.kv_geometry import blocks_for
 from ..core.logprobs import TokenLogprob
 from ..core.request import FinishReason, Request
 from ..scheduling.blocks import BlockAllocator
+from ..scheduling.prefix_feed import PrefixChanges, PrefixFeed
 from ..scheduling.sequence import SequenceState
 from ..scheduling.steps import SampledToken, StepPlan, StepScheduler
 from .attention import KvWritten
@@ -246,6 +247,29 @@ class Engine:
                 num_reserved=self._scheduler.num_in(SequenceState.RESERVED),
                 outstanding_prefill_tokens=self._scheduler.outstanding_prefill_tokens,
             )
+
+    # The prefix cache, as routers are told of it.
+
+    def follow_prefixes(self) -> PrefixFeed | None:
+        """A feed of the blocks that the prefix cache holds, until `unfollow_prefixes`; None: it is off."""
+        with self._lock:
+            return self._scheduler.blocks.follow() if self.options.prefix_cache else None
+
+    def unfollow_prefixes(self, feed: PrefixFeed) -> None:
+        with self._lock:
+            self._scheduler.blocks.unfollow(feed)
+
+    def restart_prefixes(self, feed: PrefixFeed) -> None:
+        """Have the feed tell everything again."""
+        with self._lock:
+            self._scheduler.blocks.restart(feed)
+
+    def take_prefixes(self, feed: PrefixFeed) -> PrefixChanges | None:
+        """What is to be told next; None: nothing changed."""
+        if not feed.has_news:  # without the lock: what comes this moment is told next time
+            return None
+        with self._lock:
+            return feed.take()
 
     def num_orphaned_blocks(self) -> int:
         """Blocks that somebody owns according to the allocator and that are in no block table; more than 0 is a bug.

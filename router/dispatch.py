@@ -37,13 +37,14 @@ from ..scheduling.attempts import Answer, NewTokens, first_attempt
 from ..scheduling.dispatch_order import dispatch
 from ..scheduling.fair_queue import FairQueue, Ticket
 from ..scheduling.policies.prefix import prefix
+from ..scheduling.prefix_feed import PrefixChanges
 from ..scheduling.quotas import Quotas
 from ..scheduling.retries import Failures, RetryRules
 from ..scheduling.routing import ClusterView, Placement, PrefillLoad, RoutingPolicy, Snapshot
 from .idempotency import EndedRequests, can_read, check_same
 from .membership import WorkerPool
 from .reading import Reading
-from .routing_view import RoutingView
+from .routing_view import PrefixOfJob, RoutingView
 from .session import DecodeLink, DecodeReport, PrefillLink, PrefillReport, TransferReport, WorkerLink
 from .timeline import Timeline
 
@@ -77,6 +78,7 @@ class Job:
         self.ticket = ticket
         self.predicted_ttft_s: float | None = None
         self.draw = random.getrandbits(64)  # the policy's luck
+        self.prefix = PrefixOfJob()
         self.phase = Phase.QUEUED
         self.queued_at = timeline.arrived_at
         self.prefill: PrefillLink | None = None
@@ -110,6 +112,8 @@ class Dispatcher:
 
     Args:
         policy: chooses the workers of a request.
+        local_prefill_itl_s: longest gap between tokens that a prompt computed on its decode worker may cause; None:
+            every prompt goes to a prefill worker.
         prefill_bound_s: seconds of prefill work that a worker may have outstanding.
         retries: what becomes of a request whose attempt failed.
         keep_answers_s: how long the answer to a finished request can be asked for again.
@@ -130,12 +134,15 @@ class Dispatcher:
         no_worker_wait_s: float,
         ageing_s: float,
         policy: RoutingPolicy = prefix,
+        local_prefill_itl_s: float | None = None,
     ) -> None:
         self._pool = pool
         self._admission = admission
         self._metrics = metrics
         self._recorder = recorder
-        self._routing = RoutingView(pool, prefill_bound_s=prefill_bound_s)
+        self._routing = RoutingView(
+            pool, metrics, prefill_bound_s=prefill_bound_s, local_prefill_itl_s=local_prefill_itl_s
+        )
         self._policy = policy
         self._retries = retries
         self._ended = EndedRequests(keep_answers_s)
@@ -250,10 +257,6 @@ class Dispatcher:
         self._end(job, Cancelled("the request was cancelled"))
         return True
 
-    def keeps_answer(self, request_id: str) -> bool:
-        """Whether the answer to a finished request can be asked for again."""
-        return self._ended.finished(request_id) is not None
-
     def close(self, error: SplitserveError) -> None:
         """End every request with the error."""
         for job in list(self._jobs.values()):
@@ -337,7 +340,11 @@ class Dispatcher:
         else:
             self._attempt_failed(job, worker, error)
 
+    def prefixes_changed(self, worker: WorkerLink, changes: PrefixChanges) -> bool:
+        return self._routing.index.apply(worker.address, changes)
+
     def lost(self, worker: WorkerLink, error: WorkerLost | Draining) -> None:
+        self._routing.index.drop(worker.address)
         for request_id in list(worker.runs):
             worker.detach(request_id)
             self._attempt_failed(self._jobs[request_id], worker, error)
@@ -446,15 +453,17 @@ class Dispatcher:
         job.decode = decode = self._pool.decodes[placement.decode]
         job.prefill = prefill = self._pool.prefills[placement.prefill] if placement.prefill is not None else None
         job.timeline.dispatched(now, prefill.worker_id if prefill is not None else "", decode.worker_id)
+        self._routing.placed(job, placement)
         decode.attach(request.request_id, blocks_for(request.num_tokens, decode.block_size))
         if prefill is None:
             job.phase = Phase.DECODING
             job.timeline.mark(Event.PREFILL_QUEUED, now, request.attempt, worker=decode.worker_id)
-            decode.run_local(request, job.deadline_at - now)
+            num_tokens = self._routing.uncached_tokens(job, decode.address)
+            decode.run_local(request, job.deadline_at - now, num_tokens)
             self._admission.ttft.dispatched(now, job.ticket.cost, self.num_queued)
         else:
             job.phase = Phase.GRANTING
-            prefill.attach(request.request_id, request.num_tokens)
+            prefill.attach(request.request_id, self._routing.uncached_tokens(job, prefill.address), request.num_tokens)
             decode.request_grant(request, job.deadline_at - now, prefill)
 
     def _mind_the_queue(self) -> None:

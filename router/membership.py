@@ -114,6 +114,10 @@ class WorkerPool:
             link.reconsider()
         ready_prefills = sum(link.state == "ready" for link in self.prefills.values())
         ready_decodes = [link for link in self.decodes.values() if link.state == "ready"]
+        speeds = [link.status.prefill_tokens_per_s for link in self.prefills.values()]
+        if known := [speed for speed in speeds if speed > 0]:
+            for link in self.decodes.values():
+                link.assumed_prefill_tokens_per_s = sum(known) / len(known)
         self._metrics.workers.labels("prefill").set(ready_prefills)
         self._metrics.workers.labels("decode").set(len(ready_decodes))
         usable = any(link.colocated for link in ready_decodes) or (ready_prefills > 0 and bool(ready_decodes))

@@ -58,6 +58,7 @@ class RouterOptions:
     tls: Tls | None = None  # of this router, towards clients and workers; None: plain text
     http_client_cert: bool | None = None  # ask HTTP clients for a certificate; None: unless there are API keys
     router_id: str = ""  # unique in the cluster; empty makes one
+    local_prefill_itl_s: float | None = None  # longest gap that a prompt computed on its decode worker may cause
     policy: str = DEFAULT_POLICY  # by which workers are chosen: scheduling/policies/registry.py knows the names
     max_queued: int = 256  # requests waiting for dispatch; more are refused
     max_live: int = 8_192  # requests not ended; more are refused
@@ -113,6 +114,7 @@ class Router:
             keep_answers_s=options.keep_answers_s,
             no_worker_wait_s=options.no_worker_wait_s,
             policy=load_policy(options.policy),
+            local_prefill_itl_s=options.local_prefill_itl_s,
             ageing_s=options.ageing_s,
         )
         self._door = FrontDoor(

@@ -28,6 +28,8 @@ from ..proto.rpc import from_rpc_error
 from ..proto.tls import PeerRole, Tls, open_channel
 from ..scheduling.attempts import NewTokens
 from ..scheduling.decode_pace import DecodePace
+from ..scheduling.links import Place
+from ..scheduling.prefix_feed import PrefixChanges
 from ..scheduling.routing import DecodeLoad, PrefillLoad
 from ..scheduling.step_times import MeasuredTimes, StepTimes
 
@@ -80,6 +82,7 @@ class WorkerEvents(Protocol):
     def decoded(self, worker: WorkerLink, tokens: NewTokens, report: DecodeReport | None) -> None: ...
     def failed(self, worker: WorkerLink, request_id: str, attempt: int, error: SplitserveError) -> None: ...
     def lost(self, worker: WorkerLink, error: WorkerLost | Draining) -> None: ...
+    def prefixes_changed(self, worker: WorkerLink, changes: PrefixChanges) -> bool: ...
 
 
 class WorkerLink:
@@ -111,6 +114,7 @@ class WorkerLink:
         self.full = False  # it said "overloaded"; asked again after its next status or when a run here ends
         self.retired = False  # no longer on the list: finishes what it runs
         self.runs: dict[str, int] = {}  # request id to the load it adds (prefill tokens or KV blocks)
+        self._restarts_prefixes = False  # it was asked to, for we missed a change
         self._refusal = ""
         self._router_id = router_id
         self._events = events
@@ -307,6 +311,7 @@ class WorkerLink:
         check_protocol(info.protocol_version, f"{self.role} worker {self.address}")
         self.info, self.boot_id, self.last_worker_id = info, info.boot_id, info.worker_id
         self.status = worker_pb2.WorkerStatus()
+        self._restarts_prefixes = False
         self.reconsider()
         logger.info("%s worker %s (%s): %s", self.role, self.address, info.worker_id, self.reason or "connected")
         self._events.workers_changed()
@@ -314,8 +319,26 @@ class WorkerLink:
     def _status(self, status: worker_pb2.WorkerStatus) -> None:
         self.status = status
         self.full = False
+        if status.HasField("prefix_blocks"):
+            self._learn(status.prefix_blocks)
         self.reconsider()
         self._events.workers_changed()
+
+    def _learn(self, blocks: worker_pb2.PrefixBlocks) -> None:
+        """What its prefix cache holds; after a gap all of it once more."""
+        changes = PrefixChanges(
+            number=blocks.number, restarts=blocks.restarts, added=blocks.added, removed=blocks.removed
+        )
+        if self._events.prefixes_changed(self, changes):
+            self._restarts_prefixes = False
+        elif not self._restarts_prefixes:
+            self._restarts_prefixes = True
+            self._send(restart_prefix_blocks=worker_pb2.RestartPrefixBlocks())
+
+    @property
+    def place(self) -> Place | None:
+        info = self.info
+        return Place.of(info.host_id, info.labels) if info is not None and info.host_id else None
 
 
 async def _drain(outbox: asyncio.Queue[Any]) -> AsyncIterator[Any]:
@@ -332,6 +355,7 @@ class PrefillLink(WorkerLink):
         super().__init__(*args)
         # Of our runs without a first token, and of other routers' as of the last status.
         self._own_tokens = self._own_prompts = 0
+        self._sizes: dict[str, int] = {}  # of their prompts, cached tokens included: so the worker counts them
         self._others_tokens = self._others_prompts = 0
 
     @property
@@ -345,23 +369,28 @@ class PrefillLink(WorkerLink):
             outstanding_tokens=self._own_tokens + self._others_tokens,
             outstanding_prompts=self._own_prompts + self._others_prompts,
             tokens_per_s=self.status.prefill_tokens_per_s,
+            place=self.place,
         )
 
-    def attach(self, request_id: str, load: int) -> None:
+    def attach(self, request_id: str, load: int, num_tokens: int = 0) -> None:
+        """Of `num_tokens` the worker has `load` to compute, its cache has the rest."""
+        self._sizes[request_id] = max(load, num_tokens)
         self._own_tokens += load
         self._own_prompts += load > 0
         super().attach(request_id, load)
 
     def detach(self, request_id: str) -> None:
-        self._computed(self.runs.get(request_id, 0))
+        self._computed(request_id)
         super().detach(request_id)
 
     def prefilled(self, request_id: str) -> None:
         """The run computes no more; it only holds KV until that has moved."""
-        self._computed(self.runs.get(request_id, 0))
+        self._computed(request_id)
         self.runs[request_id] = 0
 
-    def _computed(self, load: int) -> None:
+    def _computed(self, request_id: str) -> None:
+        load = self.runs.get(request_id, 0)
+        self._sizes.pop(request_id, None)
         self._own_tokens -= load
         self._own_prompts -= load > 0
 
@@ -374,10 +403,11 @@ class PrefillLink(WorkerLink):
 
     def _open(self, channel: grpc.aio.Channel, requests: AsyncIterator[Any]) -> Any:
         self._own_tokens = self._own_prompts = self._others_tokens = self._others_prompts = 0
+        self._sizes.clear()
         return worker_pb2_grpc.PrefillWorkerStub(channel).PrefillSession(requests)
 
     def _status(self, status: worker_pb2.WorkerStatus) -> None:
-        self._others_tokens = max(0, status.num_outstanding_prefill_tokens - self._own_tokens)
+        self._others_tokens = max(0, status.num_outstanding_prefill_tokens - sum(self._sizes.values()))
         self._others_prompts = max(0, status.num_running + status.num_waiting - self._own_prompts)
         super()._status(status)
 
@@ -420,6 +450,8 @@ class DecodeLink(WorkerLink):
     def __init__(self, *args: Any, pace: DecodePace) -> None:
         super().__init__(*args)
         self._pace = pace
+        self._local_tokens: dict[str, int] = {}  # of prompts sent to be computed here, until they have a token
+        self.assumed_prefill_tokens_per_s = 0.0  # what the prefill workers do on average
 
     @property
     def takes_work(self) -> bool:
@@ -438,12 +470,11 @@ class DecodeLink(WorkerLink):
         return (self.info.block_size if self.info is not None else 0) or 16
 
     @property
-    def times(self) -> StepTimes | None:
-        """Its steps as it measured them; None before its first prompt."""
-        if not self.status.prefill_tokens_per_s:
-            return None
+    def times(self) -> StepTimes:
+        """Its steps as it measured them; until it has computed a prompt, as fast as prefill workers do."""
         return MeasuredTimes(
-            prefill_tokens_per_s=self.status.prefill_tokens_per_s, decode_step_time_s=self.status.decode_step_s
+            prefill_tokens_per_s=self.status.prefill_tokens_per_s or self.assumed_prefill_tokens_per_s,
+            decode_step_time_s=self.status.decode_step_s,
         )
 
     @property
@@ -455,9 +486,11 @@ class DecodeLink(WorkerLink):
             num_sequences=self._num_sequences,
             num_blocks=self.status.num_blocks,
             block_size=self.block_size,
-            local_prefill_tokens=self.status.num_outstanding_prefill_tokens,
+            local_prefill_tokens=max(self.status.num_outstanding_prefill_tokens, sum(self._local_tokens.values())),
             times=self.times,
             colocated=self.colocated,
+            prefills_locally=self.info is not None and self.info.local_prefill,
+            place=self.place,
         )
 
     @property
@@ -484,7 +517,9 @@ class DecodeLink(WorkerLink):
         )
         self._send(grant=grant)
 
-    def run_local(self, request: Request, timeout_s: float) -> None:
+    def run_local(self, request: Request, timeout_s: float, num_tokens: int) -> None:
+        """Have it compute the prompt, of which its cache lacks `num_tokens`, and answer."""
+        self._local_tokens[request.request_id] = num_tokens
         self._send(run=worker_pb2.RunLocal(request=request_to_proto(request, timeout_s)))
 
     def _send(self, **message: Any) -> None:
@@ -521,9 +556,14 @@ class DecodeLink(WorkerLink):
                 ),
             )
 
+    def detach(self, request_id: str) -> None:
+        self._local_tokens.pop(request_id, None)
+        super().detach(request_id)
+
     def _decoded(self, entry: worker_pb2.SequenceTokens) -> None:
         if entry.logprobs and len(entry.logprobs) != len(entry.token_ids):
             raise ProtocolMismatch(f"{self.address} sent {len(entry.token_ids)} tokens, {len(entry.logprobs)} logprobs")
+        self._local_tokens.pop(entry.request_id, None)
         tokens = NewTokens(
             request_id=entry.request_id,
             attempt=entry.attempt,

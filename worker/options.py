@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,8 @@ class WorkerOptions:
     port: int = 0
     metrics_port: int = 0
     kv_address: str = ""  # where decode workers reach this prefill worker; empty: host and port
+    labels: Mapping[str, str] = field(default_factory=dict)  # where it stands: splitserve/rack, splitserve/nvlink
+    local_prefill: bool = False  # a decode worker computes short prompts by itself when a router tells it to
     worker_id: str = ""  # unique in the cluster; empty makes one
     transports: tuple[str, ...] = ("cuda_ipc", "shared_memory", "grpc")  # how KV may move, best first
     kv_codec: Literal["none", "fp8", "int8", "auto"] = "none"  # of KV that a decode worker fetches

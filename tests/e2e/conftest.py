@@ -95,6 +95,7 @@ async def start_cluster(tiny: Path) -> AsyncIterator[StartCluster]:
             transports: tuple[str, ...] = ("shared_memory", "grpc"),
             router: dict[str, Any] | None = None,
             decode_blocks: int | None = None,
+            local_prefill: bool = False,
             tls: Callable[[str], Tls] | None = None,
             **engine: Any,
         ) -> Cluster:
@@ -113,6 +114,7 @@ async def start_cluster(tiny: Path) -> AsyncIterator[StartCluster]:
                         role=role,
                         worker_id=worker_id,
                         transports=transports,
+                        local_prefill=local_prefill,
                         tls=tls("prefill" if role == "prefill" else "decode") if tls is not None else None,
                     )
                 )
