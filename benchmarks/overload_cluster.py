@@ -63,6 +63,9 @@ async def _start(process: RoleProcess, config: ClusterConfig, cluster: ProcessCl
 async def _measure(
     addresses: dict[str, str], seconds: float, seed: int, model: str
 ) -> tuple[float, dict[str, dict[str, Measured]], str]:
+    for address in addresses.values():  # both know their workers, and these have computed something
+        async with AsyncClient(address) as client:
+            await client.generate([1] * INPUT_LEN, max_tokens=OUTPUT_LEN, ignore_eos=True)
     rate = await _capacity(addresses["refuse"], await _saturated_rate(addresses[QUEUE], seed), seed)
     traffic = {
         "capacity": (poisson_times(rate, seconds, seed + 1), 0.0, seconds),
