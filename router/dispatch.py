@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
@@ -77,6 +77,7 @@ class Job:
         self.deadline_at = deadline_at
         self.ticket = ticket
         self.predicted_ttft_s: float | None = None
+        self.begun_by = ""  # weights of the last attempt
         self.draw = random.getrandbits(64)  # the policy's luck
         self.prefix = PrefixOfJob()
         self.phase = Phase.QUEUED
@@ -90,6 +91,11 @@ class Job:
         self.queue_timer: asyncio.TimerHandle | None = None  # runs while it is queued and has had no attempt
         self.retry_timer: asyncio.TimerHandle | None = None
         self.num_given = len(request.output_token_ids)  # tokens that the client brought
+
+    @property
+    def weights(self) -> str:
+        """What computed the tokens that its client has; "" while it has none of ours."""
+        return self.begun_by if len(self.answer.token_ids) > self.num_given else ""
 
     @property
     def untouched(self) -> bool:
@@ -152,6 +158,8 @@ class Dispatcher:
         self._pumping = False
         self._quotas = Quotas()
         self._num_submitted = 0
+        self._ready_weights: frozenset[str] = frozenset()
+        self._stranded: set[Job] = set()  # queued, begun by weights that no ready worker has: others pass them
         self._unusable_since = time.monotonic()
         self._give_up_timer: asyncio.TimerHandle | None = None
         self.num_finished = 0
@@ -257,10 +265,6 @@ class Dispatcher:
         self._end(job, Cancelled("the request was cancelled"))
         return True
 
-    def keeps_answer(self, request_id: str) -> bool:
-        """Whether the answer to a finished request can be asked for again."""
-        return self._ended.finished(request_id) is not None
-
     def close(self, error: SplitserveError) -> None:
         """End every request with the error."""
         for job in list(self._jobs.values()):
@@ -273,6 +277,9 @@ class Dispatcher:
         self._pool.refresh()
         if was_usable and not self._pool.usable:
             self._unusable_since = time.monotonic()
+        if self._ready_weights != self._pool.ready_weights:
+            self._ready_weights = self._pool.ready_weights
+            self._mind_stranded(list(self._queue))
         self._pump()
 
     def granted(self, worker: WorkerLink, grant: kv_transfer_pb2.Grant) -> None:
@@ -397,6 +404,7 @@ class Dispatcher:
         job.phase = Phase.QUEUED
         job.queued_at = time.monotonic()
         self._queue.push(job.ticket, job)
+        self._mind_stranded([job])
         self._pump()
         if job.phase is Phase.QUEUED and job.untouched and not job.answer.ended:
             at = self._admission.latest_start(job.ticket, deadline_at=job.deadline_at, prefills=self._prefill_loads())
@@ -428,6 +436,20 @@ class Dispatcher:
             return False
         return True
 
+    def _mind_stranded(self, jobs: Iterable[Job]) -> None:
+        """Give requests that nobody can go on with `no_worker_wait_s`: others' tokens would not be theirs."""
+        for job in jobs:
+            if not job.weights or job.weights in self._pool.ready_weights:
+                self._stranded.discard(job)
+            elif job not in self._stranded:
+                self._stranded.add(job)
+                asyncio.get_running_loop().call_later(self._no_worker_wait_s, self._give_up_stranded, job)
+
+    def _give_up_stranded(self, job: Job) -> None:
+        if job in self._stranded and job.phase is Phase.QUEUED:
+            gone = f"no worker is ready that has the weights which began this answer ({job.weights})"
+            self._end(job, Unavailable(f"{gone}; send the request again", retry_after_s=1.0))
+
     def _too_late(self, job: Job) -> None:
         """It waited in the queue until there was no point in waiting longer."""
         job.queue_timer = None
@@ -438,7 +460,9 @@ class Dispatcher:
     # Of scheduling.dispatch_order.Source.
 
     def in_order(self) -> Iterator[Job]:
-        return self._queue.in_order()
+        if not self._stranded:
+            return self._queue.in_order()
+        return (job for job in self._queue.in_order() if job not in self._stranded)
 
     def view(self) -> ClusterView:
         return self._routing.view()
@@ -454,7 +478,9 @@ class Dispatcher:
         request, now = job.request, time.monotonic()
         _cancel(job.queue_timer)
         job.queue_timer = None
+        self._stranded.discard(job)
         job.decode = decode = self._pool.decodes[placement.decode]
+        job.begun_by = decode.group.weights if decode.group is not None else ""
         job.prefill = prefill = self._pool.prefills[placement.prefill] if placement.prefill is not None else None
         job.timeline.dispatched(now, prefill.worker_id if prefill is not None else "", decode.worker_id)
         self._routing.placed(job, placement)
@@ -589,6 +615,7 @@ class Dispatcher:
         """The one terminal event; later calls do nothing."""
         if not job.answer.end():
             return
+        self._stranded.discard(job)
         now = time.monotonic()
         self._queue.discard(job.ticket)
         num_new = len(job.answer.token_ids) - job.num_given

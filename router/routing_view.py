@@ -11,6 +11,7 @@ from ..core.metrics import RouterMetrics
 from ..core.request import Request
 from ..proto import worker_pb2
 from ..scheduling.fair_queue import Ticket
+from ..scheduling.pairing import groups_of, one_group
 from ..scheduling.prefix import prefix_hashes, prefix_namespace
 from ..scheduling.prefix_feed import block_key
 from ..scheduling.prefix_index import PrefixIndex
@@ -53,6 +54,11 @@ class RoutedJob(Protocol):
     avoid: set[str]
     prefix: PrefixOfJob
 
+    @property
+    def weights(self) -> str:
+        """What computed the tokens that its client has; "" while it has none of ours."""
+        ...
+
 
 class RoutingView:
     """Makes snapshots of one router's workers, and keeps the index of their prefix caches."""
@@ -69,9 +75,15 @@ class RoutingView:
 
     def view(self) -> ClusterView:
         pool = self._pool
+        prefills = [link.load for link in pool.prefills.values() if link.takes_work]
+        decodes = [link.load for link in pool.decodes.values() if link.takes_work]
+        groups = groups_of(prefills, decodes)
+        alive = {link.group for link in pool.prefills.values() if link.state == "ready"} if len(groups) > 1 else ()
         return ClusterView(
-            prefills=[link.load for link in pool.prefills.values() if link.takes_work],
-            decodes=[link.load for link in pool.decodes.values() if link.takes_work],
+            prefills=prefills,
+            decodes=decodes,
+            groups=groups,
+            alive_groups=frozenset(group for group in alive if group is not None),
             any_prefill_alive=pool.any_prefill_alive,
             prefill_bound_s=self._prefill_bound_s,
             kv_bytes_per_token=pool.kv_bytes_per_token,
@@ -87,7 +99,7 @@ class RoutingView:
                 draw=job.draw,
                 session=job.prefix.session,
             ),
-            view=view,
+            view=one_group(view, job.weights),
             cached_tokens=cached_tokens,
             held_tokens=held_tokens,
             avoid=job.avoid,

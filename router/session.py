@@ -29,6 +29,7 @@ from ..proto.tls import PeerRole, Tls, open_channel
 from ..scheduling.attempts import NewTokens
 from ..scheduling.decode_pace import DecodePace
 from ..scheduling.links import Place
+from ..scheduling.pairing import Group
 from ..scheduling.prefix_feed import PrefixChanges
 from ..scheduling.routing import DecodeLoad, PrefillLoad
 from ..scheduling.step_times import MeasuredTimes, StepTimes
@@ -116,6 +117,7 @@ class WorkerLink:
         self.runs: dict[str, int] = {}  # request id to the load it adds (prefill tokens or KV blocks)
         self._restarts_prefixes = False  # it was asked to, for we missed a change
         self._refusal = ""
+        self._group: Group | None = None
         self._router_id = router_id
         self._events = events
         self._judge = judge
@@ -143,6 +145,11 @@ class WorkerLink:
     def shown_role(self) -> str:
         """For the operator: prefill, decode or colocated."""
         return self.role
+
+    @property
+    def group(self) -> Group | None:
+        """Whom it can be paired with; None while it has not introduced itself."""
+        return self._group if self.info is not None else None
 
     def attach(self, request_id: str, load: int) -> None:
         """Count a run that is about to be sent."""
@@ -310,6 +317,7 @@ class WorkerLink:
     def _hello(self, info: worker_pb2.WorkerInfo) -> None:
         check_protocol(info.protocol_version, f"{self.role} worker {self.address}")
         self.info, self.boot_id, self.last_worker_id = info, info.boot_id, info.worker_id
+        self._group = Group(weights=info.geometry_digest, protocol=info.protocol_version or 1)
         self.status = worker_pb2.WorkerStatus()
         self._restarts_prefixes = False
         self.reconsider()
@@ -366,6 +374,7 @@ class PrefillLink(WorkerLink):
     def load(self) -> PrefillLoad:
         return PrefillLoad(
             worker=self.address,
+            group=self.group,
             outstanding_tokens=self._own_tokens + self._others_tokens,
             outstanding_prompts=self._own_prompts + self._others_prompts,
             tokens_per_s=self.status.prefill_tokens_per_s,
@@ -482,6 +491,7 @@ class DecodeLink(WorkerLink):
         available = self.status.num_free_blocks + self.status.num_cached_blocks
         return DecodeLoad(
             worker=self.address,
+            group=self.group,
             available_blocks=available - sum(self.runs.values()),
             num_sequences=self._num_sequences,
             num_blocks=self.status.num_blocks,
