@@ -15,7 +15,7 @@ from splitserve.deploy.members import ClusterView
 from splitserve.deploy.process import Endpoint
 
 STAND_IN = str(Path(__file__).with_name("stand_in.py"))
-WAIT_S = 60.0
+WAIT_S = 150.0
 
 
 def stand_in(
@@ -41,7 +41,7 @@ def stand_in(
 
 
 def config(**overrides: Any) -> ClusterConfig:
-    base = {"router.port": 0, "drain_timeout_s": 5.0, "restart.backoff_s": 0.0, "startup_timeout_s": 60.0}
+    base = {"router.port": 0, "drain_timeout_s": 5.0, "restart.backoff_s": 0.0, "startup_timeout_s": 150.0}
     base |= {f"{pool}.threads": 1 for pool in ("prefill", "decode")}
     return load_config(None, base | {key.replace("__", "."): value for key, value in overrides.items()})
 

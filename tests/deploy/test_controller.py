@@ -17,7 +17,7 @@ from splitserve.deploy.scaler import replay_log
 
 from .stand_in_roles import config, endpoints, running, scaling_log, stand_in, until, workers_of
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(400)]
 
 
 def size_of(view: ClusterView, role: str) -> int:

@@ -12,7 +12,7 @@ import ray
 from .nodes import Nodes, kinds_of, ray_nodes
 from .stand_in_roles import config, endpoints, running, until, workers_of
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 KINDS = {"prefill": "H100", "decode": "H200"}
 
