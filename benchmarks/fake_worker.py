@@ -57,7 +57,7 @@ class FakeWorker(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWo
         hello = await context.read()
         await context.write(worker_pb2.PrefillSessionResponse(hello=self.info("prefill")))
         response = worker_pb2.PrefillSessionResponse
-        session: Session[Any, Any] = Session(hello.hello.router_id, lambda: response(status=STATUS))
+        session: Session[Any, Any] = Session(hello.hello.router_id, lambda _: response(status=STATUS))
 
         def handle(message: worker_pb2.PrefillSessionRequest) -> None:
             if message.HasField("run"):
@@ -82,7 +82,7 @@ class FakeWorker(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWo
         hello = await context.read()
         await context.write(worker_pb2.DecodeSessionResponse(hello=self.info("decode")))
         response = worker_pb2.DecodeSessionResponse
-        session: Session[Any, Any] = Session(hello.hello.router_id, lambda: response(status=STATUS))
+        session: Session[Any, Any] = Session(hello.hello.router_id, lambda _: response(status=STATUS))
         batch = DecodeBatch(session.send)
 
         def handle(message: worker_pb2.DecodeSessionRequest) -> None:

@@ -14,11 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..client.routers import find_tls
 from ..core.errors import ConfigError
 from ..core.events import StepRecord
 from ..planner.calibration import Calibration, KindFit, calibrate, read_records, write_calibration
 from ..planner.probe import probe_worker
 from ..proto import worker_pb2
+from ..proto.tls import PeerRole
 
 
 def command(
@@ -70,6 +72,7 @@ def _probe(address: str, seconds: float, seed: int) -> tuple[list[StepRecord], d
                 seconds=seconds,
                 seed=seed,
                 on_progress=lambda share: progress.update(task, completed=share),
+                tls=find_tls(role=PeerRole.OPERATOR),
             )
         )
         progress.update(task, completed=1.0)

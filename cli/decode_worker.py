@@ -10,7 +10,7 @@ from ..core.config import ClusterConfig
 from ..deploy.options import worker_options
 from ..deploy.roles import role_keys
 from .flags import config_flags
-from .role import Host, MetricsPort, Port, ReadyFile, Threads, WorkerId, run_role
+from .role import Host, Labels, MetricsPort, Port, ReadyFile, Threads, WorkerId, read_labels, run_role
 
 
 @config_flags(role_keys("decode"))
@@ -23,6 +23,7 @@ def command(
     port: Port = 0,
     metrics_port: MetricsPort = 0,
     worker_id: WorkerId = "",
+    label: Labels = None,
     threads: Threads = None,
     ready_file: ReadyFile = None,
 ) -> None:
@@ -43,6 +44,7 @@ def command(
         port=port,
         metrics_port=metrics_port,
         worker_id=worker_id,
+        labels=read_labels(label or ()),
         num_threads=threads,
     )
     run_role(f"{role} worker", serve, options, ready_file)

@@ -14,6 +14,9 @@ from ..core.config import fields, load_config
 from ..core.errors import ConfigError
 from ..deploy.roles import flag
 
+# The SDK and the commands that call a router read the same ones.
+_ENVIRONMENT = {f"security.{name}": f"SPLITSERVE_TLS_{name.upper()}" for name in ("ca", "cert", "key")}
+
 
 def config_flags(keys: Sequence[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command `--config FILE` and one flag for each key; it gets the merged configuration as `config`."""
@@ -61,7 +64,9 @@ def _annotation(key: str, field: Any) -> object:
         names = f"{flag(key)}/--no-{flag(key)[2:]}"
         return Annotated[bool | None, typer.Option(names, help=field.description, show_default=default)]
     metavar = "|".join(get_args(kind)) if get_origin(kind) is Literal else getattr(kind, "__name__", "TEXT").upper()
-    option = typer.Option(flag(key), help=field.description, show_default=default, metavar=metavar)
+    option = typer.Option(
+        flag(key), help=field.description, show_default=default, metavar=metavar, envvar=_ENVIRONMENT.get(key)
+    )
     return Annotated[str | None, option]
 
 

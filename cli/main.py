@@ -21,6 +21,7 @@ from ..core.errors import (
     ModelUnsupported,
     SplitserveError,
 )
+from .tls_flags import with_tls_flags
 
 # Subcommand -> what it does. Each is `command` in the file of its name (with _ for -), imported when it is called.
 SUBCOMMANDS = {
@@ -32,6 +33,7 @@ SUBCOMMANDS = {
     "logs": "Show what the processes of a running cluster wrote.",
     "drain": "Take a worker out of service without losing a request.",
     "switch": "Make a prefill worker a decode worker, or back.",
+    "doctor": "Show what workers hold, for whom, and what is wrong.",
     "down": "Stop the cluster that `up` started.",
     "config": "Check a cluster's YAML file, or show it with its defaults.",
     "generate": "Send one prompt and print the answer.",
@@ -41,6 +43,7 @@ SUBCOMMANDS = {
     "simulate": "Replay traffic on a cluster that need not exist.",
     "calibrate": "Measure a worker, for plans that fit it.",
     "keys": "List API keys; `keys new NAME` makes one.",
+    "certs": "Show certificates; `certs init` makes some for development.",
     "demo": "Start a small cluster, answer eight prompts, stop it.",
     "router": "Run a router process.",
     "prefill-worker": "Run a prefill worker process.",
@@ -48,10 +51,14 @@ SUBCOMMANDS = {
 }
 
 # Subcommands of a subcommand that is also a command itself; in the file of its name (with _ for the space).
-_NESTED = {"plan verify", "keys new"}
+_NESTED = {"plan verify", "keys new", "certs init"}
+
+# Subcommands that call a router or a worker, and so take the flags for TLS.
+_CALLERS = {"status", "drain", "switch", "generate", "chat", "bench", "calibrate"}
 
 # What the default install leaves out, by the extra that brings it.
 _EXTRAS = {
+    "certs": {"cryptography"},
     "plot": {"matplotlib"},
     "serve": {"gguf", "grpc_health", "grpc_reflection", "jinja2", "ray", "safetensors", "torch", "transformers"},
 }
@@ -90,7 +97,7 @@ class LazyGroup(TyperGroup):
 def _load(name: str) -> Any:
     module = importlib.import_module(f".{name.replace('-', '_').replace(' ', '_')}", __package__)
     single = typer.Typer(rich_markup_mode="rich", add_completion=False)
-    single.command(name)(module.command)
+    single.command(name)(with_tls_flags(module.command) if name in _CALLERS else module.command)
     return typer.main.get_command(single)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Protocol, TypeVar
 
 import typer
 
-from ..core.errors import SplitserveError
+from ..core.errors import ConfigError, SplitserveError
 from ..deploy.process import report_ready
 
 # A step loop, transfers and an event loop share one interpreter; Python's 5 ms would be a whole decode step.
@@ -20,6 +20,14 @@ Host = Annotated[str, typer.Option(help="Address to listen on; loopback unless y
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
 MetricsPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of Prometheus /metrics; 0 takes a free one.")]
 WorkerId = Annotated[str, typer.Option(help="Name, unique in the cluster.", show_default="role and port")]
+Labels = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE",
+        help="Where it stands, for routing: splitserve/rack=NAME, splitserve/nvlink=NAME; repeatable.",
+        show_default="none",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="as PyTorch finds it")]
 ReadyFile = Annotated[
     Path | None,
@@ -43,6 +51,17 @@ class Ready(Protocol):
 
 
 Options = TypeVar("Options")
+
+
+def read_labels(given: Sequence[str]) -> dict[str, str]:
+    """Raises: ConfigError: one is not KEY=VALUE."""
+    labels: dict[str, str] = {}
+    for text in given:
+        key, separator, value = text.partition("=")
+        if not (key and separator and value):
+            raise ConfigError(f"--label: got {text!r}, wanted KEY=VALUE, such as splitserve/rack=r1")
+        labels[key] = value
+    return labels
 
 
 def run_role(

@@ -14,9 +14,11 @@ from rich.table import Table
 
 from ..client import Client
 from ..client.results import RouterStatus, WorkerView
+from ..client.routers import find_tls
+from ..proto.tls import PeerRole
 from . import options
 
-_STATE_STYLES = {"ready": "green", "failed": "red", "refused": "red", "waiting to restart": "red"}
+_STATE_STYLES = {"ready": "green", "failed": "red", "refused": "red", "gone": "red", "waiting to restart": "red"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +92,7 @@ def command(
     $ splitserve status --address 10.0.0.5:50051 --json
     """
     router = options.find_routers(address)[0]
-    with Client(router) as client:
+    with Client(router, tls=find_tls(role=PeerRole.OPERATOR)) as client:
         status = client.status()
     if as_json:
         report: Mapping[str, object] = {"router": router, **dataclasses.asdict(status)}

@@ -9,9 +9,11 @@ import grpc
 
 from ..client import Client
 from ..client.address import find_routers
+from ..client.routers import find_tls
 from ..core.errors import ConfigError
 from ..proto import worker_pb2_grpc
-from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
+from ..proto.rpc import from_rpc_error
+from ..proto.tls import PeerRole, open_blocking_channel
 
 
 def find_worker(worker: str, routers: str | None = None) -> str:
@@ -22,7 +24,7 @@ def find_worker(worker: str, routers: str | None = None) -> str:
     if ":" in worker:
         return worker
     router = find_routers(routers)[0]
-    with Client(router) as client:
+    with Client(router, tls=find_tls(role=PeerRole.OPERATOR)) as client:
         known = {view.worker_id: view.address for view in client.status().workers if view.worker_id}
     if worker not in known:
         names = ", ".join(sorted(known)) or "none"
@@ -33,7 +35,8 @@ def find_worker(worker: str, routers: str | None = None) -> str:
 @contextmanager
 def worker_admin(address: str) -> Iterator[worker_pb2_grpc.WorkerAdminStub]:
     """The admin service of the worker there. Raises: SplitserveError: a call of it failed."""
-    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+    tls = find_tls(role=PeerRole.OPERATOR)
+    with open_blocking_channel(address, tls, PeerRole.WORKER) as channel:
         try:
             yield worker_pb2_grpc.WorkerAdminStub(channel)
         except grpc.RpcError as error:

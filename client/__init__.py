@@ -20,6 +20,7 @@ from ..core.errors import (
 )
 from ..core.logprobs import TokenLogprob, TopLogprob
 from ..core.request import FinishReason, derive_seed
+from ..proto.tls import Tls
 from .async_client import AsyncClient, AsyncStream
 from .generation import RetryPolicy
 from .messages import Message, Tool, ToolCall
@@ -35,7 +36,6 @@ from .results import (
     Usage,
     WorkerView,
 )
-from .routers import Tls
 from .sync_client import Client, Stream
 
 __all__ = [

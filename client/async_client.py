@@ -14,6 +14,7 @@ from ..core.errors import SplitserveError
 from ..proto import inference_pb2 as pb
 from ..proto.inference_pb2_grpc import InferenceStub, RouterAdminStub
 from ..proto.rpc import CHANNEL_OPTIONS
+from ..proto.tls import Tls
 from . import results
 from .address import find_routers
 from .generation import (
@@ -33,7 +34,7 @@ from .request import (
     build_request,
     build_tokenize_request,
 )
-from .routers import Rotation, Tls, key_metadata
+from .routers import Rotation, find_tls, key_metadata
 
 if TYPE_CHECKING:
     from ..proto.inference_pb2_grpc import InferenceAsyncStub
@@ -118,7 +119,8 @@ class AsyncClient:
             SPLITSERVE_ADDRESS, else the local cluster that `splitserve up` started.
         timeout_s: deadline of a generation that names none.
         retry: what to do about errors that another attempt can help.
-        tls: encrypts the connection; None: plain text, for loopback and trusted networks.
+        tls: encrypts the connection; None: SPLITSERVE_TLS_CA, _CERT and _KEY, else plain text, for loopback and trusted
+            networks.
         api_key: proves who calls; None: SPLITSERVE_API_KEY, else none.
     """
 
@@ -136,7 +138,8 @@ class AsyncClient:
         self._routers = Rotation(self.addresses)
         self._timeout_s = timeout_s
         self._retry = retry or RetryPolicy()
-        self._credentials = tls.credentials() if tls is not None else None
+        found = find_tls(tls)
+        self._credentials = found.credentials() if found is not None else None
 
     @property
     def address(self) -> str:

@@ -119,7 +119,7 @@ class WorkerView:
 
     address: str
     role: str  # "prefill", "decode" or "colocated"
-    state: str  # "connecting", "ready", "draining" or "refused"
+    state: str  # "connecting", "ready", "draining", "refused" or "gone"
     reason: str  # why it is refused or unreachable; empty when ready
     worker_id: str
     num_running: int

@@ -7,34 +7,12 @@ import random
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
-
-from ..core.errors import ConfigError
+from ..proto.tls import PeerRole, Tls
 
 _REST_S = 1.0  # after the first failure; doubles
 _MAX_REST_S = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tls:
-    """An encrypted connection; its files are PEM. Without a root certificate the system's are trusted."""
-
-    root_certificate: Path | None = None
-    client_certificate: Path | None = None  # for routers that ask who calls
-    client_key: Path | None = None
-
-    def credentials(self) -> grpc.ChannelCredentials:
-        """Raises: ConfigError: a file cannot be read, or one of the client's two is missing."""
-        if (self.client_certificate is None) != (self.client_key is None):
-            raise ConfigError("a client certificate and its key go together; name both or none")
-        return grpc.ssl_channel_credentials(
-            root_certificates=_read(self.root_certificate),
-            private_key=_read(self.client_key),
-            certificate_chain=_read(self.client_certificate),
-        )
 
 
 class Rotation:
@@ -81,8 +59,10 @@ def key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {key}"),) if key else ()
 
 
-def _read(path: Path | None) -> bytes | None:
-    try:
-        return path.read_bytes() if path is not None else None
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; check the TLS options") from error
+def find_tls(tls: Tls | None = None, role: PeerRole = PeerRole.CLIENT) -> Tls | None:
+    """The files given, or those of SPLITSERVE_TLS_CA, _CERT and _KEY, where {role} stands for ours; None: no TLS."""
+    if tls is not None:
+        return tls
+    named = {name: os.environ.get(f"SPLITSERVE_TLS_{name.upper()}") for name in ("ca", "cert", "key")}
+    paths = {name: Path(text.replace("{role}", role.value)) for name, text in named.items() if text}
+    return Tls(**paths) if paths else None

@@ -13,7 +13,7 @@ import grpc
 from ..core.errors import SplitserveError
 from ..proto import inference_pb2 as pb
 from ..proto.inference_pb2_grpc import InferenceStub, RouterAdminStub
-from ..proto.rpc import CHANNEL_OPTIONS
+from ..proto.tls import Tls, open_blocking_channel
 from . import results
 from .address import find_routers
 from .generation import (
@@ -33,7 +33,7 @@ from .request import (
     build_request,
     build_tokenize_request,
 )
-from .routers import Rotation, Tls, key_metadata
+from .routers import Rotation, find_tls, key_metadata
 
 _Request = TypeVar("_Request")
 _Reply = TypeVar("_Reply")
@@ -109,7 +109,8 @@ class Client:
             SPLITSERVE_ADDRESS, else the local cluster that `splitserve up` started.
         timeout_s: deadline of a generation that names none.
         retry: what to do about errors that another attempt can help.
-        tls: encrypts the connection; None: plain text, for loopback and trusted networks.
+        tls: encrypts the connection; None: SPLITSERVE_TLS_CA, _CERT and _KEY, else plain text, for loopback and trusted
+            networks.
         api_key: proves who calls; None: SPLITSERVE_API_KEY, else none.
     """
 
@@ -127,7 +128,7 @@ class Client:
         self._routers = Rotation(self.addresses)
         self._timeout_s = timeout_s
         self._retry = retry or RetryPolicy()
-        self._channels = {each: _channel(each, tls) for each in self.addresses}
+        self._channels = {each: open_blocking_channel(each, find_tls(tls)) for each in self.addresses}
 
     @property
     def address(self) -> str:
@@ -266,9 +267,3 @@ class Client:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _channel(address: str, tls: Tls | None) -> grpc.Channel:
-    if tls is None:
-        return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-    return grpc.secure_channel(address, tls.credentials(), options=CHANNEL_OPTIONS)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from .config_section import Section
 from .errors import ConfigError
 from .pool_config import MAX_REPLICAS, PlacementConfig, PoolConfig, ScalingConfig, SloConfig
+from .security_config import SecurityConfig
 
 DEFAULT_HTTP_PORT = 8000
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
@@ -80,6 +81,10 @@ class EngineConfig(Section):
     )
     decode_headroom_tokens: int = Field(default=64, ge=0, description="Tokens reserved past the prompt by a grant")
     prefix_cache: bool = Field(default=True, description="Keep KV of finished prompts for prompts that begin alike")
+    local_prefill: bool = Field(
+        default=True,
+        description="Decode workers compute short prompts by themselves for routers with local_prefill_itl_s",
+    )
     self_check: bool = Field(default=True, description="Compare logits with plain transformers before serving")
 
 
@@ -130,12 +135,18 @@ class RouterConfig(Section):
         gt=0,
         description="Seconds of prefill work that a prefill worker may have outstanding; a second prompt always may",
     )
+    local_prefill_itl_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Longest gap between tokens, by prediction, that a prompt computed on its decode worker may cause; "
+        "empty: every prompt goes to a prefill worker",
+    )
     max_attempts: int = Field(default=3, ge=1, description="Attempts at a request before its error goes to the client")
     max_worker_deaths: int = Field(
         default=2, ge=1, description="Workers that may die computing one request; then it fails as their likely cause"
     )
     retry_ratio: float = Field(
-        default=0.5, ge=0, description="Retries allowed in a minute for each request of that minute"
+        default=1.0, ge=0, description="Retries allowed in a minute for each request of that minute"
     )
     retry_floor: int = Field(default=64, ge=0, description="Retries allowed in a minute however few requests it had")
     keep_answers_s: float = Field(
@@ -225,6 +236,7 @@ class ClusterConfig(Section):
     placement: PlacementConfig = Field(default_factory=PlacementConfig, description="Which nodes workers go to")
     ray: RayConfig = Field(default_factory=RayConfig, description="Where workers are placed")
     restart: RestartConfig = Field(default_factory=RestartConfig, description="What happens when a process dies")
+    security: SecurityConfig = Field(default_factory=SecurityConfig, description="Certificates of every process")
 
     @model_validator(mode="after")
     def _serves_something(self) -> Self:

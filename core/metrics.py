@@ -13,10 +13,26 @@ from prometheus_client import (
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
+class LinkMetrics:
+    """Who was refused at the links of one process. gRPC does not tell of handshakes that failed: they are those begun
+    less those that a call followed. They outlive a registry, which a worker's change of role replaces.
+    """
+
+    def __init__(self) -> None:
+        self.refused = Counter("splitserve_refused", "Calls refused for who makes them", ["reason"], registry=None)
+        self._handshakes = Counter("splitserve_tls_handshakes", "TLS handshakes with peers", ["outcome"], registry=None)
+        self.tls_begun = self._handshakes.labels("begun")
+        self.tls_accepted = self._handshakes.labels("accepted")
+
+    def publish(self, registry: CollectorRegistry) -> None:
+        registry.register(self.refused)
+        registry.register(self._handshakes)
+
+
 class WorkerMetrics:
     """Metrics of one worker process (prefill, decode or colocated)."""
 
-    def __init__(self, registry: CollectorRegistry, role: str) -> None:
+    def __init__(self, registry: CollectorRegistry, role: str, links: LinkMetrics | None = None) -> None:
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(f"splitserve_{name}", text, ["role"], registry=registry).labels(role)
 
@@ -52,6 +68,9 @@ class WorkerMetrics:
         self.step_seconds = seconds("step", "One engine step")
         self.transfer_seconds = seconds("transfer", "First KV byte ready to commit")
         self.transfer_exposed_seconds = seconds("transfer_exposed", "End of prefill to commit")
+
+        self.links = links or LinkMetrics()
+        self.links.publish(registry)
 
         def device(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(f"splitserve_gpu_{name}", text, ["gpu", *labels], registry=registry)
@@ -95,7 +114,24 @@ class RouterMetrics:
         self.stale_messages = Counter(
             "splitserve_router_stale_messages", "Worker messages dropped: of no live attempt", registry=registry
         )
-        self.refused = Counter("splitserve_refused", "Calls refused by who makes them", ["reason"], registry=registry)
+        self.local_prefills = Counter(
+            "splitserve_router_local_prefills",
+            "Attempts whose prompt was computed on the decode worker although prefill workers live",
+            registry=registry,
+        )
+        self.remote_prefills = Counter(
+            "splitserve_router_remote_prefills", "Attempts whose prompt went to a prefill worker", registry=registry
+        )
+        self.expected_cached_tokens = Counter(
+            "splitserve_router_expected_cached_tokens",
+            "Prompt tokens that the prefix index said the computing worker holds",
+            registry=registry,
+        )
+        self.prefix_blocks = Gauge(
+            "splitserve_router_prefix_blocks", "Blocks in the router's prefix index", registry=registry
+        )
+        self.links = LinkMetrics()
+        self.links.publish(registry)
         self.tokenizations = Counter("splitserve_tokenizations", "Texts tokenised", registry=registry)
         self.workers = Gauge("splitserve_ready_workers", "Workers ready", ["role"], registry=registry)
         self.ttft_seconds = Histogram(

@@ -5,15 +5,21 @@ It runs in threads of its own, so it answers, and tells the truth, also when the
 
 from __future__ import annotations
 
+import logging
 import socket
+import ssl
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from .errors import AddressInUse
+
+logger = logging.getLogger(__name__)
 
 _IDLE_S = 30.0  # of a kept-open connection
 
@@ -25,10 +31,13 @@ def serve_probes(
     registry: Callable[[], CollectorRegistry],
     alive: Callable[[], str],
     ready: Callable[[], str],
+    tls: ssl.SSLContext | None = None,
 ) -> int:
     """Serve in daemon threads; returns the bound port.
 
-    Args: alive, ready: called from those threads; "" is yes (200), anything else the reason why not (503).
+    Args:
+        alive, ready: called from those threads; "" is yes (200), anything else the reason why not (503).
+        tls: encrypts, and keeps /metrics to peers with a certificate; what asks for the others seldom has one.
     Raises: AddressInUse.
     """
 
@@ -42,6 +51,8 @@ def serve_probes(
                     self._judge(alive())
                 case "/readyz":
                     self._judge(ready())
+                case "/" | "/metrics" if self._is_nobody():
+                    self._answer(403, b"metrics are for those with a certificate of this cluster\n")
                 case "/" | "/metrics":
                     encode, content_type = choose_encoder(self.headers.get("accept", ""))
                     self._answer(200, encode(registry()), content_type)
@@ -49,6 +60,9 @@ def serve_probes(
                     self._answer(404, b"not found; try /metrics, /healthz or /readyz\n")
 
         do_HEAD = do_GET
+
+        def _is_nobody(self) -> bool:
+            return isinstance(self.connection, ssl.SSLSocket) and not self.connection.getpeercert()
 
         def _judge(self, reason: str) -> None:
             self._answer(503 if reason else 200, f"{reason or 'ok'}\n".encode())
@@ -66,6 +80,15 @@ def serve_probes(
 
     class Server(ThreadingHTTPServer):
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        def get_request(self) -> tuple[socket.socket, Any]:
+            connection, address = super().get_request()
+            if tls is not None:  # the handshake is its handler's: a peer that never makes one holds no other up
+                connection = tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            return connection, address
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            logger.info("%s was not answered: %s", client_address, sys.exception())
 
     try:
         server = Server((host, port), Handler)

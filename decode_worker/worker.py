@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..core.errors import DeadlineExceeded, Draining, EngineFailed, SplitserveError, Superseded
@@ -22,7 +23,7 @@ from ..worker.edge import sequence_id
 from ..worker.fence import Fence
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
-from ..worker.role import RoleHooks
+from ..worker.role import Holder, RoleHooks
 from ..worker.session import Session
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class _Run:
     request: Request  # the engine's: its id names the attempt
     session: RouterSession
     deadline: asyncio.TimerHandle
+    received_s: float
     ready_s: float  # local: received; split: committed
     transfer: asyncio.Task[None] | None = None
     adopted: bool = False  # the engine took over what was reserved for the transfer
@@ -63,10 +65,28 @@ class DecodeWorker:
             transports=options.transports,
             codec=options.kv_codec,
             metrics=self.host.metrics,
+            tls=options.tls,
         )
         self.host.take_role(
-            RoleHooks(services=SERVICES, on_step=self._on_step, hand_over=self.hand_over, close=self.close)
+            RoleHooks(
+                services=SERVICES,
+                on_step=self._on_step,
+                hand_over=self.hand_over,
+                close=self.close,
+                holders=self._holders,
+            )
         )
+
+    def _holders(self) -> Iterator[Holder]:
+        now = time.monotonic()
+        for sequence, run in self._runs.items():
+            yield Holder(
+                sequence_id=sequence,
+                request_id=run.request_id,
+                attempt=run.request.attempt,
+                router_id=run.session.router_id,
+                age_s=now - run.received_s,
+            )
 
     async def close(self) -> None:
         """Free what is left; the host goes on."""
@@ -170,7 +190,8 @@ class DecodeWorker:
             request=request,
             session=session,
             deadline=asyncio.get_running_loop().call_later(request.timeout_s, self._expired, request.request_id),
-            ready_s=time.monotonic(),
+            received_s=(now := time.monotonic()),
+            ready_s=now,
         )
         self._runs[request.request_id] = run
         self._fence.began(request_id, request.attempt, session)

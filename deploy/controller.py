@@ -15,6 +15,7 @@ from .keeper import Keeper
 from .launch import Command
 from .members import ClusterView, Member, Phase, PoolView
 from .neighbours import preferred_nodes
+from .options import tls_of
 from .roles import role_command, with_threads
 from .router_links import RouterLinks
 from .worker_watch import WorkerWatch
@@ -59,8 +60,8 @@ class Controller:
         self._keepers: dict[str, Keeper] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._access = access or AdminAccess()
-        self._links = RouterLinks(self._access)
-        self._watch = WorkerWatch()
+        self._links = RouterLinks(self._access, tls_of(config, "operator"))
+        self._watch = WorkerWatch(tls_of(config, "operator"))
         self._tasks: asyncio.TaskGroup | None = None
         self._routing_changed = asyncio.Event()  # routers must be told
         self._change = asyncio.Event()  # of any member; each change sets it and puts a new one in its place

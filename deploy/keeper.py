@@ -20,6 +20,7 @@ from ..core.config import ClusterConfig, Role
 from ..core.errors import ConfigError, SplitserveError, Unavailable
 from .launch import Command, Launch, make_launch
 from .members import Member, MemberFailed, Phase
+from .options import tls_of
 from .placement import create_actor, nodes_with, place, remove_group
 from .process import Endpoint, StartFailure
 from .roles import Needs
@@ -311,7 +312,8 @@ class Keeper:
         endpoint = self.member.serving
         self._update(phase=Phase.DRAINING)
         if endpoint is not None and self.member.role != "router" and not self.hurry.is_set():
-            await self._unless_hurried(drain_worker(endpoint.address, self.config.drain_timeout_s))
+            drained = drain_worker(endpoint.address, self.config.drain_timeout_s, tls_of(self.config, "operator"))
+            await self._unless_hurried(drained)
 
     async def _stop_process(self, grace_s: float) -> None:
         """SIGTERM, which drains too; then SIGKILL."""

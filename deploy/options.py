@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.address import check_address
 from ..core.config import ClusterConfig, WorkerRole
 from ..core.errors import ConfigError
 from ..engine.options import EngineOptions
+from ..proto.tls import Tls
 from ..worker.options import WorkerOptions
+from .exposure import check_exposure
 
 if TYPE_CHECKING:
     from ..router.server import RouterOptions
@@ -35,6 +39,7 @@ def worker_options(
     worker_id: str,
     num_threads: int | None,
     kv_address: str = "",
+    labels: Mapping[str, str] | None = None,
 ) -> WorkerOptions:
     """Raises: ConfigError: a value that only the engine can judge is wrong."""
     if kv_address:
@@ -49,6 +54,10 @@ def worker_options(
             f"tensor_parallel is {ranks} and the role is {role}: KV that is split over ranks "
             "does not move between workers yet; use colocated workers, or tensor_parallel 1"
         )
+    tls = tls_of(config, "decode" if role == "colocated" else role)
+    check_exposure(host, tls, required=config.security.tls_required)
+    if tls is not None and config.transport == "gloo":
+        raise ConfigError("transport gloo does not encrypt: it cannot be used with TLS; take grpc, or auto")
     return WorkerOptions(
         engine=EngineOptions(
             model=config.model,
@@ -72,6 +81,8 @@ def worker_options(
             shared_pool="shared_memory" in transports and role != "colocated",  # a decode worker may become one
         ),
         role=role,
+        labels=labels or {},
+        local_prefill=engine.local_prefill,
         host=host,
         port=port,
         metrics_port=metrics_port,
@@ -82,6 +93,7 @@ def worker_options(
         trace_dir=config.trace_dir,
         drain_timeout_s=config.drain_timeout_s,
         lease_s=config.lease_s,
+        tls=tls,
     )
 
 
@@ -92,6 +104,8 @@ def router_options(
     from ..router.server import RouterOptions  # here, so that worker processes need not load the router
 
     router = config.router
+    tls = tls_of(config, "router")
+    check_exposure(router.host, tls, required=config.security.tls_required)
     for address in (*prefill, *decode):
         check_address(address, "a worker's address")
     return RouterOptions(
@@ -104,7 +118,10 @@ def router_options(
         metrics_port=metrics_port,
         router_id=router_id,
         api_key_file=router.api_key_file,
+        tls=tls,
+        http_client_cert=config.security.http_client_cert,
         policy=router.policy,
+        local_prefill_itl_s=router.local_prefill_itl_s,
         controller_key_sha256=os.environ.get(CONTROLLER_KEY, ""),
         max_queued=router.max_queued,
         max_live=router.max_live,
@@ -123,3 +140,12 @@ def router_options(
         drain_timeout_s=config.drain_timeout_s,
         trace_dir=config.trace_dir,
     )
+
+
+def tls_of(config: ClusterConfig, role: str) -> Tls | None:
+    """The files of a process of this role; None: no TLS."""
+    security = config.security
+    if security.ca is None or security.cert is None or security.key is None:
+        return None
+    cert, key = (Path(str(path).replace("{role}", role)) for path in (security.cert, security.key))
+    return Tls(ca=security.ca, cert=cert, key=key)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from ..core.config import WORKER_ROLES, ClusterConfig, Role, fields
 
 _ENGINE = tuple(key for key, _ in fields() if key.startswith("engine."))
+_SECURITY = ("security.ca", "security.cert", "security.key", "security.tls_required")
 _ROUTER = tuple(key for key, _ in fields() if key.startswith("router.") and key != "router.replicas")
 
 # glibc gives big buffers back to the kernel at once; keeping them makes bulk transfer 20 to 55 % faster.
@@ -65,9 +66,9 @@ def flag(key: str) -> str:
 def role_keys(role: Role) -> tuple[str, ...]:
     """Keys of the configuration that a role's own process takes as flags."""
     if role == "router":
-        return ("model", *_ROUTER, "drain_timeout_s", "trace_dir")
+        return ("model", *_ROUTER, "drain_timeout_s", "trace_dir", *_SECURITY, "security.http_client_cert")
     codec = () if role == "prefill" else ("kv_codec",)  # the decode worker asks for it, grant by grant
-    return ("model", *_ENGINE, "transport", *codec, "lease_s", "drain_timeout_s", "trace_dir")
+    return ("model", *_ENGINE, "transport", *codec, "lease_s", "drain_timeout_s", "trace_dir", *_SECURITY)
 
 
 def role_command(

@@ -11,7 +11,7 @@ import grpc.aio
 from ..client.results import RouterStatus, status_from_proto
 from ..core.errors import SplitserveError
 from ..proto import inference_pb2, inference_pb2_grpc
-from ..proto.rpc import CHANNEL_OPTIONS
+from ..proto.tls import PeerRole, Tls, open_channel
 from .admin_access import AdminAccess
 from .members import Member
 
@@ -23,8 +23,9 @@ _TIMEOUT_S = 2.0
 class RouterLinks:
     """One channel to each router; call `tell` after every change of the workers, and now and then."""
 
-    def __init__(self, access: AdminAccess) -> None:
+    def __init__(self, access: AdminAccess, tls: Tls | None = None) -> None:
         self._metadata = access.metadata
+        self._tls = tls
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._told: dict[str, tuple[str, inference_pb2.SetWorkersRequest]] = {}  # router -> (its boot id, the list)
         self._views: dict[str, RouterStatus] = {}
@@ -71,7 +72,7 @@ class RouterLinks:
         assert router.endpoint is not None
         address, boot_id = router.endpoint.address, router.endpoint.boot_id
         if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            self._channels[address] = open_channel(address, self._tls, PeerRole.ROUTER)
         stub = inference_pb2_grpc.RouterAdminStub(self._channels[address])
         try:
             if self._told.get(router.name) != (boot_id, workers):
@@ -82,6 +83,8 @@ class RouterLinks:
             self._views[router.name] = status_from_proto(answer)
         except grpc.aio.AioRpcError as error:
             logger.warning("%s does not answer: %s", router.name, error.details())
+            if self._tls is not None:  # the next one reads renewed certificates
+                await self._channels.pop(address).close()
             self._views.pop(router.name, None)
 
 

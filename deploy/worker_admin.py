@@ -7,16 +7,16 @@ import logging
 import grpc.aio
 
 from ..proto import worker_pb2, worker_pb2_grpc
-from ..proto.rpc import CHANNEL_OPTIONS
+from ..proto.tls import PeerRole, Tls, open_channel
 
 logger = logging.getLogger(__name__)
 
 _REPLY_S = 12.0  # beyond the time given: what is left is handed over
 
 
-async def drain_worker(address: str, timeout_s: float) -> int:
+async def drain_worker(address: str, timeout_s: float, tls: Tls | None = None) -> int:
     """Returns the requests left when the time was up; -1 if the worker does not answer."""
-    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+    async with open_channel(address, tls, PeerRole.WORKER) as channel:
         stub = worker_pb2_grpc.WorkerAdminStub(channel)
         try:
             request = worker_pb2.DrainRequest(timeout_s=timeout_s)

@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from ..proto import worker_pb2, worker_pb2_grpc
-from ..proto.rpc import CHANNEL_OPTIONS
+from ..proto.tls import PeerRole, Tls, open_channel
 from .members import Member
 
 _TIMEOUT_S = 2.0
@@ -20,7 +20,8 @@ _SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 class WorkerWatch:
     """Call `look` about once a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: Tls | None = None) -> None:
+        self._tls = tls
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._silent_since: dict[str, float] = {}  # address -> when it was first not heard
         self._statuses: dict[str, worker_pb2.WorkerStatus] = {}
@@ -51,12 +52,14 @@ class WorkerWatch:
     async def _ask(self, address: str, unhealthy_s: float) -> str:
         """What is wrong with it; "" if nothing is."""
         if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            self._channels[address] = open_channel(address, self._tls, PeerRole.WORKER)
         stub = worker_pb2_grpc.WorkerAdminStub(self._channels[address])
         asked_at = time.monotonic()
         try:
             answer = await stub.GetWorkerStatus(worker_pb2.GetWorkerStatusRequest(), timeout=_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
+            if self._tls is not None:  # the next one reads renewed certificates
+                await self._channels.pop(address).close()
             if error.code() not in _SILENT:  # it lives, and says so
                 self._silent_since.pop(address, None)
                 return ""

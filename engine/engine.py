@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from ..core.kv_geometry import blocks_for
 from ..core.logprobs import TokenLogprob
 from ..core.request import FinishReason, Request
 from ..scheduling.blocks import BlockAllocator
+from ..scheduling.prefix_feed import PrefixChanges, PrefixFeed
 from ..scheduling.sequence import SequenceState
 from ..scheduling.steps import SampledToken, StepPlan, StepScheduler
 from .attention import KvWritten
@@ -25,6 +27,8 @@ from .output_format import OutputFormats
 from .parallel.leader import LeadingRunner, OtherRanks
 from .pool import KvPool
 from .runner import CpuRunner, StepResult, StepRunner, needs_history
+
+logger = logging.getLogger(__name__)
 
 _GPU_PACKED_TOKENS = 512  # from here on a prefill step is bound by arithmetic
 _RECENT = 4  # steps that tell how long the next one takes
@@ -84,6 +88,16 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """What one sequence has of the pool."""
+
+    request_id: str
+    state: str  # of scheduling/sequence.py:SequenceState
+    num_blocks: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Launched:
     plan: StepPlan
     scheduled_s: float  # seconds that planning took
@@ -135,6 +149,7 @@ class Engine:
             max_packed_tokens=options.max_packed_tokens or (None if on_cpu else _GPU_PACKED_TOKENS),
         )
         self.num_steps = 0
+        self._num_unaccounted = 0
         self._last_end_s = 0.0
         self._launched: deque[_Launched] = deque()  # steps that run, the oldest first
         self._step_began_s = 0.0
@@ -204,7 +219,9 @@ class Engine:
         """
         with self._lock:
             self._no_longer_due(request_id)
-            return self._scheduler.release(request_id)
+            released = self._scheduler.release(request_id)
+            self._check_blocks()
+            return released
 
     def block_table(self, request_id: str) -> tuple[int, ...]:
         """Raises: KeyError: no such live request."""
@@ -231,13 +248,59 @@ class Engine:
                 outstanding_prefill_tokens=self._scheduler.outstanding_prefill_tokens,
             )
 
+    # The prefix cache, as routers are told of it.
+
+    def follow_prefixes(self) -> PrefixFeed | None:
+        """A feed of the blocks that the prefix cache holds, until `unfollow_prefixes`; None: it is off."""
+        with self._lock:
+            return self._scheduler.blocks.follow() if self.options.prefix_cache else None
+
+    def unfollow_prefixes(self, feed: PrefixFeed) -> None:
+        with self._lock:
+            self._scheduler.blocks.unfollow(feed)
+
+    def restart_prefixes(self, feed: PrefixFeed) -> None:
+        """Have the feed tell everything again."""
+        with self._lock:
+            self._scheduler.blocks.restart(feed)
+
+    def take_prefixes(self, feed: PrefixFeed) -> PrefixChanges | None:
+        """What is to be told next; None: nothing changed."""
+        if not feed.has_news:  # without the lock: what comes this moment is told next time
+            return None
+        with self._lock:
+            return feed.take()
+
     def num_orphaned_blocks(self) -> int:
         """Blocks that somebody owns according to the allocator and that are in no block table; more than 0 is a bug.
 
         Looks at every block: for scrapes and tests, not for each status.
         """
         with self._lock:
-            return self._scheduler.num_orphaned_blocks()
+            return max(self._scheduler.num_orphaned_blocks(), self._scheduler.num_unaccounted_blocks())
+
+    def holdings(self) -> list[Holding]:
+        """What every sequence holds, by request id."""
+        with self._lock:
+            return [
+                Holding(
+                    request_id=sequence.request_id,
+                    state=sequence.state.value,
+                    num_blocks=len(sequence.block_table),
+                    num_tokens=sequence.num_tokens,
+                )
+                for sequence in self._scheduler.holdings()
+            ]
+
+    def _check_blocks(self) -> None:
+        """Conservation, after each step and each release: free + cached + granted + live = total."""
+        unaccounted = self._scheduler.num_unaccounted_blocks()
+        if unaccounted > self._num_unaccounted:
+            counts = self._scheduler.blocks.counts()
+            logger.error(
+                "%d KV blocks are unaccounted for: %s; restart this worker and report this", unaccounted, counts
+            )
+        self._num_unaccounted = unaccounted
 
     @property
     def cached_tokens(self) -> int:
@@ -353,6 +416,7 @@ class Engine:
             if part.sequence.request_id in result.failed and not part.sequence.released
         ]
         tokens = self._scheduler.commit(result.token_ids)
+        self._check_blocks()
         self.output_tokens += len(tokens)
         record = self._record(
             "prefill" if not plan.num_decode_tokens else "mixed" if plan.num_prefill_tokens else "decode",

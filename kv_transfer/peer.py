@@ -16,7 +16,8 @@ import grpc.aio
 from ..core.errors import ConfigError, StaleMessage, TransferFailed
 from ..proto import kv_transfer_pb2 as pb
 from ..proto.convert import PROTOCOL_VERSION
-from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
+from ..proto.rpc import from_rpc_error
+from ..proto.tls import PeerRole, Tls, open_channel
 from .channel import Lane, Rendezvous
 from .frames import SERVICE, KvPart
 from .gloo import GlooRendezvous
@@ -89,6 +90,7 @@ class Peers:
         rank: int,
         identity: WorkerIdentity,
         transports: Sequence[str],
+        tls: Tls | None = None,
     ) -> None:
         unknown = [name for name in transports if name not in TRANSPORTS]
         if unknown or not transports:
@@ -96,6 +98,7 @@ class Peers:
         self._pool = pool
         self._pool_bytes = pool_bytes
         self._identity = identity
+        self._tls = tls
         self._transports = tuple(TRANSPORTS[name] for name in transports)
         self._layout = layout
         self._rank = rank
@@ -158,7 +161,7 @@ class Peers:
     async def _try_to_connect(
         self, address: str, transports: Sequence[pb.Transport.ValueType], timeout_s: float
     ) -> Peer:
-        channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        channel = open_channel(address, self._tls, PeerRole.PREFILL)
         try:
             response = await self._introduce(address, channel, transports, timeout_s)
             pool = None

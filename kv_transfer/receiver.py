@@ -22,6 +22,7 @@ from ..core.metrics import WorkerMetrics
 from ..core.request import Request
 from ..proto import kv_transfer_pb2 as pb
 from ..proto.rpc import from_rpc_error
+from ..proto.tls import Tls
 from .channel import Lane
 from .codec_choice import LinkSpeed, is_codec_worth_it
 from .codecs import CodecName, WireFormat, narrower
@@ -66,6 +67,7 @@ class KvReceiver:
         lease_s: how long the sender shall keep KV without a sign of life.
         silence_s: a stream that says nothing for this long is given up.
         stall_s: the same, once the first KV has come.
+        tls: of this worker; None: plain text.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class KvReceiver:
         lease_s: float = 30.0,
         silence_s: float = 10.0,
         stall_s: float = 5.0,
+        tls: Tls | None = None,
     ) -> None:
         self._pool = pool
         self._layout = layout or KvLayout(geometry=pool.geometry)
@@ -93,7 +96,7 @@ class KvReceiver:
         self._silence_s = silence_s
         self._stall_s = stall_s
         self._geometry_digest = self._layout.geometry.digest()
-        self._peers = Peers(pool, self._bytes, self._layout, rank, identity, transports)
+        self._peers = Peers(pool, self._bytes, self._layout, rank, identity, transports, tls)
         self._epochs: defaultdict[str, int] = defaultdict(lambda: 1)  # per address, raised after every failure
         self._speeds: defaultdict[str, LinkSpeed] = defaultdict(LinkSpeed)  # per address
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-unpack")

@@ -261,6 +261,13 @@ class KvSender:
         if out is not None:
             self._end(out, error)
 
+    def lease_left_s(self, request_id: str) -> float | None:
+        """Until its KV is freed if nobody comes for it; None while somebody fetches it."""
+        out = self._by_request.get(request_id)
+        if out is None or out.lease is None or out.lease.cancelled():
+            return None
+        return max(0.0, out.lease.when() - self._loop.time())
+
     async def close(self) -> None:
         """Fail what is left."""
         for out in list(self._by_request.values()):

@@ -18,7 +18,8 @@ from ..core.events import StepRecord
 from ..core.request import Request
 from ..proto import kv_transfer_pb2, worker_pb2, worker_pb2_grpc
 from ..proto.convert import PROTOCOL_VERSION, check_protocol, failure_from_proto, request_to_proto
-from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
+from ..proto.rpc import from_rpc_error
+from ..proto.tls import PeerRole, Tls, open_channel
 
 _HELLO_TIMEOUT_S = 10.0
 _MESSAGE_TIMEOUT_S = 120.0
@@ -41,7 +42,12 @@ class Probed:
 
 
 async def probe_worker(
-    address: str, *, seconds: float, seed: int = 0, on_progress: Callable[[float], None] = lambda share: None
+    address: str,
+    *,
+    seconds: float,
+    seed: int = 0,
+    on_progress: Callable[[float], None] = lambda share: None,
+    tls: Tls | None = None,
 ) -> Probed:
     """Time steps of an idle worker for about `seconds`.
 
@@ -49,7 +55,7 @@ async def probe_worker(
     Raises: Unavailable: it cannot be reached, or serves somebody else. SplitserveError: it failed a request.
     """
     try:
-        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        async with open_channel(address, tls, PeerRole.WORKER) as channel:
             admin = worker_pb2_grpc.WorkerAdminStub(channel)
             told = await admin.GetWorkerStatus(worker_pb2.GetWorkerStatusRequest(), timeout=_HELLO_TIMEOUT_S)
             if told.status.num_running or told.status.num_waiting:

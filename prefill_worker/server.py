@@ -29,7 +29,7 @@ class PrefillServer(worker_pb2_grpc.PrefillWorkerServicer):
             context,
             host,
             hello=worker_pb2.PrefillSessionResponse(hello=host.info()),
-            status=lambda: worker_pb2.PrefillSessionResponse(status=host.status()),
+            status=lambda session: worker_pb2.PrefillSessionResponse(status=host.status(session)),
         )
         try:
             await session.run(context, lambda message: self._handle(session, message))
@@ -43,6 +43,8 @@ class PrefillServer(worker_pb2_grpc.PrefillWorkerServicer):
                 self._run(session, message.run)
             case "cancel":
                 self.worker.cancel(session, message.cancel.request_id, message.cancel.attempt)
+            case "restart_prefix_blocks":
+                self.worker.host.restart_prefixes(session)
             case _:  # a message of a newer minor version: safe to ignore
                 self.worker.host.metrics.stale_messages.inc()
 

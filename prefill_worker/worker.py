@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..core.errors import Cancelled, DeadlineExceeded, Draining, SplitserveError, Superseded
@@ -18,7 +19,7 @@ from ..worker.edge import sequence_id
 from ..worker.fence import Fence
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
-from ..worker.role import RoleHooks
+from ..worker.role import Holder, RoleHooks
 from ..worker.session import Session
 
 RouterSession = Session[worker_pb2.PrefillSessionRequest, worker_pb2.PrefillSessionResponse]
@@ -62,9 +63,22 @@ class PrefillWorker:
                 on_step=self._on_step,
                 hand_over=self.hand_over,
                 close=self.sender.close,
+                holders=self._holders,
                 kv_written=self.sender.kv_written,
             )
         )
+
+    def _holders(self) -> Iterator[Holder]:
+        now = time.monotonic()
+        for sequence, run in self._runs.items():
+            yield Holder(
+                sequence_id=sequence,
+                request_id=run.request_id,
+                attempt=run.request.attempt,
+                router_id=run.session.router_id,
+                age_s=now - run.received_s,
+                lease_left_s=self.sender.lease_left_s(sequence),
+            )
 
     async def stop(self) -> None:
         await self.host.stop()

@@ -1221,7 +1221,7 @@ class WorkerView(_message.Message):
     role: _builtins.str
     """"prefill", "decode" or "colocated"."""
     state: _builtins.str
-    """"connecting", "ready", "draining" or "refused"."""
+    """"connecting", "ready", "draining", "refused", or "gone": it died and was taken off the list."""
     reason: _builtins.str
     """Why it is refused or unreachable; empty when ready."""
     worker_id: _builtins.str

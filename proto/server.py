@@ -17,7 +17,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ..core.errors import AddressInUse, InvalidRequest
+from ..core.metrics import LinkMetrics
+from .peers import RequireRole
 from .rpc import SERVER_OPTIONS, abort
+from .tls import ServerCertificates, Tls
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # subscriptable in the stubs only
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -83,6 +86,8 @@ class RpcServer:
         port: 0 takes a free one.
         service_names: full names, for health and reflection.
         interceptors: what each call goes through first.
+        tls: certificates of this server, asked of its peers too; None: plain text.
+        links: counts who is refused.
         options: of the channel.
     """
 
@@ -93,17 +98,29 @@ class RpcServer:
         service_names: Sequence[str],
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         options: Sequence[tuple[str, int]] = SERVER_OPTIONS,
+        *,
+        tls: Tls | None = None,
+        links: LinkMetrics | None = None,
     ) -> None:
         self._host = host
         self._service_names = tuple(service_names)
         self._offered = frozenset(service_names)
+        links = links or LinkMetrics()
+        certificates = None
+        if tls is not None:
+            certificates = ServerCertificates(tls, links.tls_begun.inc)
+            refused = links.refused.labels("role")
+            interceptors = [RequireRole(refused.inc, links.tls_accepted.inc), *interceptors]
         self.server = grpc.aio.server(interceptors=[*interceptors, RefuseUnreadable()], options=options)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         names = (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
         try:
-            self.port = self.server.add_insecure_port(_join(host, port))
+            if certificates is None:
+                self.port = self.server.add_insecure_port(_join(host, port))
+            else:
+                self.port = self.server.add_secure_port(_join(host, port), certificates.credentials)
         except RuntimeError as error:
             raise AddressInUse(
                 f"cannot listen on {_join(host, port)}: the port is in use or the address is not this host's; "

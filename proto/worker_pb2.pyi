@@ -83,6 +83,26 @@ class WorkerInfo(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     WORKER_ID_FIELD_NUMBER: _builtins.int
     BOOT_ID_FIELD_NUMBER: _builtins.int
@@ -99,6 +119,10 @@ class WorkerInfo(_message.Message):
     MAX_STEP_TOKENS_FIELD_NUMBER: _builtins.int
     KV_DTYPE_FIELD_NUMBER: _builtins.int
     TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
+    PREFIX_MODEL_ID_FIELD_NUMBER: _builtins.int
+    HOST_ID_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    LOCAL_PREFILL_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this protocol that the worker speaks."""
     worker_id: _builtins.str
@@ -129,9 +153,19 @@ class WorkerInfo(_message.Message):
     """Dtype of its KV pool."""
     tensor_parallel: _builtins.int
     """Processes (ranks) that hold its model together; kv_bytes_per_token is one rank's share."""
+    prefix_model_id: _builtins.str
+    """What stands for its weights in prefix hashes."""
+    host_id: _builtins.str
+    """The host it runs on; equal ids are one host."""
+    local_prefill: _builtins.bool
+    """It computes short prompts by itself when it is told to, although it is a decode worker."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """End-of-sequence token ids."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Where it stands and what else the operator says of it: splitserve/rack, splitserve/nvlink."""
 
     def __init__(
         self,
@@ -152,10 +186,14 @@ class WorkerInfo(_message.Message):
         max_step_tokens: _builtins.int = ...,
         kv_dtype: _builtins.str = ...,
         tensor_parallel: _builtins.int = ...,
+        prefix_model_id: _builtins.str = ...,
+        host_id: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        local_prefill: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "boot_id", b"boot_id", "eos_token_ids", b"eos_token_ids", "geometry_digest", b"geometry_digest", "kv_address", b"kv_address", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_dtype", b"kv_dtype", "max_model_len", b"max_model_len", "max_step_tokens", b"max_step_tokens", "model", b"model", "pid", b"pid", "protocol_version", b"protocol_version", "role", b"role", "tensor_parallel", b"tensor_parallel", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "boot_id", b"boot_id", "eos_token_ids", b"eos_token_ids", "geometry_digest", b"geometry_digest", "host_id", b"host_id", "kv_address", b"kv_address", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_dtype", b"kv_dtype", "labels", b"labels", "local_prefill", b"local_prefill", "max_model_len", b"max_model_len", "max_step_tokens", b"max_step_tokens", "model", b"model", "pid", b"pid", "prefix_model_id", b"prefix_model_id", "protocol_version", b"protocol_version", "role", b"role", "tensor_parallel", b"tensor_parallel", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -182,6 +220,7 @@ class WorkerStatus(_message.Message):
     STALLED_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
     FAULT_FIELD_NUMBER: _builtins.int
+    PREFIX_BLOCKS_FIELD_NUMBER: _builtins.int
     num_blocks: _builtins.int
     """KV blocks in all."""
     num_free_blocks: _builtins.int
@@ -214,6 +253,10 @@ class WorkerStatus(_message.Message):
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceStatus]:
         """The GPUs it computes on; none on CPUs."""
 
+    @_builtins.property
+    def prefix_blocks(self) -> Global___PrefixBlocks:
+        """In a router's session: what changed in the prefix cache."""
+
     def __init__(
         self,
         *,
@@ -232,14 +275,72 @@ class WorkerStatus(_message.Message):
         stalled: _builtins.bool = ...,
         devices: _abc.Iterable[Global___DeviceStatus] | None = ...,
         fault: _builtins.str = ...,
+        prefix_blocks: Global___PrefixBlocks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prefix_blocks", b"prefix_blocks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_s", b"decode_step_s", "devices", b"devices", "draining", b"draining", "fault", b"fault", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_free_blocks", b"num_free_blocks", "num_granted_blocks", b"num_granted_blocks", "num_held", b"num_held", "num_outstanding_prefill_tokens", b"num_outstanding_prefill_tokens", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "stalled", b"stalled"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_s", b"decode_step_s", "devices", b"devices", "draining", b"draining", "fault", b"fault", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_free_blocks", b"num_free_blocks", "num_granted_blocks", b"num_granted_blocks", "num_held", b"num_held", "num_outstanding_prefill_tokens", b"num_outstanding_prefill_tokens", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefix_blocks", b"prefix_blocks", "stalled", b"stalled"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
+
+@_typing.final
+class PrefixBlocks(_message.Message):
+    """PrefixBlocks tells which blocks of prompts a worker's prefix cache holds: what has changed since the message before.
+    Each is named by the first 64 bits, little-endian, of the hash of all tokens up to its end.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    RESTARTS_FIELD_NUMBER: _builtins.int
+    ADDED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Counts the messages of a session that carry blocks, from 1. After a gap ask for a restart."""
+    restarts: _builtins.bool
+    """All that was told before no longer counts."""
+    @_builtins.property
+    def added(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blocks that it holds now."""
+
+    @_builtins.property
+    def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blocks that it holds no more."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        restarts: _builtins.bool = ...,
+        added: _abc.Iterable[_builtins.int] | None = ...,
+        removed: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "number", b"number", "removed", b"removed", "restarts", b"restarts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixBlocks: _TypeAlias = PrefixBlocks  # noqa: Y015
+
+@_typing.final
+class RestartPrefixBlocks(_message.Message):
+    """RestartPrefixBlocks asks to be told of all blocks again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestartPrefixBlocks: _TypeAlias = RestartPrefixBlocks  # noqa: Y015
 
 @_typing.final
 class DeviceStatus(_message.Message):
@@ -516,6 +617,7 @@ class PrefillSessionRequest(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    RESTART_PREFIX_BLOCKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """First message."""
@@ -528,18 +630,23 @@ class PrefillSessionRequest(_message.Message):
     def cancel(self) -> Global___CancelRun:
         """Forget that."""
 
+    @_builtins.property
+    def restart_prefix_blocks(self) -> Global___RestartPrefixBlocks:
+        """Tell all prefix blocks again."""
+
     def __init__(
         self,
         *,
         hello: Global___RouterHello | None = ...,
         run: Global___RunPrefill | None = ...,
         cancel: Global___CancelRun | None = ...,
+        restart_prefix_blocks: Global___RestartPrefixBlocks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "hello", b"hello", "message", b"message", "run", b"run"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "hello", b"hello", "message", b"message", "restart_prefix_blocks", b"restart_prefix_blocks", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "hello", b"hello", "message", b"message", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "hello", b"hello", "message", b"message", "restart_prefix_blocks", b"restart_prefix_blocks", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "run", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "run", "cancel", "restart_prefix_blocks"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -691,6 +798,7 @@ class DecodeSessionRequest(_message.Message):
     GRANT_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    RESTART_PREFIX_BLOCKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """First message."""
@@ -707,6 +815,10 @@ class DecodeSessionRequest(_message.Message):
     def cancel(self) -> Global___CancelRun:
         """Forget that."""
 
+    @_builtins.property
+    def restart_prefix_blocks(self) -> Global___RestartPrefixBlocks:
+        """Tell all prefix blocks again."""
+
     def __init__(
         self,
         *,
@@ -714,12 +826,13 @@ class DecodeSessionRequest(_message.Message):
         grant: Global___RequestGrant | None = ...,
         run: Global___RunLocal | None = ...,
         cancel: Global___CancelRun | None = ...,
+        restart_prefix_blocks: Global___RestartPrefixBlocks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "grant", b"grant", "hello", b"hello", "message", b"message", "run", b"run"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "grant", b"grant", "hello", b"hello", "message", b"message", "restart_prefix_blocks", b"restart_prefix_blocks", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "grant", b"grant", "hello", b"hello", "message", b"message", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "grant", b"grant", "hello", b"hello", "message", b"message", "restart_prefix_blocks", b"restart_prefix_blocks", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "grant", "run", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "grant", "run", "cancel", "restart_prefix_blocks"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -1195,3 +1308,125 @@ class SwitchRoleResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SwitchRoleResponse: _TypeAlias = SwitchRoleResponse  # noqa: Y015
+
+@_typing.final
+class ListHoldingsRequest(_message.Message):
+    """ListHoldingsRequest asks for a page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    page_token: _builtins.str
+    """next_page_token of the page before; empty for the first."""
+    page_size: _builtins.int
+    """Most holdings in the answer; 0 reads as 200, more than 1,000 as 1,000."""
+    def __init__(
+        self,
+        *,
+        page_token: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListHoldingsRequest: _TypeAlias = ListHoldingsRequest  # noqa: Y015
+
+@_typing.final
+class ListHoldingsResponse(_message.Message):
+    """ListHoldingsResponse is a page, as of now: what comes or goes between two pages may be missing or be there twice."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDINGS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    NUM_HOLDINGS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_ORPHANED_BLOCKS_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page; empty on the last."""
+    num_holdings: _builtins.int
+    """Sequences in all."""
+    num_cached_blocks: _builtins.int
+    """Blocks held only by the prefix cache."""
+    num_orphaned_blocks: _builtins.int
+    """Blocks that nobody owns or that do not add up; anything but 0 is a bug."""
+    @_builtins.property
+    def holdings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Holding]:
+        """In order of sequence_id."""
+
+    def __init__(
+        self,
+        *,
+        holdings: _abc.Iterable[Global___Holding] | None = ...,
+        next_page_token: _builtins.str = ...,
+        num_holdings: _builtins.int = ...,
+        num_cached_blocks: _builtins.int = ...,
+        num_orphaned_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holdings", b"holdings", "next_page_token", b"next_page_token", "num_cached_blocks", b"num_cached_blocks", "num_holdings", b"num_holdings", "num_orphaned_blocks", b"num_orphaned_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListHoldingsResponse: _TypeAlias = ListHoldingsResponse  # noqa: Y015
+
+@_typing.final
+class Holding(_message.Message):
+    """Holding is what one sequence has, and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    LEASE_LEFT_S_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.str
+    """The attempt's name inside the worker."""
+    state: _builtins.str
+    """"waiting", "running", "held" (its KV waits to be fetched) or "reserved" (a grant: its KV is on its way)."""
+    num_blocks: _builtins.int
+    """KV blocks."""
+    num_tokens: _builtins.int
+    """Prompt and output tokens."""
+    request_id: _builtins.str
+    """Id of the request; empty if nobody asked for it, which is a bug."""
+    attempt: _builtins.int
+    """Attempt."""
+    router_id: _builtins.str
+    """Id of the router whose session asked for it."""
+    age_s: _builtins.float
+    """Seconds since it was asked for."""
+    lease_left_s: _builtins.float
+    """Seconds until its KV is freed if nobody fetches it; unset when no lease runs."""
+    def __init__(
+        self,
+        *,
+        sequence_id: _builtins.str = ...,
+        state: _builtins.str = ...,
+        num_blocks: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+        request_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        router_id: _builtins.str = ...,
+        age_s: _builtins.float = ...,
+        lease_left_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lease_left_s", b"_lease_left_s", "lease_left_s", b"lease_left_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lease_left_s", b"_lease_left_s", "age_s", b"age_s", "attempt", b"attempt", "lease_left_s", b"lease_left_s", "num_blocks", b"num_blocks", "num_tokens", b"num_tokens", "request_id", b"request_id", "router_id", b"router_id", "sequence_id", b"sequence_id", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__lease_left_s: _TypeAlias = _typing.Literal["lease_left_s"]  # noqa: Y015
+    _WhichOneofArgType__lease_left_s: _TypeAlias = _typing.Literal["_lease_left_s", b"_lease_left_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lease_left_s) -> _WhichOneofReturnType__lease_left_s | None: ...
+
+Global___Holding: _TypeAlias = Holding  # noqa: Y015

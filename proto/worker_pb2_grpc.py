@@ -192,6 +192,11 @@ class WorkerAdminStub:
                 request_serializer=splitserve_dot_proto_dot_worker__pb2.GetWorkerStatusRequest.SerializeToString,
                 response_deserializer=splitserve_dot_proto_dot_worker__pb2.GetWorkerStatusResponse.FromString,
                 _registered_method=True)
+        self.ListHoldings = channel.unary_unary(
+                '/splitserve.v1.WorkerAdmin/ListHoldings',
+                request_serializer=splitserve_dot_proto_dot_worker__pb2.ListHoldingsRequest.SerializeToString,
+                response_deserializer=splitserve_dot_proto_dot_worker__pb2.ListHoldingsResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/splitserve.v1.WorkerAdmin/Drain',
                 request_serializer=splitserve_dot_proto_dot_worker__pb2.DrainRequest.SerializeToString,
@@ -215,6 +220,13 @@ class WorkerAdminServicer:
 
     def GetWorkerStatus(self, request, context):
         """GetWorkerStatus tells who the worker is and how it fares.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListHoldings(self, request, context):
+        """ListHoldings tells what its KV blocks are held for, and by whom.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -250,6 +262,11 @@ def add_WorkerAdminServicer_to_server(servicer, server):
                     servicer.GetWorkerStatus,
                     request_deserializer=splitserve_dot_proto_dot_worker__pb2.GetWorkerStatusRequest.FromString,
                     response_serializer=splitserve_dot_proto_dot_worker__pb2.GetWorkerStatusResponse.SerializeToString,
+            ),
+            'ListHoldings': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListHoldings,
+                    request_deserializer=splitserve_dot_proto_dot_worker__pb2.ListHoldingsRequest.FromString,
+                    response_serializer=splitserve_dot_proto_dot_worker__pb2.ListHoldingsResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -295,6 +312,33 @@ class WorkerAdmin:
             '/splitserve.v1.WorkerAdmin/GetWorkerStatus',
             splitserve_dot_proto_dot_worker__pb2.GetWorkerStatusRequest.SerializeToString,
             splitserve_dot_proto_dot_worker__pb2.GetWorkerStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListHoldings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/splitserve.v1.WorkerAdmin/ListHoldings',
+            splitserve_dot_proto_dot_worker__pb2.ListHoldingsRequest.SerializeToString,
+            splitserve_dot_proto_dot_worker__pb2.ListHoldingsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -99,6 +99,8 @@ class WorkerAdminStub:
     def __new__(cls, channel: _aio.Channel) -> WorkerAdminAsyncStub: ...
     GetWorkerStatus: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetWorkerStatusRequest, _worker_pb2.GetWorkerStatusResponse]
     """GetWorkerStatus tells who the worker is and how it fares."""
+    ListHoldings: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ListHoldingsRequest, _worker_pb2.ListHoldingsResponse]
+    """ListHoldings tells what its KV blocks are held for, and by whom."""
     Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]
     """Drain stops taking new work, and returns when nothing is left. What still runs when the time is up is handed over:
     each attempt ends with the error "draining", and its router takes the request elsewhere.
@@ -117,6 +119,8 @@ class WorkerAdminAsyncStub(WorkerAdminStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetWorkerStatus: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetWorkerStatusRequest, _worker_pb2.GetWorkerStatusResponse]  # type: ignore[assignment]
     """GetWorkerStatus tells who the worker is and how it fares."""
+    ListHoldings: _aio.UnaryUnaryMultiCallable[_worker_pb2.ListHoldingsRequest, _worker_pb2.ListHoldingsResponse]  # type: ignore[assignment]
+    """ListHoldings tells what its KV blocks are held for, and by whom."""
     Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
     """Drain stops taking new work, and returns when nothing is left. What still runs when the time is up is handed over:
     each attempt ends with the error "draining", and its router takes the request elsewhere.
@@ -138,6 +142,14 @@ class WorkerAdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.GetWorkerStatusResponse, _abc.Awaitable[_worker_pb2.GetWorkerStatusResponse]]:
         """GetWorkerStatus tells who the worker is and how it fares."""
+
+    @_abc_1.abstractmethod
+    def ListHoldings(
+        self,
+        request: _worker_pb2.ListHoldingsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.ListHoldingsResponse, _abc.Awaitable[_worker_pb2.ListHoldingsResponse]]:
+        """ListHoldings tells what its KV blocks are held for, and by whom."""
 
     @_abc_1.abstractmethod
     def Drain(

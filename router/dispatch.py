@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
@@ -37,13 +37,14 @@ from ..scheduling.attempts import Answer, NewTokens, first_attempt
 from ..scheduling.dispatch_order import dispatch
 from ..scheduling.fair_queue import FairQueue, Ticket
 from ..scheduling.policies.prefix import prefix
+from ..scheduling.prefix_feed import PrefixChanges
 from ..scheduling.quotas import Quotas
 from ..scheduling.retries import Failures, RetryRules
 from ..scheduling.routing import ClusterView, Placement, PrefillLoad, RoutingPolicy, Snapshot
 from .idempotency import EndedRequests, can_read, check_same
 from .membership import WorkerPool
 from .reading import Reading
-from .routing_view import RoutingView
+from .routing_view import PrefixOfJob, RoutingView
 from .session import DecodeLink, DecodeReport, PrefillLink, PrefillReport, TransferReport, WorkerLink
 from .timeline import Timeline
 
@@ -76,7 +77,9 @@ class Job:
         self.deadline_at = deadline_at
         self.ticket = ticket
         self.predicted_ttft_s: float | None = None
+        self.begun_by = ""  # weights of the last attempt
         self.draw = random.getrandbits(64)  # the policy's luck
+        self.prefix = PrefixOfJob()
         self.phase = Phase.QUEUED
         self.queued_at = timeline.arrived_at
         self.prefill: PrefillLink | None = None
@@ -88,6 +91,11 @@ class Job:
         self.queue_timer: asyncio.TimerHandle | None = None  # runs while it is queued and has had no attempt
         self.retry_timer: asyncio.TimerHandle | None = None
         self.num_given = len(request.output_token_ids)  # tokens that the client brought
+
+    @property
+    def weights(self) -> str:
+        """What computed the tokens that its client has; "" while it has none of ours."""
+        return self.begun_by if len(self.answer.token_ids) > self.num_given else ""
 
     @property
     def untouched(self) -> bool:
@@ -110,6 +118,8 @@ class Dispatcher:
 
     Args:
         policy: chooses the workers of a request.
+        local_prefill_itl_s: longest gap between tokens that a prompt computed on its decode worker may cause; None:
+            every prompt goes to a prefill worker.
         prefill_bound_s: seconds of prefill work that a worker may have outstanding.
         retries: what becomes of a request whose attempt failed.
         keep_answers_s: how long the answer to a finished request can be asked for again.
@@ -130,12 +140,15 @@ class Dispatcher:
         no_worker_wait_s: float,
         ageing_s: float,
         policy: RoutingPolicy = prefix,
+        local_prefill_itl_s: float | None = None,
     ) -> None:
         self._pool = pool
         self._admission = admission
         self._metrics = metrics
         self._recorder = recorder
-        self._routing = RoutingView(pool, prefill_bound_s=prefill_bound_s)
+        self._routing = RoutingView(
+            pool, metrics, prefill_bound_s=prefill_bound_s, local_prefill_itl_s=local_prefill_itl_s
+        )
         self._policy = policy
         self._retries = retries
         self._ended = EndedRequests(keep_answers_s)
@@ -145,6 +158,8 @@ class Dispatcher:
         self._pumping = False
         self._quotas = Quotas()
         self._num_submitted = 0
+        self._ready_weights: frozenset[str] = frozenset()
+        self._stranded: set[Job] = set()  # queued, begun by weights that no ready worker has: others pass them
         self._unusable_since = time.monotonic()
         self._give_up_timer: asyncio.TimerHandle | None = None
         self.num_finished = 0
@@ -250,10 +265,6 @@ class Dispatcher:
         self._end(job, Cancelled("the request was cancelled"))
         return True
 
-    def keeps_answer(self, request_id: str) -> bool:
-        """Whether the answer to a finished request can be asked for again."""
-        return self._ended.finished(request_id) is not None
-
     def close(self, error: SplitserveError) -> None:
         """End every request with the error."""
         for job in list(self._jobs.values()):
@@ -266,6 +277,9 @@ class Dispatcher:
         self._pool.refresh()
         if was_usable and not self._pool.usable:
             self._unusable_since = time.monotonic()
+        if self._ready_weights != self._pool.ready_weights:
+            self._ready_weights = self._pool.ready_weights
+            self._mind_stranded(list(self._queue))
         self._pump()
 
     def granted(self, worker: WorkerLink, grant: kv_transfer_pb2.Grant) -> None:
@@ -337,7 +351,11 @@ class Dispatcher:
         else:
             self._attempt_failed(job, worker, error)
 
+    def prefixes_changed(self, worker: WorkerLink, changes: PrefixChanges) -> bool:
+        return self._routing.index.apply(worker.address, changes)
+
     def lost(self, worker: WorkerLink, error: WorkerLost | Draining) -> None:
+        self._routing.index.drop(worker.address)
         for request_id in list(worker.runs):
             worker.detach(request_id)
             self._attempt_failed(self._jobs[request_id], worker, error)
@@ -386,6 +404,7 @@ class Dispatcher:
         job.phase = Phase.QUEUED
         job.queued_at = time.monotonic()
         self._queue.push(job.ticket, job)
+        self._mind_stranded([job])
         self._pump()
         if job.phase is Phase.QUEUED and job.untouched and not job.answer.ended:
             at = self._admission.latest_start(job.ticket, deadline_at=job.deadline_at, prefills=self._prefill_loads())
@@ -417,6 +436,20 @@ class Dispatcher:
             return False
         return True
 
+    def _mind_stranded(self, jobs: Iterable[Job]) -> None:
+        """Give requests that nobody can go on with `no_worker_wait_s`: others' tokens would not be theirs."""
+        for job in jobs:
+            if not job.weights or job.weights in self._pool.ready_weights:
+                self._stranded.discard(job)
+            elif job not in self._stranded:
+                self._stranded.add(job)
+                asyncio.get_running_loop().call_later(self._no_worker_wait_s, self._give_up_stranded, job)
+
+    def _give_up_stranded(self, job: Job) -> None:
+        if job in self._stranded and job.phase is Phase.QUEUED:
+            gone = f"no worker is ready that has the weights which began this answer ({job.weights})"
+            self._end(job, Unavailable(f"{gone}; send the request again", retry_after_s=1.0))
+
     def _too_late(self, job: Job) -> None:
         """It waited in the queue until there was no point in waiting longer."""
         job.queue_timer = None
@@ -427,7 +460,9 @@ class Dispatcher:
     # Of scheduling.dispatch_order.Source.
 
     def in_order(self) -> Iterator[Job]:
-        return self._queue.in_order()
+        if not self._stranded:
+            return self._queue.in_order()
+        return (job for job in self._queue.in_order() if job not in self._stranded)
 
     def view(self) -> ClusterView:
         return self._routing.view()
@@ -443,18 +478,22 @@ class Dispatcher:
         request, now = job.request, time.monotonic()
         _cancel(job.queue_timer)
         job.queue_timer = None
+        self._stranded.discard(job)
         job.decode = decode = self._pool.decodes[placement.decode]
+        job.begun_by = decode.group.weights if decode.group is not None else ""
         job.prefill = prefill = self._pool.prefills[placement.prefill] if placement.prefill is not None else None
         job.timeline.dispatched(now, prefill.worker_id if prefill is not None else "", decode.worker_id)
+        self._routing.placed(job, placement)
         decode.attach(request.request_id, blocks_for(request.num_tokens, decode.block_size))
         if prefill is None:
             job.phase = Phase.DECODING
             job.timeline.mark(Event.PREFILL_QUEUED, now, request.attempt, worker=decode.worker_id)
-            decode.run_local(request, job.deadline_at - now)
+            num_tokens = self._routing.uncached_tokens(job, decode.address)
+            decode.run_local(request, job.deadline_at - now, num_tokens)
             self._admission.ttft.dispatched(now, job.ticket.cost, self.num_queued)
         else:
             job.phase = Phase.GRANTING
-            prefill.attach(request.request_id, request.num_tokens)
+            prefill.attach(request.request_id, self._routing.uncached_tokens(job, prefill.address), request.num_tokens)
             decode.request_grant(request, job.deadline_at - now, prefill)
 
     def _mind_the_queue(self) -> None:
@@ -576,6 +615,7 @@ class Dispatcher:
         """The one terminal event; later calls do nothing."""
         if not job.answer.end():
             return
+        self._stranded.discard(job)
         now = time.monotonic()
         self._queue.discard(job.ticket)
         num_new = len(job.answer.token_ids) - job.num_given

@@ -14,9 +14,11 @@ from google.protobuf.message import DecodeError, Message
 from ..core.errors import InvalidRequest, SplitserveError
 from ..proto import inference_pb2, inference_pb2_grpc
 from ..proto.rpc import abort
+from .departed import DepartedWorker
 from .dispatch import Dispatcher
 from .front_door import FrontDoor
 from .membership import WorkerPool
+from .session import WorkerLink
 
 logger = logging.getLogger(__name__)
 
@@ -90,25 +92,32 @@ class RouterAdmin(inference_pb2_grpc.RouterAdminServicer):
         self, request: inference_pb2.GetRouterStatusRequest, context: Context
     ) -> inference_pb2.GetRouterStatusResponse:
         return inference_pb2.GetRouterStatusResponse(
-            workers=[
-                inference_pb2.WorkerView(
-                    address=link.address,
-                    role=link.shown_role,
-                    state=link.state,
-                    reason=link.reason,
-                    worker_id=link.info.worker_id if link.info is not None else "",
-                    num_running=link.status.num_running,
-                    num_waiting=link.status.num_waiting + link.status.num_held,
-                    num_available_blocks=link.status.num_free_blocks + link.status.num_cached_blocks,
-                    num_blocks=link.status.num_blocks,
-                )
-                for link in self._pool
-            ],
+            workers=[*map(_view, self._pool), *map(_view_of_departed, self._pool.departed())],
             num_queued=self._dispatcher.num_queued,
             num_live=self._dispatcher.num_live,
             num_finished=self._dispatcher.num_finished,
             num_failed=self._dispatcher.num_failed,
         )
+
+
+def _view(link: WorkerLink) -> inference_pb2.WorkerView:
+    return inference_pb2.WorkerView(
+        address=link.address,
+        role=link.shown_role,
+        state=link.state,
+        reason=link.reason,
+        worker_id=link.last_worker_id,
+        num_running=link.status.num_running,
+        num_waiting=link.status.num_waiting + link.status.num_held,
+        num_available_blocks=link.status.num_free_blocks + link.status.num_cached_blocks,
+        num_blocks=link.status.num_blocks,
+    )
+
+
+def _view_of_departed(gone: DepartedWorker) -> inference_pb2.WorkerView:
+    return inference_pb2.WorkerView(
+        address=gone.address, role=gone.role, state="gone", reason=gone.reason, worker_id=gone.worker_id
+    )
 
 
 class Undecodable:

@@ -15,8 +15,9 @@ from ..proto import inference_pb2
 if TYPE_CHECKING:
     from .dispatch import Job
 
-MAX_ENDED = 4_096
+MAX_ENDED = 1_024
 MAX_KEPT_TOKENS = 1_000_000  # of prompts and answers that are kept
+LATE_S = 10.0  # for which messages of an ended attempt may still come, whether or not its answer is kept
 DEADLINE_SLACK_S = 1.0  # that the deadlines of two calls for one request may differ by
 
 
@@ -94,10 +95,10 @@ class EndedRequests:
         """The job whose answer is kept."""
         self._make_room()
         ended = self._ended.get(request_id)
-        return ended.job if ended is not None else None
+        return ended.job if ended is not None and ended.at_s > time.monotonic() - self._keep_s else None
 
     def _make_room(self) -> None:
-        oldest_s = time.monotonic() - self._keep_s
+        oldest_s = time.monotonic() - max(self._keep_s, LATE_S)
         while self._ended:
             request_id, ended = next(iter(self._ended.items()))
             if ended.at_s >= oldest_s and len(self._ended) <= MAX_ENDED and self._num_tokens <= MAX_KEPT_TOKENS:

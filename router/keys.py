@@ -12,7 +12,7 @@ import grpc.aio
 
 from ..core.api_key import ANYBODY, ApiKey, Scope
 from ..core.errors import PermissionDenied, SplitserveError, Unauthenticated
-from ..core.metrics import RouterMetrics
+from ..core.metrics import LinkMetrics
 from ..proto.rpc import abort
 from .key_file import key_digest
 
@@ -31,10 +31,10 @@ class ApiKeys:
     """
 
     def __init__(
-        self, known: Callable[[], Mapping[bytes, ApiKey]], metrics: RouterMetrics, controller: bytes | None = None
+        self, known: Callable[[], Mapping[bytes, ApiKey]], links: LinkMetrics, controller: bytes | None = None
     ) -> None:
         self._known = known
-        self._metrics = metrics
+        self._links = links
         self._controller = {controller: ApiKey(name="controller", scopes=frozenset(Scope))} if controller else {}
 
     def check(self, authorization: str | None, scope: Scope) -> ApiKey:
@@ -46,10 +46,10 @@ class ApiKeys:
         try:
             return self._check(authorization, scope)
         except Unauthenticated:
-            self._metrics.refused.labels("key").inc()
+            self._links.refused.labels("key").inc()
             raise
         except PermissionDenied:
-            self._metrics.refused.labels("scope").inc()
+            self._links.refused.labels("scope").inc()
             raise
 
     def _check(self, authorization: str | None, scope: Scope) -> ApiKey:

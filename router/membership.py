@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
 from ..core.metrics import RouterMetrics
 from ..proto import worker_pb2
+from ..proto.tls import Tls
 from ..scheduling.admission import ModelLimits
 from ..scheduling.decode_pace import DecodePace
+from .departed import Departed, DepartedWorker
 from .session import DecodeLink, PrefillLink, WorkerEvents, WorkerKind, WorkerLink
 
 logger = logging.getLogger(__name__)
@@ -21,20 +24,26 @@ L = TypeVar("L", bound=WorkerLink)
 class WorkerPool:
     """Every worker on the list, and whether they go together.
 
-    All workers of a pool serve one model with one KV geometry, the one that the first of them brought; others are
-    refused until it has gone.
+    All serve one model by name. Those of one group (scheduling/pairing.py) make pairs; two groups may serve at once.
 
     Args: tpot_target_s: no decode worker gets sequences beyond those that it gives a token in this time; None: any.
     """
 
     def __init__(
-        self, model: str, router_id: str, metrics: RouterMetrics, *, tpot_target_s: float | None = None
+        self,
+        model: str,
+        router_id: str,
+        metrics: RouterMetrics,
+        *,
+        tpot_target_s: float | None = None,
+        tls: Tls | None = None,
     ) -> None:
         self._model = model
         self._tpot_target_s = tpot_target_s
         self._router_id = router_id
         self._metrics = metrics
-        self._geometry = ""
+        self._tls = tls
+        self._departed = Departed()
         self._listed: dict[WorkerKind, tuple[str, ...]] = {"prefill": (), "decode": ()}
         self._roles: dict[str, WorkerKind] = {}  # of workers, by address, that were found to have another than listed
         self.prefills: dict[str, PrefillLink] = {}
@@ -42,6 +51,7 @@ class WorkerPool:
         self.limits: ModelLimits | None = None  # what the workers can do; None until the first one said hello
         self.usable = False  # somebody can serve a request, now or when it is less busy
         self.usable_changed = asyncio.Event()  # for the one task that tells health watchers, which clears it
+        self.ready_weights: frozenset[str] = frozenset()  # of the groups that can serve a request
         self.known = asyncio.Event()  # `limits` is set
 
     def __iter__(self) -> Iterator[WorkerLink]:
@@ -52,6 +62,14 @@ class WorkerPool:
     def boot_ids(self) -> set[str]:
         """Of all workers that are there."""
         return {link.boot_id for link in self if link.info is not None}
+
+    def departed(self) -> Sequence[DepartedWorker]:
+        """Workers that died and were then taken off the list."""
+        return self._departed.shown(
+            addresses={link.address for link in self},
+            worker_ids={link.last_worker_id for link in self},
+            now=time.monotonic(),
+        )
 
     @property
     def any_prefill_alive(self) -> bool:
@@ -89,15 +107,25 @@ class WorkerPool:
 
     def refresh(self) -> None:
         """Look again at who goes with whom; called whenever a worker came, went or reported."""
-        if not any(self._sets_geometry(link) for link in self):
-            self._geometry = ""
         for link in self:
             link.reconsider()
         ready_prefills = sum(link.state == "ready" for link in self.prefills.values())
         ready_decodes = [link for link in self.decodes.values() if link.state == "ready"]
+        speeds = [link.status.prefill_tokens_per_s for link in self.prefills.values()]
+        if known := [speed for speed in speeds if speed > 0]:
+            for link in self.decodes.values():
+                link.assumed_prefill_tokens_per_s = sum(known) / len(known)
         self._metrics.workers.labels("prefill").set(ready_prefills)
         self._metrics.workers.labels("decode").set(len(ready_decodes))
-        usable = any(link.colocated for link in ready_decodes) or (ready_prefills > 0 and bool(ready_decodes))
+        prefill_groups = {link.group for link in self.prefills.values() if link.state == "ready"}
+        decode_groups = {link.group for link in ready_decodes}
+        for link in self:
+            others = decode_groups if link.role == "prefill" else prefill_groups
+            if link.state == "ready" and others and link.group not in others and link.shown_role != "colocated":
+                link.reason = f"no worker of the other role has its model revision and protocol ({link.group})"
+        serving = (prefill_groups & decode_groups) | {link.group for link in ready_decodes if link.colocated}
+        self.ready_weights = frozenset(group.weights for group in serving if group is not None)
+        usable = bool(serving)
         infos = [link.info for link in self if link.info is not None and link.state != "refused"]
         if infos:
             self.limits = ModelLimits(
@@ -111,10 +139,12 @@ class WorkerPool:
             self.usable_changed.set()
 
     def _prefill_link(self, address: str, events: WorkerEvents) -> PrefillLink:
-        return PrefillLink(address, self._router_id, events, self._judge)
+        return PrefillLink(address, self._router_id, events, self._judge, self._tls)
 
     def _decode_link(self, address: str, events: WorkerEvents) -> DecodeLink:
-        return DecodeLink(address, self._router_id, events, self._judge, pace=DecodePace(self._tpot_target_s))
+        return DecodeLink(
+            address, self._router_id, events, self._judge, self._tls, pace=DecodePace(self._tpot_target_s)
+        )
 
     async def close(self) -> None:
         """End every session."""
@@ -139,15 +169,20 @@ class WorkerPool:
                 known[address].start(lambda gone: self._gone(known, gone), switched)
         for address, link in known.items():
             if address not in wanted:
+                if link.info is None and link.last_worker_id and not (link.retired or link.status.draining):
+                    self._departed.add(
+                        address=address,
+                        role=link.shown_role,
+                        worker_id=link.last_worker_id,
+                        reason=link.reason,
+                        now=time.monotonic(),
+                    )
                 link.retire()
 
     @staticmethod
     def _gone(known: dict[str, L], link: WorkerLink) -> None:
         if known.get(link.address) is link:
             del known[link.address]
-
-    def _sets_geometry(self, link: WorkerLink) -> bool:
-        return link.info is not None and link.state != "refused" and link.info.geometry_digest == self._geometry
 
     def _judge(self, link: WorkerLink) -> str:
         """Why the worker cannot be used; "" if it can."""
@@ -161,10 +196,4 @@ class WorkerPool:
             return f"it is listed as a {link.role} worker, but is a {role} worker"
         if info.model != self._model:
             return f"it serves model {info.model!r}, this router serves {self._model!r}; start both with the same one"
-        self._geometry = self._geometry or info.geometry_digest
-        if info.geometry_digest != self._geometry:
-            return (
-                f"its KV geometry is {info.geometry_digest}, that of the workers before it {self._geometry}; "
-                "all need the same model and revision"
-            )
         return ""

@@ -21,6 +21,7 @@ from ..core.pulse import Pulse
 from ..engine.model_files import resolve_model
 from ..proto.rpc import CLIENT_FACING_OPTIONS
 from ..proto.server import Ready, RpcServer, run
+from ..proto.tls import Tls, probes_context
 from ..scheduling.admission import Admission, AdmissionPolicy
 from ..scheduling.policies.registry import DEFAULT_POLICY, load_policy
 from ..scheduling.retries import RetryBudget, RetryRules
@@ -32,6 +33,7 @@ from .keys import ApiKeys, RequireKey
 from .membership import WorkerPool
 from .openai.app import make_app
 from .openai.server import HttpServer
+from .openai.tls import HttpTls
 from .text import ModelText
 
 logger = logging.getLogger(__name__)
@@ -53,14 +55,17 @@ class RouterOptions:
     http_port: int | None = None  # of the OpenAI-compatible API; None: not served
     api_key_file: Path | None = None  # keys asked of every caller; None: everybody may call
     controller_key_sha256: str = ""  # of the key that the cluster's controller calls with, in hex
+    tls: Tls | None = None  # of this router, towards clients and workers; None: plain text
+    http_client_cert: bool | None = None  # ask HTTP clients for a certificate; None: unless there are API keys
     router_id: str = ""  # unique in the cluster; empty makes one
+    local_prefill_itl_s: float | None = None  # longest gap that a prompt computed on its decode worker may cause
     policy: str = DEFAULT_POLICY  # by which workers are chosen: scheduling/policies/registry.py knows the names
     max_queued: int = 256  # requests waiting for dispatch; more are refused
     max_live: int = 8_192  # requests not ended; more are refused
     prefill_bound_s: float = 0.2  # seconds of prefill work that a worker may have outstanding
     max_attempts: int = 3  # failures of a request before its error goes to the client
     max_worker_deaths: int = 2  # workers that may die computing one request before it is held to be the cause
-    retry_ratio: float = 0.5  # retries of a minute, for each of its requests
+    retry_ratio: float = 1.0  # retries of a minute, for each of its requests
     retry_floor: int = 64  # retries of a minute that are allowed in any case
     keep_answers_s: float = 30.0  # how long the answer to a finished request can be asked for again with its key
     default_timeout_s: float = 600.0  # deadline of a call that has none
@@ -87,7 +92,9 @@ class Router:
         self.metrics = RouterMetrics(self._registry)
         text = ModelText(resolve_model(options.model, weights=False), self.metrics.tokenizations.inc)
         self.recorder = Recorder(options.router_id or "router", options.trace_dir)
-        self.pool = WorkerPool(model_name, self.boot_id, self.metrics, tpot_target_s=options.tpot_target_s)
+        self.pool = WorkerPool(
+            model_name, self.boot_id, self.metrics, tpot_target_s=options.tpot_target_s, tls=options.tls
+        )
         self.dispatcher = Dispatcher(
             self.pool,
             Admission(
@@ -107,6 +114,7 @@ class Router:
             keep_answers_s=options.keep_answers_s,
             no_worker_wait_s=options.no_worker_wait_s,
             policy=load_policy(options.policy),
+            local_prefill_itl_s=options.local_prefill_itl_s,
             ageing_s=options.ageing_s,
         )
         self._door = FrontDoor(
@@ -120,16 +128,28 @@ class Router:
         keys = None
         if options.api_key_file is not None:
             controller = bytes.fromhex(options.controller_key_sha256)
-            keys = ApiKeys(KeyFile(options.api_key_file).keys, self.metrics, controller)
+            keys = ApiKeys(KeyFile(options.api_key_file).keys, self.metrics.links, controller)
         interceptors = [RequireKey(keys)] if keys is not None else []
-        self._rpc = RpcServer(options.host, options.port, [INFERENCE, ADMIN], interceptors, CLIENT_FACING_OPTIONS)
+        self._rpc = RpcServer(
+            options.host,
+            options.port,
+            [INFERENCE, ADMIN],
+            interceptors,
+            CLIENT_FACING_OPTIONS,
+            tls=options.tls,
+            links=self.metrics.links,
+        )
         add_to_server(self._rpc.server, Inference(self._door), RouterAdmin(self.pool, self.dispatcher))
         self._pulse = Pulse(_HANGING_S)
         self._health: asyncio.Task[None] | None = None
         self._http: HttpServer | None = None
         if options.http_port is not None:
             app = make_app(self._door, self._registry, int(time.time()), keys)
-            self._http = HttpServer(app, options.host, options.http_port)
+            front = None
+            if options.tls is not None:
+                ask = options.http_client_cert if options.http_client_cert is not None else keys is None
+                front = HttpTls(options.tls, self.metrics.links, ask=ask)
+            self._http = HttpServer(app, options.host, options.http_port, front)
 
     @property
     def address(self) -> str:
@@ -149,6 +169,7 @@ class Router:
             registry=lambda: self._registry,
             alive=self._pulse.silence,
             ready=lambda: self._pulse.silence() or self._door.out_of_service,
+            tls=probes_context(options.tls),
         )
         self._pulse.start()
         await self._rpc.start()

@@ -24,15 +24,20 @@ from ..proto.convert import (
     reason_from_proto,
     request_to_proto,
 )
-from ..proto.rpc import CHANNEL_OPTIONS, from_rpc_error
+from ..proto.rpc import from_rpc_error
+from ..proto.tls import PeerRole, Tls, open_channel
 from ..scheduling.attempts import NewTokens
 from ..scheduling.decode_pace import DecodePace
+from ..scheduling.links import Place
+from ..scheduling.pairing import Group
+from ..scheduling.prefix_feed import PrefixChanges
 from ..scheduling.routing import DecodeLoad, PrefillLoad
 from ..scheduling.step_times import MeasuredTimes, StepTimes
 
 logger = logging.getLogger(__name__)
 
 SILENCE_S = 3.0  # a worker reports at least once a second; silent for this long it hangs, or its host does
+HEARD_S = 0.1  # messages closer together than that do not move the watchdog: a timer each would cost more than they do
 MIN_RECONNECT_S, MAX_RECONNECT_S = 0.1, 1.0
 
 WorkerKind = Literal["prefill", "decode"]  # the two dialects; colocated workers speak decode
@@ -78,6 +83,7 @@ class WorkerEvents(Protocol):
     def decoded(self, worker: WorkerLink, tokens: NewTokens, report: DecodeReport | None) -> None: ...
     def failed(self, worker: WorkerLink, request_id: str, attempt: int, error: SplitserveError) -> None: ...
     def lost(self, worker: WorkerLink, error: WorkerLost | Draining) -> None: ...
+    def prefixes_changed(self, worker: WorkerLink, changes: PrefixChanges) -> bool: ...
 
 
 class WorkerLink:
@@ -85,25 +91,37 @@ class WorkerLink:
 
     Args:
         address: host:port of the worker's session service.
+        tls: of this router; None: plain text.
         judge: tells, from the worker's introduction, why it cannot be used ("" if it can).
     """
 
     role: WorkerKind
     _service: str
 
-    def __init__(self, address: str, router_id: str, events: WorkerEvents, judge: Callable[[WorkerLink], str]) -> None:
+    def __init__(
+        self,
+        address: str,
+        router_id: str,
+        events: WorkerEvents,
+        judge: Callable[[WorkerLink], str],
+        tls: Tls | None = None,
+    ) -> None:
         self.address = address
         self.reason = "not connected yet"
         self.info: worker_pb2.WorkerInfo | None = None  # None while there is no session
         self.boot_id = ""  # of the process that the session is with, or was
+        self.last_worker_id = ""  # what it called itself last; empty until it first said hello
         self.status = worker_pb2.WorkerStatus()
         self.full = False  # it said "overloaded"; asked again after its next status or when a run here ends
         self.retired = False  # no longer on the list: finishes what it runs
         self.runs: dict[str, int] = {}  # request id to the load it adds (prefill tokens or KV blocks)
+        self._restarts_prefixes = False  # it was asked to, for we missed a change
         self._refusal = ""
+        self._group: Group | None = None
         self._router_id = router_id
         self._events = events
         self._judge = judge
+        self._tls = tls
         self._outbox: asyncio.Queue[Any] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
 
@@ -127,6 +145,11 @@ class WorkerLink:
     def shown_role(self) -> str:
         """For the operator: prefill, decode or colocated."""
         return self.role
+
+    @property
+    def group(self) -> Group | None:
+        """Whom it can be paired with; None while it has not introduced itself."""
+        return self._group if self.info is not None else None
 
     def attach(self, request_id: str, load: int) -> None:
         """Count a run that is about to be sent."""
@@ -241,7 +264,7 @@ class WorkerLink:
         hello = worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_id=self._router_id)
         call: Any
         first: Any
-        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+        async with open_channel(self.address, self._tls, PeerRole.WORKER) as channel:
             if self.role == "prefill":
                 call = worker_pb2_grpc.DecodeWorkerStub(channel).DecodeSession(timeout=SILENCE_S)
                 first = worker_pb2.DecodeSessionRequest(hello=hello)
@@ -262,11 +285,14 @@ class WorkerLink:
         loop = asyncio.get_running_loop()
         outbox = self._outbox = asyncio.Queue()
         self._send(hello=worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_id=self._router_id))
-        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+        async with open_channel(self.address, self._tls, PeerRole(self.role)) as channel:
             call = self._open(channel, _drain(outbox))
+            heard_at = 0.0
             try:
                 async for message in call:
-                    watchdog.reschedule(loop.time() + SILENCE_S)
+                    if (now := loop.time()) - heard_at > HEARD_S:
+                        heard_at = now
+                        watchdog.reschedule(now + SILENCE_S)
                     self.take(message)
             finally:
                 call.cancel()
@@ -290,8 +316,10 @@ class WorkerLink:
 
     def _hello(self, info: worker_pb2.WorkerInfo) -> None:
         check_protocol(info.protocol_version, f"{self.role} worker {self.address}")
-        self.info, self.boot_id = info, info.boot_id
+        self.info, self.boot_id, self.last_worker_id = info, info.boot_id, info.worker_id
+        self._group = Group(weights=info.geometry_digest, protocol=info.protocol_version or 1)
         self.status = worker_pb2.WorkerStatus()
+        self._restarts_prefixes = False
         self.reconsider()
         logger.info("%s worker %s (%s): %s", self.role, self.address, info.worker_id, self.reason or "connected")
         self._events.workers_changed()
@@ -299,8 +327,26 @@ class WorkerLink:
     def _status(self, status: worker_pb2.WorkerStatus) -> None:
         self.status = status
         self.full = False
+        if status.HasField("prefix_blocks"):
+            self._learn(status.prefix_blocks)
         self.reconsider()
         self._events.workers_changed()
+
+    def _learn(self, blocks: worker_pb2.PrefixBlocks) -> None:
+        """What its prefix cache holds; after a gap all of it once more."""
+        changes = PrefixChanges(
+            number=blocks.number, restarts=blocks.restarts, added=blocks.added, removed=blocks.removed
+        )
+        if self._events.prefixes_changed(self, changes):
+            self._restarts_prefixes = False
+        elif not self._restarts_prefixes:
+            self._restarts_prefixes = True
+            self._send(restart_prefix_blocks=worker_pb2.RestartPrefixBlocks())
+
+    @property
+    def place(self) -> Place | None:
+        info = self.info
+        return Place.of(info.host_id, info.labels) if info is not None and info.host_id else None
 
 
 async def _drain(outbox: asyncio.Queue[Any]) -> AsyncIterator[Any]:
@@ -317,6 +363,7 @@ class PrefillLink(WorkerLink):
         super().__init__(*args)
         # Of our runs without a first token, and of other routers' as of the last status.
         self._own_tokens = self._own_prompts = 0
+        self._sizes: dict[str, int] = {}  # of their prompts, cached tokens included: so the worker counts them
         self._others_tokens = self._others_prompts = 0
 
     @property
@@ -327,26 +374,32 @@ class PrefillLink(WorkerLink):
     def load(self) -> PrefillLoad:
         return PrefillLoad(
             worker=self.address,
+            group=self.group,
             outstanding_tokens=self._own_tokens + self._others_tokens,
             outstanding_prompts=self._own_prompts + self._others_prompts,
             tokens_per_s=self.status.prefill_tokens_per_s,
+            place=self.place,
         )
 
-    def attach(self, request_id: str, load: int) -> None:
+    def attach(self, request_id: str, load: int, num_tokens: int = 0) -> None:
+        """Of `num_tokens` the worker has `load` to compute, its cache has the rest."""
+        self._sizes[request_id] = max(load, num_tokens)
         self._own_tokens += load
         self._own_prompts += load > 0
         super().attach(request_id, load)
 
     def detach(self, request_id: str) -> None:
-        self._computed(self.runs.get(request_id, 0))
+        self._computed(request_id)
         super().detach(request_id)
 
     def prefilled(self, request_id: str) -> None:
         """The run computes no more; it only holds KV until that has moved."""
-        self._computed(self.runs.get(request_id, 0))
+        self._computed(request_id)
         self.runs[request_id] = 0
 
-    def _computed(self, load: int) -> None:
+    def _computed(self, request_id: str) -> None:
+        load = self.runs.get(request_id, 0)
+        self._sizes.pop(request_id, None)
         self._own_tokens -= load
         self._own_prompts -= load > 0
 
@@ -359,10 +412,11 @@ class PrefillLink(WorkerLink):
 
     def _open(self, channel: grpc.aio.Channel, requests: AsyncIterator[Any]) -> Any:
         self._own_tokens = self._own_prompts = self._others_tokens = self._others_prompts = 0
+        self._sizes.clear()
         return worker_pb2_grpc.PrefillWorkerStub(channel).PrefillSession(requests)
 
     def _status(self, status: worker_pb2.WorkerStatus) -> None:
-        self._others_tokens = max(0, status.num_outstanding_prefill_tokens - self._own_tokens)
+        self._others_tokens = max(0, status.num_outstanding_prefill_tokens - sum(self._sizes.values()))
         self._others_prompts = max(0, status.num_running + status.num_waiting - self._own_prompts)
         super()._status(status)
 
@@ -405,6 +459,8 @@ class DecodeLink(WorkerLink):
     def __init__(self, *args: Any, pace: DecodePace) -> None:
         super().__init__(*args)
         self._pace = pace
+        self._local_tokens: dict[str, int] = {}  # of prompts sent to be computed here, until they have a token
+        self.assumed_prefill_tokens_per_s = 0.0  # what the prefill workers do on average
 
     @property
     def takes_work(self) -> bool:
@@ -423,12 +479,11 @@ class DecodeLink(WorkerLink):
         return (self.info.block_size if self.info is not None else 0) or 16
 
     @property
-    def times(self) -> StepTimes | None:
-        """Its steps as it measured them; None before its first prompt."""
-        if not self.status.prefill_tokens_per_s:
-            return None
+    def times(self) -> StepTimes:
+        """Its steps as it measured them; until it has computed a prompt, as fast as prefill workers do."""
         return MeasuredTimes(
-            prefill_tokens_per_s=self.status.prefill_tokens_per_s, decode_step_time_s=self.status.decode_step_s
+            prefill_tokens_per_s=self.status.prefill_tokens_per_s or self.assumed_prefill_tokens_per_s,
+            decode_step_time_s=self.status.decode_step_s,
         )
 
     @property
@@ -436,13 +491,16 @@ class DecodeLink(WorkerLink):
         available = self.status.num_free_blocks + self.status.num_cached_blocks
         return DecodeLoad(
             worker=self.address,
+            group=self.group,
             available_blocks=available - sum(self.runs.values()),
             num_sequences=self._num_sequences,
             num_blocks=self.status.num_blocks,
             block_size=self.block_size,
-            local_prefill_tokens=self.status.num_outstanding_prefill_tokens,
+            local_prefill_tokens=max(self.status.num_outstanding_prefill_tokens, sum(self._local_tokens.values())),
             times=self.times,
             colocated=self.colocated,
+            prefills_locally=self.info is not None and self.info.local_prefill,
+            place=self.place,
         )
 
     @property
@@ -469,7 +527,9 @@ class DecodeLink(WorkerLink):
         )
         self._send(grant=grant)
 
-    def run_local(self, request: Request, timeout_s: float) -> None:
+    def run_local(self, request: Request, timeout_s: float, num_tokens: int) -> None:
+        """Have it compute the prompt, of which its cache lacks `num_tokens`, and answer."""
+        self._local_tokens[request.request_id] = num_tokens
         self._send(run=worker_pb2.RunLocal(request=request_to_proto(request, timeout_s)))
 
     def _send(self, **message: Any) -> None:
@@ -506,9 +566,14 @@ class DecodeLink(WorkerLink):
                 ),
             )
 
+    def detach(self, request_id: str) -> None:
+        self._local_tokens.pop(request_id, None)
+        super().detach(request_id)
+
     def _decoded(self, entry: worker_pb2.SequenceTokens) -> None:
         if entry.logprobs and len(entry.logprobs) != len(entry.token_ids):
             raise ProtocolMismatch(f"{self.address} sent {len(entry.token_ids)} tokens, {len(entry.logprobs)} logprobs")
+        self._local_tokens.pop(entry.request_id, None)
         tokens = NewTokens(
             request_id=entry.request_id,
             attempt=entry.attempt,

@@ -16,6 +16,9 @@ MAX_LOOKED_AT = 256  # requests from the head of the queue that one turn looks a
 class Source(Protocol[J]):
     """The queue, and the cluster behind it."""
 
+    @property
+    def num_queued(self) -> int: ...
+
     def in_order(self) -> Iterator[J]:
         """The queued requests as they are to be served. Read no further after `start`."""
         ...
@@ -39,7 +42,7 @@ def dispatch(policy: RoutingPolicy, source: Source[J]) -> None:
     A policy may want a prefill worker that has all the work it may have. Then the request stays queued, those behind it
     may pass to other workers, and nobody passes it at its own. It is bound to nothing: the next call looks at it again.
     """
-    while (view := source.view()).can_start_any and _start_one(policy, source, view):
+    while source.num_queued and (view := source.view()).can_start_any and _start_one(policy, source, view):
         pass
 
 

@@ -12,9 +12,10 @@ from .routing import DecodeLoad, Snapshot
 
 
 def local_decode(snapshot: Snapshot, decodes: Sequence[DecodeLoad]) -> DecodeLoad | None:
-    """The decode worker that computes this prompt in one step within the ITL limit, and no later than a pair would.
+    """The decode worker that computes this prompt soonest in one step within the ITL limit.
 
-    None: the prompt goes to a prefill worker.
+    None: the prompt goes to a prefill worker, since no step would be short enough, or its first token would be later
+    than a pair's by more than that limit.
     """
     limit_s = snapshot.view.local_prefill_itl_s
     if limit_s is None:
@@ -30,7 +31,10 @@ def local_decode(snapshot: Snapshot, decodes: Sequence[DecodeLoad]) -> DecodeLoa
     best: tuple[float, DecodeLoad] | None = None
     for load in decodes:
         step_s = local_step_s(snapshot, load)
-        if step_s is None or step_s > limit_s or 2 * step_s > soonest_s:
+        if step_s is None or step_s > limit_s:
+            continue
+        running_s = load.times.decode_step_s(load.num_sequences, load.context_tokens) if load.times is not None else 0.0
+        if running_s + step_s > soonest_s + limit_s:
             continue
         if best is None or step_s < best[0]:
             best = step_s, load

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-MAX_BLOCKS = 16_384  # of one message: 128 KiB of hashes, which a router takes in within a few milliseconds
+MAX_BLOCKS = 4_096  # of one message: 32 KiB of hashes, which a router takes in within about 4 ms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,8 +14,8 @@ class PrefixChanges:
 
     number: int
     restarts: bool  # what was told before no longer counts
-    added: tuple[int, ...]  # keys of blocks
-    removed: tuple[int, ...]
+    added: Sequence[int]  # keys of blocks
+    removed: Sequence[int]
 
     def follows(self, number: int | None) -> bool:
         """Whether somebody who has seen all up to `number` (None: nothing) may take this one in."""

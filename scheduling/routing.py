@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from .links import Place
+from .pairing import Group
 from .step_times import StepTimes
 
 UNKNOWN_PREFILL_TOKENS_PER_S = 1_000.0  # until a worker has measured itself; low, so that little is sent on a guess
@@ -21,6 +22,7 @@ class PrefillLoad:
     outstanding_prompts: int  # with tokens among them
     tokens_per_s: float = 0.0  # 0 when unknown
     place: Place | None = None
+    group: Group | None = None  # whom it can be paired with; None: everybody
 
     @property
     def wait_s(self) -> float:
@@ -54,6 +56,7 @@ class DecodeLoad:
     colocated: bool = False  # computes every prompt by itself if need be
     prefills_locally: bool = False  # computes short prompts by itself if told so
     place: Place | None = None
+    group: Group | None = None  # whom it can be paired with; None: everybody
 
     @property
     def context_tokens(self) -> int:
@@ -81,6 +84,8 @@ class ClusterView:
     any_prefill_alive: bool  # also one that takes no work at the moment
     prefill_bound_s: float  # work that a prefill worker may have outstanding
     kv_bytes_per_token: float = 0.0
+    groups: Sequence[Group] = ()  # that the workers fall into
+    alive_groups: Collection[Group] = ()  # with a prefill worker alive
     local_prefill_itl_s: float | None = None  # longest gap that a prompt prefilled on its decode worker may cause
 
     @property

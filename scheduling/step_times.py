@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,11 +31,12 @@ class MeasuredTimes:
     Coarse: a decode step costs what it last did, whatever the batch, and a prompt token the mean of late.
     """
 
-    prefill_tokens_per_s: float
+    prefill_tokens_per_s: float  # 0: unknown, and then no prompt is short enough
     decode_step_time_s: float  # 0: it has not decoded yet
 
     def prefill_step_s(self, chunks: Sequence[tuple[int, int]]) -> float:
-        return sum(new for new, _ in chunks) / self.prefill_tokens_per_s
+        tokens = sum(new for new, _ in chunks)
+        return tokens / self.prefill_tokens_per_s if self.prefill_tokens_per_s else math.inf
 
     def decode_step_s(self, batch: int, context_tokens: int) -> float:
         return self.decode_step_time_s if batch else 0.0

@@ -384,6 +384,19 @@ class StepScheduler:
             tables.update(sequence.block_table)
         return len(self.blocks.owned() - tables)
 
+    def num_unaccounted_blocks(self) -> int:
+        """How far the counts are from adding up, in constant time; anything but 0 is a bug.
+
+        While sequences live, blocks that are owned twice or by nobody may hide here; once none does, this is exact.
+        """
+        counts = self.blocks.counts()
+        owned = counts.live + counts.granted if self._sequences else 0
+        return abs(counts.total - counts.free - counts.cached - owned)
+
+    def holdings(self) -> list[Sequence]:
+        """Every sequence that is not finished, by request id."""
+        return [self._sequences[request_id] for request_id in sorted(self._sequences)]
+
     # --- parts of the above ---
 
     def _new_sequence(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import Any
+
+import pytest
 
 # Before torch is imported. Tests run several engines in one process; on few cores their threads would fight for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,3 +15,25 @@ from hypothesis import settings
 # How long one example takes says how busy the machine is.
 settings.register_profile("splitserve", deadline=None)
 settings.load_profile("splitserve")
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An authority and a certificate for each role."""
+    from .certificates import Certificates  # needs the extra [certs]: not for tests that do without
+
+    return Certificates.make(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="session")
+def strangers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same roles, signed by an authority that nobody here trusts."""
+    from .certificates import Certificates
+
+    return Certificates.make(tmp_path_factory.mktemp("strangers"))
+
+
+@pytest.fixture(autouse=True)
+def _no_certificates_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CA", "CERT", "KEY"):
+        monkeypatch.delenv(f"SPLITSERVE_TLS_{name}", raising=False)

@@ -23,7 +23,11 @@ Out = TypeVar("Out")
 
 
 async def open_session(
-    context: grpc.aio.ServicerContext[Any, Any], host: WorkerHost, *, hello: Out, status: Callable[[], Out]
+    context: grpc.aio.ServicerContext[Any, Any],
+    host: WorkerHost,
+    *,
+    hello: Out,
+    status: Callable[[Session[Any, Out]], Out],
 ) -> Session[Any, Out]:
     """Read the router's hello and answer with ours; a bad one ends the call with a typed status."""
     try:

@@ -29,7 +29,9 @@ from ..proto.convert import PROTOCOL_VERSION
 from ..proto.mount import ServiceMount
 from ..proto.rpc import abort
 from ..proto.server import Ready, RpcServer
+from ..proto.tls import probes_context
 from .device import THROTTLE_REASONS, DeviceReader, DeviceState, open_devices
+from .holdings import list_holdings
 from .options import Role, WorkerOptions
 from .role import RoleHooks, RoleSwitch
 from .session import Session
@@ -87,8 +89,10 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
     def __init__(self, options: WorkerOptions) -> None:
         self.options = options
         self.switch: RoleSwitch | None = None  # None: its role is for life
+        self.registry = new_registry()
+        self.metrics = WorkerMetrics(self.registry, options.role)
         # The address is taken before the model is loaded: a port in use is told at once.
-        self.rpc = RpcServer(options.host, options.port, SERVICES)
+        self.rpc = RpcServer(options.host, options.port, SERVICES, tls=options.tls, links=self.metrics.links)
         self.mount = ServiceMount()
         self.rpc.server.add_generic_rpc_handlers((self.mount,))
         self.identity = WorkerIdentity(
@@ -97,8 +101,6 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             host_id=current_host_id(),
         )
         self.recorder = Recorder(self.identity.worker_id, options.trace_dir)
-        self.registry = new_registry()
-        self.metrics = WorkerMetrics(self.registry, options.role)
         self._ranks = start_ranks(options.engine)
         try:
             self.model = load_model(options.engine, None if self._ranks is None else self._ranks.group)
@@ -140,6 +142,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             registry=lambda: self.registry,
             alive=lambda: self.stuck,
             ready=lambda: self.stuck or self.out_of_service,
+            tls=probes_context(self.options.tls),
         )
         self._device.start()
         self._pulse.start()
@@ -170,7 +173,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self.options = dataclasses.replace(self.options, role=successor)
         self.identity = dataclasses.replace(self.identity, boot_id=secrets.token_hex(8))
         self.registry = new_registry()
-        self.metrics = WorkerMetrics(self.registry, successor)
+        self.metrics = WorkerMetrics(self.registry, successor, self.metrics.links)
         self._told = _Counts.of(self.engine)
         self._publish_gauges()
 
@@ -283,13 +286,22 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         return not (self.stuck or self.out_of_service)
 
     def session_began(self, session: Session[Any, Any]) -> None:
+        session.prefixes = self.engine.follow_prefixes()
         self.sessions.add(session)
         self._no_sessions.clear()
 
     def session_ended(self, session: Session[Any, Any]) -> None:
         self.sessions.discard(session)
+        if session.prefixes is not None:
+            self.engine.unfollow_prefixes(session.prefixes)
         if not self.sessions:
             self._no_sessions.set()
+
+    def restart_prefixes(self, session: Session[Any, Any]) -> None:
+        """Its router has lost track of the prefix cache."""
+        if session.prefixes is not None:
+            self.engine.restart_prefixes(session.prefixes)
+            session.status_changed()
 
     # -- what routers and operators are told --
 
@@ -312,9 +324,14 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             max_step_tokens=self.options.engine.max_step_tokens,
             kv_dtype=geometry.dtype,
             tensor_parallel=self.options.engine.tensor_parallel,
+            prefix_model_id=self.model.model_id,
+            host_id=self.identity.host_id,
+            labels=self.options.labels,
+            local_prefill=self.options.local_prefill,
         )
 
-    def status(self) -> worker_pb2.WorkerStatus:
+    def status(self, session: Session[Any, Any] | None = None) -> worker_pb2.WorkerStatus:
+        """How it fares; for a router's session also what changed in the prefix cache since it was told last."""
         usage = self.engine.usage()
         return worker_pb2.WorkerStatus(
             num_blocks=usage.blocks_total,
@@ -332,6 +349,16 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             stalled=self._device.stalled(self.options.stall_bound_s),
             devices=[_device_status(state) for state in self._device_states],
             fault=self.fault,
+            prefix_blocks=None if session is None else self._prefix_blocks(session),
+        )
+
+    def _prefix_blocks(self, session: Session[Any, Any]) -> worker_pb2.PrefixBlocks | None:
+        if session.prefixes is None or (changes := self.engine.take_prefixes(session.prefixes)) is None:
+            return None
+        if session.prefixes.has_news:  # more than goes into one message
+            session.status_changed()
+        return worker_pb2.PrefixBlocks(
+            number=changes.number, restarts=changes.restarts, added=changes.added, removed=changes.removed
         )
 
     async def GetWorkerStatus(
@@ -342,6 +369,12 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
     async def Drain(self, request: worker_pb2.DrainRequest, context: object) -> worker_pb2.DrainResponse:
         drained = await self.drain(max(0.0, request.timeout_s))
         return worker_pb2.DrainResponse(num_left=drained.num_left, num_handed_over=drained.num_handed_over)
+
+    async def ListHoldings(
+        self, request: worker_pb2.ListHoldingsRequest, context: object
+    ) -> worker_pb2.ListHoldingsResponse:
+        holders = list(self._role.holders()) if self._role is not None else []
+        return list_holdings(self.engine, holders, request)
 
     async def Undrain(self, request: worker_pb2.UndrainRequest, context: object) -> worker_pb2.UndrainResponse:
         await self.undrain()
@@ -387,6 +420,11 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             )
         elif record.kind == "decode":
             self._decode_step_s = _average(self._decode_step_s, record.total_s)
+        elif self.options.role == "decode" and self._decode_step_s:
+            # What a prompt adds to a decode step: a busy decode worker never computes one alone. Below a tenth of
+            # the step the difference is noise.
+            prefill_s = max(record.total_s - self._decode_step_s, 0.1 * self._decode_step_s)
+            self._prefill_tokens_per_s = _average(self._prefill_tokens_per_s, record.num_prefill_tokens / prefill_s)
         if self._role is not None:
             self._role.on_step(output)
 

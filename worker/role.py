@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,6 +25,18 @@ SWITCHABLE: tuple[Role, ...] = ("prefill", "decode")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Who one sequence of the engine belongs to."""
+
+    sequence_id: str  # the engine's name of the attempt
+    request_id: str
+    attempt: int
+    router_id: str
+    age_s: float  # since the worker was asked
+    lease_left_s: float | None = None  # of KV that waits to be fetched
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoleHooks:
     """What the host calls; on the event loop, but for `kv_written`."""
 
@@ -32,6 +44,7 @@ class RoleHooks:
     on_step: Callable[[StepOutput], None]  # after every engine step
     hand_over: Callable[[Draining], None]  # end every run with this error
     close: Callable[[], Awaitable[None]]  # free what is left; the host goes on
+    holders: Callable[[], Iterable[Holder]]  # who asked for what it runs
     kv_written: KvWritten | None = None  # to send KV away; called on the device thread
 
 

@@ -9,6 +9,8 @@ from typing import Any, Generic, TypeVar
 
 import grpc.aio
 
+from ..scheduling.prefix_feed import PrefixFeed
+
 MAX_OUTBOX = 20_000  # messages; a router that reads nothing for this long is cut off
 STATUS_PERIOD_S = 0.5
 
@@ -19,8 +21,9 @@ Out = TypeVar("Out")
 class Session(Generic[In, Out]):
     """Messages to one router, in order, with a status at least every STATUS_PERIOD_S."""
 
-    def __init__(self, router_id: str, status: Callable[[], Out]) -> None:
+    def __init__(self, router_id: str, status: Callable[[Session[In, Out]], Out]) -> None:
         self.router_id = router_id
+        self.prefixes: PrefixFeed | None = None  # what this router has not been told of the prefix cache
         self._status = status
         self._status_due = True
         self._outbox: deque[Out] = deque()
@@ -43,7 +46,7 @@ class Session(Generic[In, Out]):
 
     def announce_status(self) -> None:
         """Queue a status: the router knows it before it reads whatever is sent after this."""
-        self.send(self._status())
+        self.send(self._status(self))
 
     def end(self) -> None:
         """Write what is queued, then end the call: the router sees a session that is over, not one that broke."""
@@ -87,4 +90,4 @@ class Session(Generic[In, Out]):
                 return
             if self._status_due:
                 self._status_due = False
-                await context.write(self._status())
+                await context.write(self._status(self))

@@ -11,6 +11,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from ...core.errors import AddressInUse
+from .tls import HttpTls, configure
 
 
 class HttpServer:
@@ -19,7 +20,7 @@ class HttpServer:
     Raises: AddressInUse.
     """
 
-    def __init__(self, app: Starlette, host: str, port: int) -> None:
+    def __init__(self, app: Starlette, host: str, port: int, tls: HttpTls | None = None) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self._socket = socket.create_server((host, port), family=family, backlog=2_048)
@@ -34,9 +35,10 @@ class HttpServer:
         self._socket.setblocking(False)
         shown = f"[{host}]" if ":" in host else host
         self.address = f"{shown}:{self._socket.getsockname()[1]}"
-        self._server = _Server(
-            uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1)
-        )
+        config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        if tls is not None:
+            configure(config, tls)
+        self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:

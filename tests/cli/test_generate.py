@@ -177,6 +177,7 @@ def test_the_routers_errors_decide_the_exit_code() -> None:
         "model_load_failed",
         "config_error",
         "address_in_use",
+        "idempotency_conflict",
     }
     with ScriptedRouter(fail) as router:
         for code in BY_CODE:

@@ -71,7 +71,7 @@ def test_every_option_of_the_engine_and_the_router_can_be_set() -> None:
     own = {"kv_memory_bytes", "num_threads", "shared_pool", "kv_dtype", "model_name", "max_packed_tokens"}
     for options in (EngineOptions, RouterOptions):
         names = {field.name for field in dataclasses.fields(options)} - own
-        assert names - keys <= {"prefill", "decode", "metrics_port", "router_id", "controller_key_sha256"}
+        assert names - keys <= {"prefill", "decode", "metrics_port", "router_id", "controller_key_sha256", "tls"}
 
 
 def test_threads_are_shared_out_among_workers(monkeypatch: pytest.MonkeyPatch) -> None:

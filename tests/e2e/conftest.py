@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from splitserve.engine.engine import Engine
 from splitserve.engine.options import EngineOptions
 from splitserve.engine.testing import make_tiny_model
 from splitserve.prefill_worker.server import PrefillServer
+from splitserve.proto.tls import Tls
 from splitserve.router.server import Router, RouterOptions
 from splitserve.worker.host import WorkerHost
 from splitserve.worker.options import Role, WorkerOptions
@@ -41,6 +42,7 @@ class Cluster:
     router: Router
     workers: dict[str, PrefillServer | DecodeServer]
     client: AsyncClient
+    metrics_addresses: dict[str, str] = field(default_factory=dict)
 
     def host(self, name: str) -> WorkerHost:
         return self.workers[name].worker.host
@@ -93,32 +95,46 @@ async def start_cluster(tiny: Path) -> AsyncIterator[StartCluster]:
             transports: tuple[str, ...] = ("shared_memory", "grpc"),
             router: dict[str, Any] | None = None,
             decode_blocks: int | None = None,
+            local_prefill: bool = False,
+            tls: Callable[[str], Tls] | None = None,
             **engine: Any,
         ) -> Cluster:
             name = str(model or tiny)
             fields = {"num_kv_blocks": 512, "max_step_tokens": 64, "num_threads": 1, "self_check": False, **engine}
             workers: dict[str, PrefillServer | DecodeServer] = {}
+            metrics_addresses: dict[str, str] = {}
 
             async def add(role: Role, number: int, **changes: Any) -> str:
                 options = EngineOptions(model=name, dtype="float32", shared_pool=True, **{**fields, **changes})
                 kind = PrefillServer if role == "prefill" else DecodeServer
                 worker_id = f"{role}-{number}"
-                server = kind(WorkerOptions(engine=options, role=role, worker_id=worker_id, transports=transports))
+                server = kind(
+                    WorkerOptions(
+                        engine=options,
+                        role=role,
+                        worker_id=worker_id,
+                        transports=transports,
+                        local_prefill=local_prefill,
+                        tls=tls("prefill" if role == "prefill" else "decode") if tls is not None else None,
+                    )
+                )
                 stack.push_async_callback(server.worker.stop)
                 workers[worker_id] = server
-                return (await server.worker.host.start()).address
+                ready = await server.worker.host.start()
+                metrics_addresses[worker_id] = ready.metrics_address
+                return ready.address
 
             blocks = {"num_kv_blocks": decode_blocks} if decode_blocks is not None else {}
             prefills = [await add("prefill", number) for number in range(prefill)]
             decodes = [await add("decode", number, **blocks) for number in range(decode)]
             decodes += [await add("colocated", number, **blocks) for number in range(colocated)]
-            options = RouterOptions(
-                model=name, prefill=tuple(prefills), decode=tuple(decodes), port=0, **(router or {})
-            )
+            changes = {"tls": tls("router") if tls is not None else None, **(router or {})}
+            options = RouterOptions(model=name, prefill=tuple(prefills), decode=tuple(decodes), port=0, **changes)
             server = Router(options)
             stack.push_async_callback(server.stop)
             address = (await server.start()).address
-            client = await stack.enter_async_context(AsyncClient(address, retry=RetryPolicy(max_attempts=1)))
-            return Cluster(server, workers, client)
+            own = tls("operator") if tls is not None else None
+            client = await stack.enter_async_context(AsyncClient(address, retry=RetryPolicy(max_attempts=1), tls=own))
+            return Cluster(server, workers, client, metrics_addresses)
 
         yield start

@@ -223,6 +223,10 @@ PairFactory = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def pair() -> PairFactory:
+    return pair_factory()
+
+
+def pair_factory() -> PairFactory:
     """`async with pair(*transports, **options) as p`: everything is closed on exit."""
 
     @asynccontextmanager

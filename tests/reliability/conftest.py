@@ -1,13 +1,7 @@
-"""A small random model for tests that need a real engine."""
+"""Clusters of one process and a small random model, as the end-to-end tests have them."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from ..e2e.conftest import start_cluster, tiny
 
-import pytest
-from splitserve.engine.testing import make_tiny_model
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("llama", tmp_path_factory.mktemp("models") / "llama")
+__all__ = ["start_cluster", "tiny"]

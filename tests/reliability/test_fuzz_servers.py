@@ -116,7 +116,7 @@ def test_a_prefill_worker_survives_any_message(tiny: Path, num_cases: int) -> No
         try:
             await host.start()
             choose = random.Random(num_cases)
-            session: Any = Session("fuzz", lambda: worker_pb2.PrefillSessionResponse(status=host.status()))
+            session: Any = Session("fuzz", lambda _: worker_pb2.PrefillSessionResponse(status=host.status()))
             for number in range(num_cases):
                 message = prefill_message(choose)
                 if message.WhichOneof("message") == "run" and choose.random() < 0.8:
@@ -145,7 +145,7 @@ def test_a_decode_worker_survives_any_message(tiny: Path, num_cases: int) -> Non
             ready = await prefill.worker.host.start()
             await host.start()
             choose = random.Random(num_cases)
-            session: Any = Session("fuzz", lambda: worker_pb2.DecodeSessionResponse(status=host.status()))
+            session: Any = Session("fuzz", lambda _: worker_pb2.DecodeSessionResponse(status=host.status()))
             for number in range(num_cases):
                 server._handle(session, decode_message(choose, ["nonsense", "127.0.0.1:1", ready.address]))
                 if number % PAUSE == 0:

@@ -46,6 +46,8 @@ class ScriptedWorker:
                 "max_model_len": 4096,
                 "vocab_size": 260,
                 "block_size": 16,
+                "prefix_model_id": "m",
+                "kv_dtype": "float32",
                 **changes,
             }
         )
@@ -231,11 +233,17 @@ async def start_scene(tiny: Path) -> AsyncIterator[StartScene]:
     async with AsyncExitStack() as stack:
 
         async def start(
-            *, prefill: int = 1, decode: int = 1, colocated: int = 0, ready: bool = True, **options: Any
+            *,
+            prefill: int = 1,
+            decode: int = 1,
+            colocated: int = 0,
+            ready: bool = True,
+            decode_changes: dict[str, Any] | None = None,
+            **options: Any,
         ) -> Scene:
             model = str(tiny)
             prefills = [ScriptedWorker("prefill", model) for _ in range(prefill)]
-            decodes = [ScriptedWorker("decode", model) for _ in range(decode)]
+            decodes = [ScriptedWorker("decode", model, **(decode_changes or {})) for _ in range(decode)]
             decodes += [ScriptedWorker("colocated", model) for _ in range(colocated)]
             for worker in prefills + decodes:
                 stack.push_async_callback(worker.die)

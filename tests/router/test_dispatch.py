@@ -298,10 +298,9 @@ async def test_an_answer_complete_with_its_first_token_needs_no_decode(start_sce
     [
         ("role", worker_pb2.ROLE_PREFILL, "is a prefill worker"),
         ("model", "another", "serves model 'another'"),
-        ("geometry_digest", "other", "KV geometry"),
         ("protocol_version", PROTOCOL_VERSION + 1, "protocol"),
     ],
-    ids=["role", "model", "geometry", "future"],
+    ids=["role", "model", "future"],
 )
 async def test_a_worker_that_does_not_fit_is_refused_with_the_reason(
     start_scene: StartScene, field: str, value: object, reason: str

@@ -13,7 +13,7 @@ import yaml
 from splitserve.client import AsyncClient, PermissionDenied, RetryPolicy, Unauthenticated
 from splitserve.core.api_key import ANYBODY, ApiKey, Scope
 from splitserve.core.errors import ConfigError
-from splitserve.core.metrics import RouterMetrics, new_registry
+from splitserve.core.metrics import LinkMetrics
 from splitserve.router.key_file import KeyFile, add_key, key_digest, read_keys
 from splitserve.router.keys import ApiKeys
 from splitserve.router.server import Router, RouterOptions
@@ -56,7 +56,7 @@ async def router(tiny: Path, keys: Keys) -> AsyncIterator[Router]:
 
 
 def refused(router: Router, reason: str) -> float:
-    return router.metrics.refused.labels(reason)._value.get()
+    return router.metrics.links.refused.labels(reason)._value.get()
 
 
 async def test_a_known_key_opens_both_edges(router: Router, keys: Keys) -> None:
@@ -141,7 +141,7 @@ async def test_the_environment_s_key_is_taken(router: Router, keys: Keys, monkey
 @pytest.mark.parametrize("header", [None, "", "first-key", "Basic first-key", "Bearer", "Bearer "])
 def test_a_header_of_another_form_is_refused(header: str | None) -> None:
     known = {key_digest("first-key"): ANYBODY}
-    keys = ApiKeys(lambda: known, RouterMetrics(new_registry()))
+    keys = ApiKeys(lambda: known, LinkMetrics())
     assert keys.check("bearer first-key", Scope.ADMIN) is ANYBODY
     with pytest.raises(Unauthenticated):
         keys.check(header, Scope.INFERENCE)

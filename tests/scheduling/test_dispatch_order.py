@@ -32,6 +32,10 @@ class Cluster:
         wanted = job[0] if job[0] in names else names[0] if names and job[0] in self.full else None
         return Placement(prefill=wanted, decode="d") if wanted else None
 
+    @property
+    def num_queued(self) -> int:
+        return len(self.queue)
+
     def in_order(self) -> Iterator[str]:
         return iter(self.queue)
 

@@ -66,6 +66,7 @@ class Pair:
     prefill_end: End
     decode_end: End
     prefill_info: worker_pb2.WorkerInfo
+    prefill_metrics: str  # host:port
 
     def usages(self) -> tuple[Usage, Usage]:
         return self.prefill.worker.host.engine.usage(), self.decode.worker.host.engine.usage()
@@ -171,9 +172,9 @@ async def open_pair(model_dir: Path) -> AsyncIterator[OpenPair]:
             other = replace(other, **decode_engine or {})
             decode = DecodeServer(WorkerOptions(engine=other, role="decode", **changes))
             stack.push_async_callback(decode.worker.stop)
-            prefill_end, prefill_info = await session(stack, prefill)
-            decode_end, _ = await session(stack, decode)
-            return Pair(prefill, decode, prefill_end, decode_end, prefill_info)
+            prefill_end, prefill_info, metrics = await session(stack, prefill)
+            decode_end, *_ = await session(stack, decode)
+            return Pair(prefill, decode, prefill_end, decode_end, prefill_info, metrics)
 
         yield open_
 
@@ -183,11 +184,13 @@ async def pair(open_pair: OpenPair) -> Pair:
     return await open_pair()
 
 
-async def session(stack: AsyncExitStack, server: PrefillServer | DecodeServer) -> tuple[End, worker_pb2.WorkerInfo]:
-    await server.worker.host.start()
+async def session(
+    stack: AsyncExitStack, server: PrefillServer | DecodeServer
+) -> tuple[End, worker_pb2.WorkerInfo, str]:
+    ready = await server.worker.host.start()
     end = await connect(stack, server)
     await end.send(hello=worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_id="test"))
-    return end, await end.next("hello")
+    return end, await end.next("hello"), ready.metrics_address
 
 
 async def connect(stack: AsyncExitStack, server: PrefillServer | DecodeServer) -> End:

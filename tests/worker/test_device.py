@@ -55,7 +55,7 @@ async def test_uncorrectable_errors_take_a_worker_out_of_service(stack: AsyncExi
     stack.push_async_callback(server.worker.stop)
     host = server.worker.host
     devices = host.devices = ScriptedDevices()
-    end, _ = await session(stack, server)
+    end, *_ = await session(stack, server)
     health = health_pb2_grpc.HealthStub(end.channel)
     watch = health.Watch(health_pb2.HealthCheckRequest(service="splitserve.v1.PrefillWorker"))
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
