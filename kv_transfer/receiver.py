@@ -23,6 +23,7 @@ from ..core.request import Request
 from ..proto import kv_transfer_pb2 as pb
 from ..proto.rpc import from_rpc_error
 from ..proto.tls import Tls
+from .capability import Granter
 from .channel import Lane
 from .codec_choice import LinkSpeed, is_codec_worth_it
 from .codecs import CodecName, WireFormat, narrower
@@ -95,6 +96,7 @@ class KvReceiver:
         self._lease_s = lease_s
         self._silence_s = silence_s
         self._stall_s = stall_s
+        self._granter = Granter()
         self._geometry_digest = self._layout.geometry.digest()
         self._peers = Peers(pool, self._bytes, self._layout, rank, identity, transports, tls)
         self._epochs: defaultdict[str, int] = defaultdict(lambda: 1)  # per address, raised after every failure
@@ -128,7 +130,7 @@ class KvReceiver:
 
     def make_grant(self, request: Request, source: KvSource, wire: WireFormat, num_cached_tokens: int) -> Grant:
         """Promise blocks, which the caller has reserved, for one attempt."""
-        return Grant(
+        grant = Grant(
             grant_id=secrets.token_hex(16),
             request_id=request.request_id,
             attempt=request.attempt,
@@ -146,6 +148,7 @@ class KvReceiver:
             decode_ranks=self._layout.num_ranks,
             decode_rank=self._rank,
         )
+        return self._granter.seal(grant)
 
     async def receive(
         self,
@@ -177,7 +180,8 @@ class KvReceiver:
         try:
             async with self._peers.use(kv_address, grant.prefill_boot_id) as peer:
                 await peer.commit(
-                    pb.CommitRequest(grant=grant.to_proto(), digest=received.digest), timeout=COMMIT_TIMEOUT_S
+                    pb.CommitRequest(grant=grant.to_peer(), digest=received.digest, proof=self._granter.proof(grant)),
+                    timeout=COMMIT_TIMEOUT_S,
                 )
         except (grpc.aio.AioRpcError, SplitserveError) as error:
             logger.warning("commit of %s was not taken: %s", grant, error)
@@ -209,7 +213,13 @@ class KvReceiver:
         lane = peer.lane if transport == peer.transport else None
         incoming = Incoming(grant, self._layout.geometry, due, wire, token_ids)
         wire_bytes = WireBytes(self._bytes, self._pool.geometry, wire)
-        call = peer.fetch(pb.FetchRequest(grant=grant.to_proto(), transport=transport, link_epoch=peer.link_epoch))
+        request = pb.FetchRequest(
+            grant=grant.to_peer(),
+            transport=transport,
+            link_epoch=peer.link_epoch,
+            proof=self._granter.proof(grant),
+        )
+        call = peer.fetch(request)
         try:
             while True:
                 frame = await self._next_frame(call, grant, self._silence_s if started_s is None else self._stall_s)
@@ -241,6 +251,7 @@ class KvReceiver:
                 late.append(await _done(copying))
             checksums = late if transport == pb.TRANSPORT_CUDA_IPC else ()
             end = incoming.accept_end(header, memoryview(frame)[HEADER_BYTES:], checksums)
+            self._check_source(grant, end)
         except (SplitserveError, asyncio.CancelledError) as error:
             # A turn of ours may never be taken. Cancelled before anything came, a transfer leaves the lane to others;
             # if the sender saw it otherwise, its answer to the next one is StaleMessage.
@@ -344,6 +355,14 @@ class KvReceiver:
         self._epochs[kv_address] += 1
         if self._metrics is not None:
             self._metrics.transfer_failures.inc()
+
+    def _check_source(self, grant: Grant, end: pb.TransferEnd) -> None:
+        try:
+            self._granter.check_end(grant, end)
+        except KvCorrupted:
+            if self._metrics is not None:
+                self._metrics.links.refused.labels("capability").inc()
+            raise
 
     def _count_stale(self) -> None:
         if self._metrics is not None:
