@@ -94,6 +94,10 @@ def main(
     policy: Annotated[
         list[str] | None, typer.Option(help="Policies to compare with round robin.", show_default="all")
     ] = None,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(min=0.01, help="Requests/s.", show_default="0.8, 1 and 1.2 of that at which round robin attains"),
+    ] = None,
     attainment: Annotated[float, typer.Option(help="Share that round robin answers in time at rate 1.")] = 0.7,
     num_requests: Annotated[int | None, typer.Option(min=100, help="Of each trace.", show_default="all")] = None,
     seed: Annotated[int, typer.Option(help="Of the policies' chance, and of generated traffic.")] = 0,
@@ -109,12 +113,15 @@ def main(
         requests, source = _requests(name, spec, num_requests, seed)
         cluster = _cluster(spec, requests)
         with console.status("") as status:
-            base = _rate_of(cluster, requests, spec.slo, attainment, seed, status.update)
+            rates = rate
+            if not rates:
+                base = _rate_of(cluster, requests, spec.slo, attainment, seed, status.update)
+                rates = [base * share for share in _RATES]
             rows = []
-            for share in _RATES:
+            for each in rates:
                 for which in policies:
-                    status.update(f"{name}: {which} at {base * share:.1f} requests/s")
-                    rows.append(_row(which, base * share, cluster, requests, spec.slo, seed))
+                    status.update(f"{name}: {which} at {each:.1f} requests/s")
+                    rows.append(_row(which, each, cluster, requests, spec.slo, seed))
         _print(console, rows, spec, source, len(requests))
         figures.append({"traffic": name, "source": source, "rows": [row.figures() for row in rows]})
     if json_file is not None:

@@ -46,6 +46,9 @@ def main(
     minutes: Annotated[float, typer.Option(min=0.1, help="Simulated time.")] = 10.0,
     startup: Annotated[float, typer.Option(min=0, help="Seconds that a new worker takes to serve.")] = 30.0,
     switch: Annotated[float, typer.Option(min=0, help="Seconds of a role switch, after its drain.")] = 2.0,
+    shrink_after: Annotated[
+        float, typer.Option(min=0, help="Seconds that a pool must need less before it shrinks, for all that scale.")
+    ] = 120.0,
     only: Annotated[str, typer.Option(help="Only cases whose name holds this.")] = "",
     seed: Annotated[int, typer.Option(help="Of where each tenant begins in the trace.")] = 0,
     plot_dir: Annotated[Path | None, typer.Option(help="Write a PNG of each traffic here.")] = None,
@@ -61,7 +64,7 @@ def main(
     report: list[dict[str, Any]] = []
     for one in trace or list(Traffic):
         found = scenario(one.value, max_gpus=gpus, duration_s=minutes * 60, seed=seed)
-        chosen = [case for case in cases(found, times) if only in case.name]
+        chosen = [case for case in cases(found, times, shrink_after) if only in case.name]
         outcomes = _run_all(found, chosen, times, seed)
         _print(found, outcomes)
         report.append(_figures(found, outcomes))

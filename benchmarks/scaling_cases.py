@@ -130,9 +130,9 @@ def scenario(name: str, *, max_gpus: int, duration_s: float, seed: int) -> Scena
     )
 
 
-def cases(found: Scenario, times: ScalingTimes) -> list[Case]:
+def cases(found: Scenario, times: ScalingTimes, shrink_after_s: float = 120.0) -> list[Case]:
     """Static splits, naive autoscalers, and splitserve's policy; those that scale all begin alike."""
-    half, start = found.max_gpus // 2, found.planned["start"]
+    half, start, most = found.max_gpus // 2, found.planned["start"], found.max_gpus - 1
     static = [
         Case(
             name=f"static, planned for the {what}",
@@ -146,14 +146,14 @@ def cases(found: Scenario, times: ScalingTimes) -> list[Case]:
         Case(name="static, all GPUs, half and half", prefill=half, decode=found.max_gpus - half, scaling=None)
     )
     scaled: dict[str, ScalingPolicy] = {
-        "by GPU utilisation": UtilisationScaling("busy", max_workers=found.max_gpus - 1),
-        "by utilisation and KV": UtilisationScaling("kv", max_workers=found.max_gpus - 1),
-        "splitserve": slo_scaling(found, times),
+        "by GPU utilisation": UtilisationScaling("busy", max_workers=most, down_after_s=shrink_after_s),
+        "by utilisation and KV": UtilisationScaling("kv", max_workers=most, down_after_s=shrink_after_s),
+        "splitserve": slo_scaling(found, times, shrink_after_s),
     }
     return static + [Case(name=name, prefill=start[0], decode=start[1], scaling=one) for name, one in scaled.items()]
 
 
-def slo_scaling(found: Scenario, times: ScalingTimes) -> SloScaling:
+def slo_scaling(found: Scenario, times: ScalingTimes, shrink_after_s: float) -> SloScaling:
     worker = found.cluster(1, 1).decode.worker
     bounds = PoolBounds(min_workers=1, max_workers=found.max_gpus - 1)
     config = ScalingConfig(
@@ -167,6 +167,9 @@ def slo_scaling(found: Scenario, times: ScalingTimes) -> SloScaling:
         ),
         max_gpus=found.max_gpus,
         startup_s=times.startup_s,
+        down_after_s=shrink_after_s,
+        switch_after_s=min(60.0, shrink_after_s),
+        down_cooldown_s=min(30.0, shrink_after_s / 4),
     )
     return SloScaling(config, worker.latency)
 

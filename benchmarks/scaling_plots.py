@@ -48,6 +48,6 @@ def plot(found: Scenario, outcomes: Sequence[tuple[str, ScalingOutcome]], path: 
     axes[1][0].set_ylabel("ready workers")
     axes[0][0].legend(fontsize=7)
     axes[1][0].legend(fontsize=7)
-    figure.suptitle(f"{found.name}: {found.source}, at most {found.max_gpus} GPUs", fontsize=10)
+    figure.suptitle(f"{found.name}, at most {found.max_gpus} GPUs", fontsize=10)
     figure.savefig(path, dpi=80)
     pyplot.close(figure)

@@ -33,6 +33,10 @@ from .report import write_json
 
 WARM_UP = 0.4  # of the requests: allocators, caches and bounded tables fill up
 NUM_SAMPLES = 60
+# Few shapes of steps: PyTorch's CPU library keeps up to 1,024 compiled ones for good, half a MiB each, and with prompts
+# of any length it takes 15,000 requests to fill up. What leaks grows with any prompt.
+PROMPT_TOKENS = (16, 32, 48)
+STEP_TOKENS = 64
 KIB_PER_1000 = 256.0  # resident memory may grow by this much with each 1,000 requests
 FDS_PER_1000 = 0.5
 _SETTLE_S = 60.0
@@ -78,7 +82,8 @@ async def _main(num_requests: int, aborts: float, concurrency: int, seed: int, j
     console = Console()
     with tempfile.TemporaryDirectory() as directory:
         model = make_tiny_model("llama", Path(directory) / "model")
-        config = load_config(None, {"model": str(model), "engine.num_kv_blocks": 512, "engine.self_check": False})
+        sizes = {"engine.num_kv_blocks": 512, "engine.max_step_tokens": STEP_TOKENS, "engine.self_check": False}
+        config = load_config(None, {"model": str(model), **sizes})
         async with process_cluster(config, Path(directory) / "logs") as cluster:
             began_s = time.monotonic()
             growth = await _load(cluster, num_requests, aborts, concurrency, seed, console)
@@ -120,7 +125,7 @@ async def _load(
 
             async def send() -> None:
                 for number in numbers:
-                    prompt = [rng.randrange(256) for _ in range(rng.randrange(4, 40))]
+                    prompt = [rng.randrange(256) for _ in range(rng.choice(PROMPT_TOKENS))]
                     leave_after = rng.randrange(3) if rng.random() < aborts else None
                     await _one(client, prompt, leave_after)
                     progress.advance(bar)

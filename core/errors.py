@@ -57,6 +57,12 @@ class PermissionDenied(SplitserveError):
     code, grpc_code, http_status = "permission_denied", "PERMISSION_DENIED", 403
 
 
+class CapabilityRefused(PermissionDenied):
+    """The caller was not granted what it asks for, whoever it is."""
+
+    code = "capability_refused"
+
+
 class ModelNotFound(SplitserveError):
     """No worker serves the model that was asked for."""
 

@@ -67,6 +67,7 @@ class DecodeWorker:
             codec=options.kv_codec,
             metrics=self.host.metrics,
             layout=self.host.layout,
+            granter=self.host.granter,
             tls=options.tls,
         )
         self._ranks = ReceiverGroup(self.receiver, self.host.layout, self.host.rank_links)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from ..core.kv_geometry import KvDtype
 from ..proto import kv_transfer_pb2
@@ -40,6 +40,8 @@ class Grant:
     prefill_rank: int = 0
     decode_ranks: int = 1
     decode_rank: int = 0
+    proof_sha256: bytes = b""  # capability.py
+    source_key: bytes = field(default=b"", compare=False, repr=False)  # for the prefill worker alone
 
     @property
     def wire(self) -> WireFormat:
@@ -47,6 +49,10 @@ class Grant:
 
     def to_proto(self) -> kv_transfer_pb2.Grant:
         return kv_transfer_pb2.Grant(**{name: getattr(self, name) for name in self.__slots__})
+
+    def to_peer(self) -> kv_transfer_pb2.Grant:
+        """As a decode worker shows it: whoever answers at the address may not be who was given the key."""
+        return replace(self, source_key=b"").to_proto()
 
     @classmethod
     def from_proto(cls, message: kv_transfer_pb2.Grant) -> Grant:

@@ -23,6 +23,7 @@ from ..core.request import Request
 from ..proto import kv_transfer_pb2 as pb
 from ..proto.rpc import from_rpc_error
 from ..proto.tls import Tls
+from .capability import Granter
 from .channel import Lane
 from .codec_choice import LinkSpeed, is_codec_worth_it
 from .codecs import CodecName, WireFormat, narrower
@@ -68,6 +69,7 @@ class KvReceiver:
         transports: what may be used, best first.
         codec: how KV is coded where its bytes travel; "auto" decides by a link's measured speed.
         layout, rank: how the worker's ranks hold the model's KV, and which of them this pool is; one rank holds all.
+        granter: of all ranks of a worker; None: this one is alone.
         lease_s: how long the sender shall keep KV without a sign of life.
         silence_s: a stream that says nothing for this long is given up.
         stall_s: the same, once the first KV has come.
@@ -84,6 +86,7 @@ class KvReceiver:
         metrics: WorkerMetrics | None = None,
         layout: KvLayout | None = None,
         rank: int = 0,
+        granter: Granter | None = None,
         lease_s: float = 30.0,
         silence_s: float = 10.0,
         stall_s: float = 5.0,
@@ -99,6 +102,7 @@ class KvReceiver:
         self._lease_s = lease_s
         self._silence_s = silence_s
         self._stall_s = stall_s
+        self._granter = granter or Granter.new()
         self._geometry_digest = self._layout.geometry.digest()
         self._peers = Peers(pool, self._bytes, self._layout, rank, identity, transports, tls)
         self._epochs: defaultdict[str, int] = defaultdict(lambda: 1)  # per address, raised after every failure
@@ -139,7 +143,7 @@ class KvReceiver:
         decode_rank: int | None = None,
     ) -> Grant:
         """Promise blocks, which the caller has reserved, for one attempt; of another rank if `decode_rank` says so."""
-        return Grant(
+        grant = Grant(
             grant_id=secrets.token_hex(16),
             request_id=request.request_id,
             attempt=request.attempt,
@@ -157,6 +161,7 @@ class KvReceiver:
             decode_ranks=self._layout.num_ranks,
             decode_rank=self._rank if decode_rank is None else decode_rank,
         )
+        return self._granter.seal(grant)
 
     async def receive(
         self,
@@ -192,7 +197,8 @@ class KvReceiver:
         try:
             async with self._peers.use(kv_address, grant.prefill_boot_id) as peer:
                 await peer.commit(
-                    pb.CommitRequest(grant=grant.to_proto(), digest=received.digest), timeout=COMMIT_TIMEOUT_S
+                    pb.CommitRequest(grant=grant.to_peer(), digest=received.digest, proof=self._granter.proof(grant)),
+                    timeout=COMMIT_TIMEOUT_S,
                 )
         except (grpc.aio.AioRpcError, SplitserveError) as error:
             logger.warning("commit of %s was not taken: %s", grant, error)
@@ -224,7 +230,13 @@ class KvReceiver:
         lane = peer.lane if transport == peer.transport else None
         incoming = Incoming(grant, self._layout.geometry, due, wire, token_ids)
         wire_bytes = WireBytes(self._bytes, self._pool.geometry, wire)
-        call = peer.fetch(pb.FetchRequest(grant=grant.to_proto(), transport=transport, link_epoch=peer.link_epoch))
+        request = pb.FetchRequest(
+            grant=grant.to_peer(),
+            transport=transport,
+            link_epoch=peer.link_epoch,
+            proof=self._granter.proof(grant),
+        )
+        call = peer.fetch(request)
         try:
             while True:
                 frame = await self._next_frame(call, grant, self._silence_s if started_s is None else self._stall_s)
@@ -256,6 +268,7 @@ class KvReceiver:
                 late.append(await _done(copying))
             checksums = late if transport == pb.TRANSPORT_CUDA_IPC else ()
             end = incoming.accept_end(header, memoryview(frame)[HEADER_BYTES:], checksums)
+            self._check_source(grant, end)
         except (SplitserveError, asyncio.CancelledError) as error:
             # A turn of ours may never be taken. Cancelled before anything came, a transfer leaves the lane to others;
             # if the sender saw it otherwise, its answer to the next one is StaleMessage.
@@ -362,6 +375,14 @@ class KvReceiver:
         self._epochs[kv_address] += 1
         if self._metrics is not None:
             self._metrics.transfer_failures.inc()
+
+    def _check_source(self, grant: Grant, end: pb.TransferEnd) -> None:
+        try:
+            self._granter.check_end(grant, end)
+        except KvCorrupted:
+            if self._metrics is not None:
+                self._metrics.links.refused.labels("capability").inc()
+            raise
 
     def _count_stale(self) -> None:
         if self._metrics is not None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import (
+    CapabilityRefused,
     Draining,
     GeometryMismatch,
     KvCorrupted,
@@ -29,11 +30,13 @@ from ..core.errors import (
     StaleMessage,
     TransferFailed,
 )
+from ..core.kv_geometry import DTYPE_BYTES
 from ..core.metrics import WorkerMetrics
 from ..proto import kv_transfer_pb2 as pb
 from ..proto.convert import check_protocol
 from ..proto.mount import ServiceMount
 from ..proto.rpc import abort
+from .capability import check_proof, sign_end
 from .channel import Lane
 from .codecs import CODEC_NAMES, GROUP_TOKENS, WireFormat, narrower
 from .frames import HEADER_BYTES, SERVICE, FrameHeader, FrameKind, KvPart, RunningDigest, checksum, new_frame
@@ -201,7 +204,8 @@ class KvSender:
                 "pair workers of one model"
             )
         dtype = self._pool.geometry.dtype
-        if grant.codec not in CODEC_NAMES or narrower(dtype, grant.wire_dtype) != grant.wire_dtype:
+        known = grant.codec in CODEC_NAMES and grant.wire_dtype in DTYPE_BYTES
+        if not known or narrower(dtype, grant.wire_dtype) != grant.wire_dtype:
             raise GeometryMismatch(
                 f"{grant} asks for codec {grant.codec} and KV in {grant.wire_dtype}; this worker has {dtype} and the "
                 f"codecs {', '.join(CODEC_NAMES)}"
@@ -347,6 +351,7 @@ class KvSender:
             if framing.in_lane:  # first: without one the receiver connects anew and asks again
                 lane = self._lanes.find(grant.decode_boot_id, grant.decode_rank, request.link_epoch)
             out = await self._find(grant, context.write)
+            self._check_proof(out.grant, request.proof)
             out.stream, out.digest = stream, None  # the newest Fetch wins
             out.changed.set()
             if out.lease is not None:
@@ -377,6 +382,7 @@ class KvSender:
         try:
             out = self._live(grant)
             if out is not None:
+                self._check_proof(out.grant, request.proof)
                 if out.digest is None:
                     raise self._stale(f"{grant} was committed before it was sent")
                 if out.digest != request.digest:
@@ -523,6 +529,7 @@ class KvSender:
             write_s=write_s,
             prefill_s=out.prefill_ended_s - (out.prefill_began_s or out.prefill_ended_s),
         )
+        sign_end(out.grant, end)
         await write(self._control(out.grant, FrameKind.END, sequence, end.SerializeToString()))
         if self._metrics is not None:
             self._metrics.transfer_bytes.inc(num_bytes)
@@ -644,6 +651,15 @@ class KvSender:
         if not out.released:
             out.released = True
             self._release(out.grant.request_id)
+
+    def _check_proof(self, grant: Grant, proof: bytes) -> None:
+        """Raises: CapabilityRefused."""
+        try:
+            check_proof(grant, proof)
+        except CapabilityRefused:
+            if self._metrics is not None:
+                self._metrics.links.refused.labels("capability").inc()
+            raise
 
     def _stale(self, message: str) -> StaleMessage:
         if self._metrics is not None:

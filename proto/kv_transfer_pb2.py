@@ -24,39 +24,39 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"splitserve/proto/kv_transfer.proto\x12\rsplitserve.v1\"\xf8\x02\n\x05Grant\x12\x10\n\x08grant_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\r\x12\x16\n\x0e\x64\x65\x63ode_boot_id\x18\x05 \x01(\t\x12\x17\n\x0fprefill_boot_id\x18\x06 \x01(\t\x12\x17\n\x0fgeometry_digest\x18\x07 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\x08 \x01(\r\x12\x12\n\nnum_tokens\x18\t \x01(\r\x12\x0f\n\x07lease_s\x18\n \x01(\x01\x12\r\n\x05\x63odec\x18\x0b \x01(\t\x12\x12\n\nwire_dtype\x18\x0c \x01(\t\x12\x15\n\rprefill_ranks\x18\r \x01(\r\x12\x14\n\x0cprefill_rank\x18\x0e \x01(\r\x12\x14\n\x0c\x64\x65\x63ode_ranks\x18\x0f \x01(\r\x12\x13\n\x0b\x64\x65\x63ode_rank\x18\x10 \x01(\r\x12$\n\x06shares\x18( \x03(\x0b\x32\x14.splitserve.v1.Grant\"\x83\x02\n\x0e\x43onnectRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12\x17\n\x0fgeometry_digest\x18\x04 \x01(\t\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x0f\n\x07host_id\x18\x06 \x01(\t\x12,\n\ntransports\x18\x07 \x03(\x0e\x32\x18.splitserve.v1.Transport\x12%\n\x05shape\x18\x08 \x01(\x0b\x32\x16.splitserve.v1.KvShape\x12\x0c\n\x04rank\x18\t \x01(\r\x12\x12\n\nlink_epoch\x18\x14 \x01(\r\"e\n\x07KvShape\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12&\n\x06layers\x18\x03 \x03(\x0b\x32\x16.splitserve.v1.KvLayer\x12\x11\n\tnum_ranks\x18\x04 \x01(\r\"[\n\x07KvLayer\x12\x14\n\x0cnum_kv_heads\x18\x01 \x01(\r\x12\x0f\n\x07key_dim\x18\x02 \x01(\r\x12\x11\n\tvalue_dim\x18\x03 \x01(\r\x12\x16\n\x0esliding_window\x18\x04 \x01(\r\"\xe4\x01\n\x0f\x43onnectResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12+\n\ttransport\x18\x03 \x01(\x0e\x32\x18.splitserve.v1.Transport\x12.\n\x0bshared_pool\x18\x04 \x01(\x0b\x32\x19.splitserve.v1.SharedPool\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12.\n\x0b\x64\x65vice_pool\x18\x06 \x01(\x0b\x32\x19.splitserve.v1.DevicePool\x12\x12\n\ninvitation\x18\x14 \x01(\x0c\"g\n\nDevicePool\x12\x0e\n\x06handle\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x11\n\trow_bytes\x18\x04 \x01(\x04\x12\x12\n\nblock_size\x18\x05 \x01(\r\"`\n\nSharedPool\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x11\n\trow_bytes\x18\x04 \x01(\x04\x12\x12\n\nblock_size\x18\x05 \x01(\r\"t\n\x0c\x46\x65tchRequest\x12#\n\x05grant\x18\x01 \x01(\x0b\x32\x14.splitserve.v1.Grant\x12+\n\ttransport\x18\x02 \x01(\x0e\x32\x18.splitserve.v1.Transport\x12\x12\n\nlink_epoch\x18\x14 \x01(\r\"\x0f\n\rFetchResponse\"\xc2\x01\n\x0bTransferEnd\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\r\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\x12\x12\n\nnum_frames\x18\x03 \x01(\r\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x0c\x12\x1b\n\x13since_prefill_end_s\x18\x06 \x01(\x01\x12\x11\n\tchecksums\x18\x07 \x03(\x06\x12\x0f\n\x07write_s\x18\x14 \x01(\x01\x12\x11\n\tprefill_s\x18\x15 \x01(\x01\"D\n\rCommitRequest\x12#\n\x05grant\x18\x01 \x01(\x0b\x32\x14.splitserve.v1.Grant\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"\x10\n\x0e\x43ommitResponse*\x83\x01\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x12\n\x0eTRANSPORT_GRPC\x10\x01\x12\x1b\n\x17TRANSPORT_SHARED_MEMORY\x10\x02\x12\x12\n\x0eTRANSPORT_GLOO\x10\x05\x12\x16\n\x12TRANSPORT_CUDA_IPC\x10\x03\x32\xe3\x01\n\nKvTransfer\x12H\n\x07\x43onnect\x12\x1d.splitserve.v1.ConnectRequest\x1a\x1e.splitserve.v1.ConnectResponse\x12\x44\n\x05\x46\x65tch\x12\x1b.splitserve.v1.FetchRequest\x1a\x1c.splitserve.v1.FetchResponse0\x01\x12\x45\n\x06\x43ommit\x12\x1c.splitserve.v1.CommitRequest\x1a\x1d.splitserve.v1.CommitResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"splitserve/proto/kv_transfer.proto\x12\rsplitserve.v1\"\xa2\x03\n\x05Grant\x12\x10\n\x08grant_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\r\x12\x16\n\x0e\x64\x65\x63ode_boot_id\x18\x05 \x01(\t\x12\x17\n\x0fprefill_boot_id\x18\x06 \x01(\t\x12\x17\n\x0fgeometry_digest\x18\x07 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\x08 \x01(\r\x12\x12\n\nnum_tokens\x18\t \x01(\r\x12\x0f\n\x07lease_s\x18\n \x01(\x01\x12\r\n\x05\x63odec\x18\x0b \x01(\t\x12\x12\n\nwire_dtype\x18\x0c \x01(\t\x12\x15\n\rprefill_ranks\x18\r \x01(\r\x12\x14\n\x0cprefill_rank\x18\x0e \x01(\r\x12\x14\n\x0c\x64\x65\x63ode_ranks\x18\x0f \x01(\r\x12\x13\n\x0b\x64\x65\x63ode_rank\x18\x10 \x01(\r\x12\x14\n\x0cproof_sha256\x18\x1e \x01(\x0c\x12\x12\n\nsource_key\x18\x1f \x01(\x0c\x12$\n\x06shares\x18( \x03(\x0b\x32\x14.splitserve.v1.Grant\"\x83\x02\n\x0e\x43onnectRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12\x17\n\x0fgeometry_digest\x18\x04 \x01(\t\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x0f\n\x07host_id\x18\x06 \x01(\t\x12,\n\ntransports\x18\x07 \x03(\x0e\x32\x18.splitserve.v1.Transport\x12%\n\x05shape\x18\x08 \x01(\x0b\x32\x16.splitserve.v1.KvShape\x12\x0c\n\x04rank\x18\t \x01(\r\x12\x12\n\nlink_epoch\x18\x14 \x01(\r\"e\n\x07KvShape\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12&\n\x06layers\x18\x03 \x03(\x0b\x32\x16.splitserve.v1.KvLayer\x12\x11\n\tnum_ranks\x18\x04 \x01(\r\"[\n\x07KvLayer\x12\x14\n\x0cnum_kv_heads\x18\x01 \x01(\r\x12\x0f\n\x07key_dim\x18\x02 \x01(\r\x12\x11\n\tvalue_dim\x18\x03 \x01(\r\x12\x16\n\x0esliding_window\x18\x04 \x01(\r\"\xe4\x01\n\x0f\x43onnectResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12+\n\ttransport\x18\x03 \x01(\x0e\x32\x18.splitserve.v1.Transport\x12.\n\x0bshared_pool\x18\x04 \x01(\x0b\x32\x19.splitserve.v1.SharedPool\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12.\n\x0b\x64\x65vice_pool\x18\x06 \x01(\x0b\x32\x19.splitserve.v1.DevicePool\x12\x12\n\ninvitation\x18\x14 \x01(\x0c\"g\n\nDevicePool\x12\x0e\n\x06handle\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x11\n\trow_bytes\x18\x04 \x01(\x04\x12\x12\n\nblock_size\x18\x05 \x01(\r\"`\n\nSharedPool\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x11\n\trow_bytes\x18\x04 \x01(\x04\x12\x12\n\nblock_size\x18\x05 \x01(\r\"\x83\x01\n\x0c\x46\x65tchRequest\x12#\n\x05grant\x18\x01 \x01(\x0b\x32\x14.splitserve.v1.Grant\x12+\n\ttransport\x18\x02 \x01(\x0e\x32\x18.splitserve.v1.Transport\x12\x12\n\nlink_epoch\x18\x14 \x01(\r\x12\r\n\x05proof\x18\x1e \x01(\x0c\"\x0f\n\rFetchResponse\"\xd5\x01\n\x0bTransferEnd\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\r\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\x12\x12\n\nnum_frames\x18\x03 \x01(\r\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x0c\x12\x1b\n\x13since_prefill_end_s\x18\x06 \x01(\x01\x12\x11\n\tchecksums\x18\x07 \x03(\x06\x12\x0f\n\x07write_s\x18\x14 \x01(\x01\x12\x11\n\tprefill_s\x18\x15 \x01(\x01\x12\x11\n\tsignature\x18\x1e \x01(\x0c\"S\n\rCommitRequest\x12#\n\x05grant\x18\x01 \x01(\x0b\x32\x14.splitserve.v1.Grant\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\r\n\x05proof\x18\x1e \x01(\x0c\"\x10\n\x0e\x43ommitResponse*\x83\x01\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x12\n\x0eTRANSPORT_GRPC\x10\x01\x12\x1b\n\x17TRANSPORT_SHARED_MEMORY\x10\x02\x12\x12\n\x0eTRANSPORT_GLOO\x10\x05\x12\x16\n\x12TRANSPORT_CUDA_IPC\x10\x03\x32\xe3\x01\n\nKvTransfer\x12H\n\x07\x43onnect\x12\x1d.splitserve.v1.ConnectRequest\x1a\x1e.splitserve.v1.ConnectResponse\x12\x44\n\x05\x46\x65tch\x12\x1b.splitserve.v1.FetchRequest\x1a\x1c.splitserve.v1.FetchResponse0\x01\x12\x45\n\x06\x43ommit\x12\x1c.splitserve.v1.CommitRequest\x1a\x1d.splitserve.v1.CommitResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'splitserve.proto.kv_transfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSPORT']._serialized_start=1745
-  _globals['_TRANSPORT']._serialized_end=1876
+  _globals['_TRANSPORT']._serialized_start=1837
+  _globals['_TRANSPORT']._serialized_end=1968
   _globals['_GRANT']._serialized_start=54
-  _globals['_GRANT']._serialized_end=430
-  _globals['_CONNECTREQUEST']._serialized_start=433
-  _globals['_CONNECTREQUEST']._serialized_end=692
-  _globals['_KVSHAPE']._serialized_start=694
-  _globals['_KVSHAPE']._serialized_end=795
-  _globals['_KVLAYER']._serialized_start=797
-  _globals['_KVLAYER']._serialized_end=888
-  _globals['_CONNECTRESPONSE']._serialized_start=891
-  _globals['_CONNECTRESPONSE']._serialized_end=1119
-  _globals['_DEVICEPOOL']._serialized_start=1121
-  _globals['_DEVICEPOOL']._serialized_end=1224
-  _globals['_SHAREDPOOL']._serialized_start=1226
-  _globals['_SHAREDPOOL']._serialized_end=1322
-  _globals['_FETCHREQUEST']._serialized_start=1324
-  _globals['_FETCHREQUEST']._serialized_end=1440
-  _globals['_FETCHRESPONSE']._serialized_start=1442
-  _globals['_FETCHRESPONSE']._serialized_end=1457
-  _globals['_TRANSFEREND']._serialized_start=1460
-  _globals['_TRANSFEREND']._serialized_end=1654
-  _globals['_COMMITREQUEST']._serialized_start=1656
-  _globals['_COMMITREQUEST']._serialized_end=1724
-  _globals['_COMMITRESPONSE']._serialized_start=1726
-  _globals['_COMMITRESPONSE']._serialized_end=1742
-  _globals['_KVTRANSFER']._serialized_start=1879
-  _globals['_KVTRANSFER']._serialized_end=2106
+  _globals['_GRANT']._serialized_end=472
+  _globals['_CONNECTREQUEST']._serialized_start=475
+  _globals['_CONNECTREQUEST']._serialized_end=734
+  _globals['_KVSHAPE']._serialized_start=736
+  _globals['_KVSHAPE']._serialized_end=837
+  _globals['_KVLAYER']._serialized_start=839
+  _globals['_KVLAYER']._serialized_end=930
+  _globals['_CONNECTRESPONSE']._serialized_start=933
+  _globals['_CONNECTRESPONSE']._serialized_end=1161
+  _globals['_DEVICEPOOL']._serialized_start=1163
+  _globals['_DEVICEPOOL']._serialized_end=1266
+  _globals['_SHAREDPOOL']._serialized_start=1268
+  _globals['_SHAREDPOOL']._serialized_end=1364
+  _globals['_FETCHREQUEST']._serialized_start=1367
+  _globals['_FETCHREQUEST']._serialized_end=1498
+  _globals['_FETCHRESPONSE']._serialized_start=1500
+  _globals['_FETCHRESPONSE']._serialized_end=1515
+  _globals['_TRANSFEREND']._serialized_start=1518
+  _globals['_TRANSFEREND']._serialized_end=1731
+  _globals['_COMMITREQUEST']._serialized_start=1733
+  _globals['_COMMITREQUEST']._serialized_end=1816
+  _globals['_COMMITRESPONSE']._serialized_start=1818
+  _globals['_COMMITRESPONSE']._serialized_end=1834
+  _globals['_KVTRANSFER']._serialized_start=1971
+  _globals['_KVTRANSFER']._serialized_end=2198
 # @@protoc_insertion_point(module_scope)

@@ -77,6 +77,8 @@ class Grant(_message.Message):
     PREFILL_RANK_FIELD_NUMBER: _builtins.int
     DECODE_RANKS_FIELD_NUMBER: _builtins.int
     DECODE_RANK_FIELD_NUMBER: _builtins.int
+    PROOF_SHA256_FIELD_NUMBER: _builtins.int
+    SOURCE_KEY_FIELD_NUMBER: _builtins.int
     SHARES_FIELD_NUMBER: _builtins.int
     grant_id: _builtins.str
     """16 random bytes in hex."""
@@ -110,6 +112,10 @@ class Grant(_message.Message):
     """Tensor-parallel ranks of the decode worker."""
     decode_rank: _builtins.int
     """The rank that receives."""
+    proof_sha256: _builtins.bytes
+    """SHA-256 of the proof that Fetch and Commit must show: only the decode worker that made the grant has it."""
+    source_key: _builtins.bytes
+    """Key that the last frame is signed with. Only in grants to routers and prefill workers; a Fetch does not hold it."""
     @_builtins.property
     def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___Grant]:
         """With the first grant of a hand-over, on its way through the router: those of all other pairs of ranks."""
@@ -133,11 +139,13 @@ class Grant(_message.Message):
         prefill_rank: _builtins.int = ...,
         decode_ranks: _builtins.int = ...,
         decode_rank: _builtins.int = ...,
+        proof_sha256: _builtins.bytes = ...,
+        source_key: _builtins.bytes = ...,
         shares: _abc.Iterable[Global___Grant] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "codec", b"codec", "decode_boot_id", b"decode_boot_id", "decode_rank", b"decode_rank", "decode_ranks", b"decode_ranks", "epoch", b"epoch", "geometry_digest", b"geometry_digest", "grant_id", b"grant_id", "lease_s", b"lease_s", "num_cached_tokens", b"num_cached_tokens", "num_tokens", b"num_tokens", "prefill_boot_id", b"prefill_boot_id", "prefill_rank", b"prefill_rank", "prefill_ranks", b"prefill_ranks", "request_id", b"request_id", "shares", b"shares", "wire_dtype", b"wire_dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "codec", b"codec", "decode_boot_id", b"decode_boot_id", "decode_rank", b"decode_rank", "decode_ranks", b"decode_ranks", "epoch", b"epoch", "geometry_digest", b"geometry_digest", "grant_id", b"grant_id", "lease_s", b"lease_s", "num_cached_tokens", b"num_cached_tokens", "num_tokens", b"num_tokens", "prefill_boot_id", b"prefill_boot_id", "prefill_rank", b"prefill_rank", "prefill_ranks", b"prefill_ranks", "proof_sha256", b"proof_sha256", "request_id", b"request_id", "shares", b"shares", "source_key", b"source_key", "wire_dtype", b"wire_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -410,10 +418,13 @@ class FetchRequest(_message.Message):
     GRANT_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     LINK_EPOCH_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
     transport: Global___Transport.ValueType
     """How its KV shall move: one that Connect offered. Unset reads as gRPC."""
     link_epoch: _builtins.int
     """The link_epoch of the channel, for transports that have one."""
+    proof: _builtins.bytes
+    """Proves that the caller made the grant."""
     @_builtins.property
     def grant(self) -> Global___Grant:
         """The grant, as the router also gave it to the prefill worker."""
@@ -424,10 +435,11 @@ class FetchRequest(_message.Message):
         grant: Global___Grant | None = ...,
         transport: Global___Transport.ValueType = ...,
         link_epoch: _builtins.int = ...,
+        proof: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant", "link_epoch", b"link_epoch", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant", "link_epoch", b"link_epoch", "proof", b"proof", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -465,6 +477,7 @@ class TransferEnd(_message.Message):
     CHECKSUMS_FIELD_NUMBER: _builtins.int
     WRITE_S_FIELD_NUMBER: _builtins.int
     PREFILL_S_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
     first_token_id: _builtins.int
     """First sampled token."""
     finished: _builtins.bool
@@ -483,6 +496,8 @@ class TransferEnd(_message.Message):
     """Seconds that the sender's writes took: back-pressure makes them the link's."""
     prefill_s: _builtins.float
     """Seconds from the first KV that prefill wrote to its end."""
+    signature: _builtins.bytes
+    """Proves that the sender was given the grant: HMAC-SHA256 under its source_key."""
     @_builtins.property
     def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """CUDA IPC: checksum of each data frame's blocks, in order; the headers hold none, so that the copy need not wait."""
@@ -499,10 +514,11 @@ class TransferEnd(_message.Message):
         checksums: _abc.Iterable[_builtins.int] | None = ...,
         write_s: _builtins.float = ...,
         prefill_s: _builtins.float = ...,
+        signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "digest", b"digest", "finished", b"finished", "first_token_id", b"first_token_id", "num_bytes", b"num_bytes", "num_frames", b"num_frames", "prefill_s", b"prefill_s", "since_prefill_end_s", b"since_prefill_end_s", "write_s", b"write_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "digest", b"digest", "finished", b"finished", "first_token_id", b"first_token_id", "num_bytes", b"num_bytes", "num_frames", b"num_frames", "prefill_s", b"prefill_s", "signature", b"signature", "since_prefill_end_s", b"since_prefill_end_s", "write_s", b"write_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -516,8 +532,11 @@ class CommitRequest(_message.Message):
 
     GRANT_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
     digest: _builtins.bytes
     """The digest that the receiver computed."""
+    proof: _builtins.bytes
+    """Proves that the caller made the grant."""
     @_builtins.property
     def grant(self) -> Global___Grant:
         """The grant; must match the sender's in every field."""
@@ -527,10 +546,11 @@ class CommitRequest(_message.Message):
         *,
         grant: Global___Grant | None = ...,
         digest: _builtins.bytes = ...,
+        proof: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "grant", b"grant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "grant", b"grant", "proof", b"proof"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

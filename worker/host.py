@@ -23,6 +23,7 @@ from ..engine.engine import Engine, StepOutput
 from ..engine.loading import load_model
 from ..engine.loop import DeviceLoop
 from ..engine.parallel.ranks import start_ranks
+from ..kv_transfer.capability import Granter
 from ..kv_transfer.identity import WorkerIdentity, current_host_id
 from ..kv_transfer.ranges import KvLayout
 from ..proto import worker_pb2, worker_pb2_grpc
@@ -138,6 +139,8 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         links = self._ranks.links if self._ranks is not None and self._moves_kv else []
         self.rank_links = [RankLink(link) for link in links]  # to ranks 1 to N - 1
         self.rank_addresses: list[str] = []  # that their KV is fetched from
+        self._secret = secrets.token_bytes(32)
+        self.granter = Granter(self._secret)
         self.devices: DeviceReader = open_devices(self.model.model.device, options.engine.tensor_parallel)
         self.fault = ""  # why this worker is out of service; what is broken stays broken until somebody restarts it
         self.draining = False
@@ -170,7 +173,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             ready=lambda: self.stuck or self.out_of_service,
             tls=probes_context(self.options.tls),
         )
-        self.rank_addresses = [await link.start(self.layout) for link in self.rank_links]
+        self.rank_addresses = [await link.start(self.layout, self._secret) for link in self.rank_links]
         self._device.start()
         self._pulse.start()
         await self.rpc.start()

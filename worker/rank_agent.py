@@ -20,6 +20,7 @@ from typing import Any
 from ..core.errors import Cancelled, EngineFailed, SplitserveError, from_code
 from ..engine.parallel import follower
 from ..engine.pool import KvPool
+from ..kv_transfer.capability import Granter
 from ..kv_transfer.grants import Grant
 from ..kv_transfer.identity import WorkerIdentity
 from ..kv_transfer.ranges import KvLayout
@@ -83,7 +84,8 @@ class RankAgent:
     async def _serve(self, pool: KvPool) -> None:
         """Until rank 0 is gone, and this process with it."""
         reader, self._writer = await asyncio.open_connection(sock=self._link, limit=LINE_LIMIT)
-        shape = kv_transfer_pb2.KvShape.FromString(bytes.fromhex(json.loads(await reader.readline())["shape"]))
+        told = json.loads(await reader.readline())
+        shape = kv_transfer_pb2.KvShape.FromString(bytes.fromhex(told["shape"]))
         layout, settings = KvLayout.from_proto(shape), self._settings
         identity = WorkerIdentity(worker_id=settings.worker_id, boot_id=settings.boot_id, host_id=settings.host_id)
         server = RpcServer(settings.host, 0, ("splitserve.v1.KvTransfer",), tls=settings.tls)
@@ -104,7 +106,13 @@ class RankAgent:
 
         self._sender = RankSender(make_sender, release=self._released, report=self._failed)
         self._receiver = KvReceiver(
-            pool, identity, transports=settings.transports, layout=layout, rank=self._rank, tls=settings.tls
+            pool,
+            identity,
+            transports=settings.transports,
+            layout=layout,
+            rank=self._rank,
+            granter=Granter(bytes.fromhex(told["secret"])),
+            tls=settings.tls,
         )
         self._arrivals = RankReceiver(self._receiver)
         await server.start()

@@ -63,10 +63,13 @@ class RankLink:
         self._num_asked = 0
         self._reading: asyncio.Task[None] | None = None
 
-    async def start(self, layout: KvLayout) -> str:
-        """Tell the rank what the model's KV looks like; returns the address that its KV is fetched from."""
+    async def start(self, layout: KvLayout, secret: bytes) -> str:
+        """Tell the rank what the model's KV looks like, and the granter's secret.
+
+        Returns the address that its KV is fetched from.
+        """
         reader, self._writer = await asyncio.open_connection(sock=self._link, limit=LINE_LIMIT)
-        self._say(shape=layout.to_proto().SerializeToString().hex())
+        self._say(shape=layout.to_proto().SerializeToString().hex(), secret=secret.hex())
         address: str = json.loads(await reader.readline())["address"]
         self._reading = asyncio.create_task(self._read(reader))
         return address

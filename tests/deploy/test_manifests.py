@@ -70,7 +70,8 @@ def check_pools_fit(config: ClusterConfig, labels_of: dict[str, dict[str, str]],
         pool = config.pool(role)  # type: ignore[arg-type]
         groups = [name for name, labels in labels_of.items() if pool.labels.items() <= labels.items()]
         assert groups == [role]
-        assert 0 < config.replicas(role) * pool.gpus <= gpus_of[role]  # type: ignore[arg-type]
+        least, most = config.bounds(role)  # type: ignore[arg-type]
+        assert 0 < least * pool.gpus <= most * pool.gpus == gpus_of[role]
 
 
 def test_the_cluster_file_asks_for_nodes_that_the_aws_cluster_has() -> None:

@@ -14,6 +14,7 @@ import torch
 from splitserve.core.errors import GeometryMismatch, TransferFailed, Unavailable
 from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
 from splitserve.core.request import Request
+from splitserve.kv_transfer.capability import Granter
 from splitserve.kv_transfer.codecs import WireFormat
 from splitserve.kv_transfer.grants import Grant
 from splitserve.kv_transfer.identity import WorkerIdentity
@@ -102,6 +103,7 @@ async def workers(
         reports: list[list[str]] = [[] for _ in range(p)]
         addresses, senders, source_pools, target_pools, receivers = [], [], [], [], []
         generator = torch.Generator().manual_seed(1)
+        granter = Granter.new()
         for rank in range(p):
             pool = pool_type(block_sizes[0], geometry=source.rank_geometry(rank))
             source_pools.append(pool)
@@ -130,7 +132,7 @@ async def workers(
             target_pools.append(pool)
             stack.callback(pool.close)
             identity = WorkerIdentity(worker_id=f"d{rank}", boot_id="d-boot", host_id="here")
-            receiver = KvReceiver(pool, identity, transports=(transport,), layout=target, rank=rank)
+            receiver = KvReceiver(pool, identity, transports=(transport,), layout=target, rank=rank, granter=granter)
             stack.push_async_callback(receiver.close)
             receivers.append(receiver)
         boots = tuple(f"p-boot-{rank}" for rank in range(p))
