@@ -30,6 +30,7 @@ SUBCOMMANDS = {
     "scale": "Change how many workers the pools of a running cluster have.",
     "restart": "Drain processes of a running cluster and start them again.",
     "remove": "Drain workers of a running cluster and take them out.",
+    "scaling": "Show the decisions of a controller that scales, or replay them.",
     "logs": "Show what the processes of a running cluster wrote.",
     "drain": "Take a worker out of service without losing a request.",
     "switch": "Make a prefill worker a decode worker, or back.",

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 
 from .config_section import Section
 from .errors import ConfigError
-from .pool_config import MAX_REPLICAS, PlacementConfig, PoolConfig, ScalingConfig, SloConfig
+from .pool_config import MAX_REPLICAS, PlacementConfig, PoolConfig, ScalingSection, SloConfig
 from .security_config import SecurityConfig
 
 DEFAULT_HTTP_PORT = 8000
@@ -232,7 +232,9 @@ class ClusterConfig(Section):
     decode: PoolConfig = Field(default_factory=PoolConfig, description="Workers that stream answers")
     colocated: PoolConfig = Field(default_factory=PoolConfig, description="Workers that do both")
     slo: SloConfig = Field(default_factory=SloConfig, description="What users were promised")
-    scaling: ScalingConfig = Field(default_factory=ScalingConfig, description="Whether and how pools change their size")
+    scaling: ScalingSection = Field(
+        default_factory=ScalingSection, description="Whether and how pools change their size"
+    )
     placement: PlacementConfig = Field(default_factory=PlacementConfig, description="Which nodes workers go to")
     ray: RayConfig = Field(default_factory=RayConfig, description="Where workers are placed")
     restart: RestartConfig = Field(default_factory=RestartConfig, description="What happens when a process dies")
@@ -246,6 +248,17 @@ class ClusterConfig(Section):
                 f"{prefill} prefill, {decode} decode and {colocated} colocated workers cannot serve a request; "
                 "start at least one prefill and one decode worker, or one colocated worker"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _scaling_has_bounds(self) -> Self:
+        if not self.scaling.enabled:
+            return self
+        for role in ("prefill", "decode"):
+            if self.pool(role).max is None or self.bounds(role)[0] < 1:
+                raise ValueError(
+                    f"scaling.enabled needs {role}.max, and at least one {role} worker; say how far it may scale"
+                )
         return self
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -88,10 +89,26 @@ class SloConfig(Section):
     tpot_s: float = Field(default=0.1, gt=0, description="Seconds a token after the first")
 
 
-class ScalingConfig(Section):
-    """`scaling`: whether the controller changes the size of the pools by itself."""
+class ScalingSection(Section):
+    """`scaling`: whether the controller changes the size of the pools by itself, and how quickly."""
 
     enabled: bool = Field(
         default=False, description="Scale prefill and decode between their min and max, each by its own load"
     )
-    period_s: float = Field(default=2.0, gt=0, description="Seconds between two looks at the load")
+    period_s: float = Field(default=5.0, gt=0, description="Seconds between two decisions")
+    max_gpus: int | None = Field(
+        default=None, ge=1, description="GPUs of both pools together; on CPUs a worker counts as one; empty: no bound"
+    )
+    percentile: float = Field(default=90.0, gt=0, le=100, description="Percent of the requests that must meet the slo")
+    calibration: Path | None = Field(
+        default=None,
+        description="File of `splitserve calibrate`: what steps take; empty: what the workers measure themselves",
+    )
+    startup_s: float = Field(default=60.0, gt=0, description="Seconds until a new worker serves: how far to look ahead")
+    cold_start_s: float = Field(default=10.0, ge=0, description="Seconds in which what a new worker reports is ignored")
+    margin: float = Field(
+        default=0.15, ge=0, description="A pool shrinks only to what would carry so much more traffic"
+    )
+    down_after_s: float = Field(default=120.0, ge=0, description="A pool shrinks to the most it needed for so long")
+    up_cooldown_s: float = Field(default=5.0, ge=0, description="Seconds between two growths of a pool")
+    down_cooldown_s: float = Field(default=30.0, ge=0, description="Seconds from a pool's change to its shrinking")

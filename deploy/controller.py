@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..core.config import WORKER_ROLES, ClusterConfig, Role, WorkerRole
 from ..core.errors import ConfigError, SplitserveError
+from ..scheduling.scaling_signals import POOLS, ScalingDecision
 from .admin_access import AdminAccess
 from .changes import least_useful
 from .keeper import Keeper
@@ -18,6 +20,7 @@ from .neighbours import preferred_nodes
 from .options import tls_of
 from .roles import role_command, with_threads
 from .router_links import RouterLinks
+from .scaler import Scaling
 from .worker_watch import WorkerWatch
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,7 @@ class Controller:
     ) -> None:
         self.ready = asyncio.Event()  # every process serves and every router has a session with every worker
         self.stopping = asyncio.Event()
+        self.resized = asyncio.Event()  # by the controller itself; for whoever keeps what is wanted, who clears it
         self.config = with_threads(config)
         self._log_dir = log_dir
         self._command = command
@@ -65,6 +69,7 @@ class Controller:
         self._tasks: asyncio.TaskGroup | None = None
         self._routing_changed = asyncio.Event()  # routers must be told
         self._change = asyncio.Event()  # of any member; each change sets it and puts a new one in its place
+        self._scaling: Scaling | None = None
         self._rolling: asyncio.Task[None] | None = None
         self._is_settled = False
 
@@ -92,10 +97,11 @@ class Controller:
                 for name in self._adopt:
                     self._add(_role_of(name), name)
                 self._reconcile()
-                watching = [group.create_task(self._tell_routers()), group.create_task(self._watch_workers())]
+                watching = [self._tell_routers(), self._watch_workers(), self._scale()]
+                tasks = [group.create_task(work) for work in watching]
                 self._roll_outdated()
                 await self.stopping.wait()
-                for task in (*watching, *self._running.values(), *filter(None, [self._rolling])):
+                for task in (*tasks, *self._running.values(), *filter(None, [self._rolling])):
                     task.cancel()
         except BaseExceptionGroup as failed:
             raise first_error(failed) from failed
@@ -270,6 +276,41 @@ class Controller:
                 await asyncio.sleep(_WATCH_PERIOD_S)
         finally:
             await self._watch.close()
+
+    async def _scale(self) -> None:
+        """Let the policy change the size of the pools, while `scaling` is enabled."""
+        while not self.ready.is_set():
+            await self._change.wait()
+        while True:
+            await asyncio.sleep(self.config.scaling.period_s)
+            if not self.config.scaling.enabled:
+                self._scaling = None
+                continue
+            if self._scaling is None or self._scaling.outdated(self.config):
+                self._scaling = Scaling(self.config, self._log_dir)
+            members = [keeper.member for keeper in self._keepers.values()]
+            signals = self._scaling.signals.gather(time.monotonic(), members, self._watch.statuses, self._links.counts)
+            self._enact(await asyncio.to_thread(self._scaling.decide, signals))
+
+    def _enact(self, decision: ScalingDecision) -> None:
+        """All actions at once, so that both pools' sizes are one change."""
+        if not decision.actions:
+            return
+        logger.info("scaling: %s", "; ".join(decision.reasons))
+        leaving = [self._keepers[action.worker] for action in decision.actions if action.kind == "drain"]
+        sizes: dict[WorkerRole, int] = {pool: len([k for k in self._of(pool) if k not in leaving]) for pool in POOLS}
+        for action in decision.actions:
+            if action.kind == "start":
+                sizes[action.pool] += 1
+        try:
+            self.config = self.config.scaled(sizes)
+        except ConfigError as error:  # processes that failed for good count here, and not in the decision
+            logger.error("the decision cannot be carried out: %s", error.message)
+            return
+        for keeper in leaving:
+            keeper.retire()
+        self.apply(self.config)
+        self.resized.set()
 
     def _settled(self) -> bool:
         """Nothing starts, drains or runs with old settings, and every router knows who serves.

@@ -75,6 +75,7 @@ class ControllerActor:
         await self._store()
         self._outcome: Outcome | None = None
         self._run = asyncio.create_task(self._serve())
+        self._keep = asyncio.create_task(self._store_sizes())
 
     async def view(self) -> ClusterView:
         return self._controller.view()
@@ -139,8 +140,16 @@ class ControllerActor:
         except Exception as error:
             logger.exception("the controller failed")
             refusal = Refusal(code="internal", message=f"the controller failed: {error!r}")
+        self._keep.cancel()
         await asyncio.to_thread(internal_kv._internal_kv_del, self._key, namespace=_KV_NAMESPACE)
         self._outcome = Outcome(refusal=refusal)
+
+    async def _store_sizes(self) -> None:
+        """What the controller decides by itself is wanted too."""
+        while True:
+            await self._controller.resized.wait()
+            self._controller.resized.clear()
+            await self._store()
 
     async def _store(self) -> None:
         row = {"config": self._controller.config.model_dump(mode="json"), "secret": self._secret}

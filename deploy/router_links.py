@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import grpc.aio
 
@@ -13,6 +13,7 @@ from ..core.errors import SplitserveError
 from ..proto import inference_pb2, inference_pb2_grpc
 from ..proto.tls import PeerRole, Tls, open_channel
 from .admin_access import AdminAccess
+from .load_signals import RouterCounts
 from .members import Member
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,17 @@ class RouterLinks:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._told: dict[str, tuple[str, inference_pb2.SetWorkersRequest]] = {}  # router -> (its boot id, the list)
         self._views: dict[str, RouterStatus] = {}
+        self._counts: dict[str, RouterCounts] = {}
 
     @property
     def views(self) -> tuple[RouterStatus, ...]:
         """The last answer of every router that answers."""
         return tuple(self._views.values())
+
+    @property
+    def counts(self) -> Mapping[str, RouterCounts]:
+        """What every router that answers has counted, by name."""
+        return {name: counts for name, counts in self._counts.items() if name in self._views}
 
     async def tell(self, members: Iterable[Member]) -> None:
         """Give every router the list of workers unless it has it, and ask it how it fares; all of them at once."""
@@ -81,6 +88,9 @@ class RouterLinks:
             request = inference_pb2.GetRouterStatusRequest()
             answer = await stub.GetRouterStatus(request, timeout=_TIMEOUT_S, metadata=self._metadata)
             self._views[router.name] = status_from_proto(answer)
+            self._counts[router.name] = RouterCounts(
+                boot_id=boot_id, counts=answer.traffic, num_queued=answer.num_queued
+            )
         except grpc.aio.AioRpcError as error:
             logger.warning("%s does not answer: %s", router.name, error.details())
             if self._tls is not None:  # the next one reads renewed certificates

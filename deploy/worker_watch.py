@@ -24,10 +24,10 @@ class WorkerWatch:
         self._tls = tls
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._silent_since: dict[str, float] = {}  # address -> when it was first not heard
-        self._statuses: dict[str, worker_pb2.WorkerStatus] = {}
+        self._statuses: dict[str, worker_pb2.GetWorkerStatusResponse] = {}
 
     @property
-    def statuses(self) -> Mapping[str, worker_pb2.WorkerStatus]:
+    def statuses(self) -> Mapping[str, worker_pb2.GetWorkerStatusResponse]:
         """The last word of every worker, by its address."""
         return self._statuses
 
@@ -66,7 +66,7 @@ class WorkerWatch:
             silent_s = time.monotonic() - self._silent_since.setdefault(address, asked_at)
             return f"it did not answer for {silent_s:.0f} s" if silent_s >= unhealthy_s else ""
         self._silent_since.pop(address, None)
-        self._statuses[address] = status = answer.status
+        self._statuses[address], status = answer, answer.status
         if status.stalled:
             return "it has work and makes no progress"
         return f"it is out of service: {status.fault}" if status.fault else ""

@@ -1172,6 +1172,7 @@ class GetRouterStatusResponse(_message.Message):
     NUM_LIVE_FIELD_NUMBER: _builtins.int
     NUM_FINISHED_FIELD_NUMBER: _builtins.int
     NUM_FAILED_FIELD_NUMBER: _builtins.int
+    TRAFFIC_FIELD_NUMBER: _builtins.int
     num_queued: _builtins.int
     """Requests waiting for dispatch."""
     num_live: _builtins.int
@@ -1184,6 +1185,10 @@ class GetRouterStatusResponse(_message.Message):
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerView]:
         """Every worker on the list."""
 
+    @_builtins.property
+    def traffic(self) -> Global___TrafficCounts:
+        """What passed through the router since its start."""
+
     def __init__(
         self,
         *,
@@ -1192,14 +1197,73 @@ class GetRouterStatusResponse(_message.Message):
         num_live: _builtins.int = ...,
         num_finished: _builtins.int = ...,
         num_failed: _builtins.int = ...,
+        traffic: Global___TrafficCounts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_failed", b"num_failed", "num_finished", b"num_finished", "num_live", b"num_live", "num_queued", b"num_queued", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_failed", b"num_failed", "num_finished", b"num_finished", "num_live", b"num_live", "num_queued", b"num_queued", "traffic", b"traffic", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetRouterStatusResponse: _TypeAlias = GetRouterStatusResponse  # noqa: Y015
+
+@_typing.final
+class TrafficCounts(_message.Message):
+    """TrafficCounts only grow while a router lives; the difference of two readings tells of the time between them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_ARRIVED_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_SQUARED_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_ENDED_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    TTFT_COUNTS_FIELD_NUMBER: _builtins.int
+    TPOT_COUNTS_FIELD_NUMBER: _builtins.int
+    QUEUED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    num_arrived: _builtins.int
+    """Requests that came, refused ones included."""
+    prompt_tokens: _builtins.int
+    """Their prompt tokens."""
+    prompt_tokens_squared: _builtins.float
+    """Sum of the squares of these, prompt by prompt."""
+    cached_tokens: _builtins.int
+    """Prompt tokens that a prefix cache held."""
+    num_ended: _builtins.int
+    """Requests that ended."""
+    output_tokens: _builtins.int
+    """Tokens of their answers."""
+    queued_prompt_tokens: _builtins.int
+    """Prompt tokens that wait for dispatch, now."""
+    @_builtins.property
+    def ttft_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Times to first token in buckets; core/duration_counts.py has their bounds."""
+
+    @_builtins.property
+    def tpot_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Times per output token, the same."""
+
+    def __init__(
+        self,
+        *,
+        num_arrived: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        prompt_tokens_squared: _builtins.float = ...,
+        cached_tokens: _builtins.int = ...,
+        num_ended: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+        ttft_counts: _abc.Iterable[_builtins.int] | None = ...,
+        tpot_counts: _abc.Iterable[_builtins.int] | None = ...,
+        queued_prompt_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "num_arrived", b"num_arrived", "num_ended", b"num_ended", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "prompt_tokens_squared", b"prompt_tokens_squared", "queued_prompt_tokens", b"queued_prompt_tokens", "tpot_counts", b"tpot_counts", "ttft_counts", b"ttft_counts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrafficCounts: _TypeAlias = TrafficCounts  # noqa: Y015
 
 @_typing.final
 class WorkerView(_message.Message):

@@ -47,6 +47,7 @@ from .reading import Reading
 from .routing_view import PrefixOfJob, RoutingView
 from .session import DecodeLink, DecodeReport, PrefillLink, PrefillReport, TransferReport, WorkerLink
 from .timeline import Timeline
+from .traffic import Traffic
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +163,7 @@ class Dispatcher:
         self._stranded: set[Job] = set()  # queued, begun by weights that no ready worker has: others pass them
         self._unusable_since = time.monotonic()
         self._give_up_timer: asyncio.TimerHandle | None = None
+        self.traffic = Traffic()
         self.num_finished = 0
         self.num_failed = 0
         self.idle = asyncio.Event()
@@ -174,6 +176,11 @@ class Dispatcher:
     @property
     def num_queued(self) -> int:
         return len(self._queue)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """To be prefilled for those that wait for dispatch."""
+        return sum(job.request.num_tokens for job in self._jobs.values() if job.phase is Phase.QUEUED)
 
     def check_room(self, request_id: str, num_preparing: int) -> None:
         """Whether there is room for one more besides those on their way to `open`. Raises: Overloaded."""
@@ -302,6 +309,7 @@ class Dispatcher:
         if job is None or job.prefill is None:
             return
         job.timeline.prefill = report
+        self.traffic.prefilled(report.num_cached_tokens)
         if job.phase is Phase.DECODING:  # the KV was faster
             job.prefill.detach(tokens.request_id)
         else:
@@ -364,6 +372,7 @@ class Dispatcher:
 
     def _ticket(self, request: Request, arrived_at: float) -> Ticket:
         self._num_submitted += 1
+        self.traffic.arrived(request.num_tokens)
         return Ticket(
             order=self._num_submitted,
             arrived_at=arrived_at,
@@ -648,6 +657,7 @@ class Dispatcher:
         timeline.mark(event, now, job.request.attempt, outcome=outcome)
         metrics.requests.labels(outcome).inc()
         metrics.live.set(len(self._jobs))
+        self.traffic.ended(timeline, len(job.answer.token_ids), now=now)
         metrics.duplicate_tokens.inc(job.answer.num_duplicates)
         if timeline.first_token_at is not None:
             metrics.ttft_seconds.observe(timeline.first_token_at - timeline.arrived_at)

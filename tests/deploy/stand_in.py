@@ -13,14 +13,16 @@ from pathlib import Path
 import grpc.aio
 from splitserve.core.errors import AddressInUse
 from splitserve.deploy.process import report_ready
-from splitserve.proto import inference_pb2, inference_pb2_grpc
+from splitserve.proto import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 
 class Router(inference_pb2_grpc.RouterAdminServicer):
     """Believes whatever it is told about workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, load_file: Path | None) -> None:
+        self.load_file = load_file
         self.workers: list[inference_pb2.WorkerView] = []
+        self.prompt_tokens = 0
 
     async def SetWorkers(self, request: inference_pb2.SetWorkersRequest, context: object) -> object:
         pools = (("prefill", request.prefill_addresses), ("decode", request.decode_addresses))
@@ -32,15 +34,40 @@ class Router(inference_pb2_grpc.RouterAdminServicer):
         return inference_pb2.SetWorkersResponse()
 
     async def GetRouterStatus(self, request: object, context: object) -> inference_pb2.GetRouterStatusResponse:
-        return inference_pb2.GetRouterStatusResponse(workers=self.workers)
+        return inference_pb2.GetRouterStatusResponse(workers=self.workers, traffic=self._traffic())
+
+    def _traffic(self) -> inference_pb2.TrafficCounts:
+        """As if prompts came for as long as the file exists, at twice what one worker computes."""
+        if self.load_file is not None and self.load_file.exists():
+            self.prompt_tokens += 1000
+        return inference_pb2.TrafficCounts(
+            num_arrived=self.prompt_tokens // 100,
+            prompt_tokens=self.prompt_tokens,
+            prompt_tokens_squared=self.prompt_tokens * 100.0,
+            num_ended=self.prompt_tokens // 100,
+            output_tokens=self.prompt_tokens // 100,
+        )
 
 
-async def serve(role: str, host: str, port: int, ready_file: Path) -> None:
+class Worker(worker_pb2_grpc.WorkerAdminServicer):
+    """Tells the speed of a worker that computes 1,000 prompt tokens a second."""
+
+    async def GetWorkerStatus(self, request: object, context: object) -> worker_pb2.GetWorkerStatusResponse:
+        status = worker_pb2.WorkerStatus(num_blocks=100, num_free_blocks=100, prefill_tokens_per_s=1000.0)
+        return worker_pb2.GetWorkerStatusResponse(info=worker_pb2.WorkerInfo(block_size=16), status=status)
+
+    async def Drain(self, request: object, context: object) -> worker_pb2.DrainResponse:
+        return worker_pb2.DrainResponse()
+
+
+async def serve(role: str, host: str, port: int, ready_file: Path, load_file: Path | None) -> None:
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     server = grpc.aio.server()
     if role == "router":
-        inference_pb2_grpc.add_RouterAdminServicer_to_server(Router(), server)
+        inference_pb2_grpc.add_RouterAdminServicer_to_server(Router(load_file), server)
+    else:
+        worker_pb2_grpc.add_WorkerAdminServicer_to_server(Worker(), server)
     bound = server.add_insecure_port(f"{host}:{port}")
     await server.start()
     boot_id = secrets.token_hex(8)
@@ -59,6 +86,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--ready-file", type=Path, required=True)
+    parser.add_argument("--load-file", type=Path)
     parser.add_argument("--fail", choices=["typed", "silent", "hang"])
     arguments = parser.parse_args()
     sys.stdout.write(f"{arguments.role} threads={os.environ.get('OMP_NUM_THREADS')}\n")
@@ -71,7 +99,7 @@ def main() -> None:
         sys.exit("the model file is damaged")
     if arguments.fail == "hang":
         signal.pause()
-    asyncio.run(serve(arguments.role, arguments.host, arguments.port, arguments.ready_file))
+    asyncio.run(serve(arguments.role, arguments.host, arguments.port, arguments.ready_file, arguments.load_file))
 
 
 if __name__ == "__main__":

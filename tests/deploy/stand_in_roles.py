@@ -15,7 +15,7 @@ from splitserve.deploy.members import ClusterView
 from splitserve.deploy.process import Endpoint
 
 STAND_IN = str(Path(__file__).with_name("stand_in.py"))
-WAIT_S = 60.0
+WAIT_S = 150.0
 
 
 def stand_in(
@@ -29,22 +29,27 @@ def stand_in(
     http_port: int,
     on_cpu: bool = False,
 ) -> Sequence[str]:
-    """`model` names the process that must fail, and how: "decode-0:typed"."""
+    """`model` names the process that must fail, and how, "decode-0:typed"; or the file that routers' load lasts for,
+    "load:FILE".
+    """
     failing, _, how = config.model.partition(":")
     return [
         *(sys.executable, STAND_IN, role, "--host", host, "--port", str(port)),
         *(("--fail", how) if name == failing else ()),
+        *(("--load-file", how) if failing == "load" and role == "router" else ()),
     ]
 
 
 def config(**overrides: Any) -> ClusterConfig:
-    base = {"router.port": 0, "drain_timeout_s": 5.0, "restart.backoff_s": 0.0, "startup_timeout_s": 60.0}
+    base = {"router.port": 0, "drain_timeout_s": 5.0, "restart.backoff_s": 0.0, "startup_timeout_s": 150.0}
     base |= {f"{pool}.threads": 1 for pool in ("prefill", "decode")}
     return load_config(None, base | {key.replace("__", "."): value for key, value in overrides.items()})
 
 
-async def until(controller: Controller, condition: Callable[[ClusterView], bool]) -> ClusterView:
-    async with asyncio.timeout(WAIT_S):
+async def until(
+    controller: Controller, condition: Callable[[ClusterView], bool], wait_s: float = WAIT_S
+) -> ClusterView:
+    async with asyncio.timeout(wait_s):
         while not condition(controller.view()):
             await asyncio.sleep(0.02)
     return controller.view()
@@ -72,3 +77,9 @@ def endpoints(view: ClusterView) -> dict[str, Endpoint]:
 
 def workers_of(view: ClusterView) -> set[str]:
     return {worker.address for router in view.routers for worker in router.workers}
+
+
+def scaling_log(log_dir: Path) -> Path:
+    """The one that a controller wrote there."""
+    (log,) = log_dir.glob("scaling-*.jsonl")
+    return log

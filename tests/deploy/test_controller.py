@@ -12,11 +12,16 @@ import pytest
 import ray
 from splitserve.core.errors import ConfigError, SplitserveError
 from splitserve.deploy.controller import Controller
-from splitserve.deploy.members import MemberFailed, Phase
+from splitserve.deploy.members import ClusterView, MemberFailed, Phase
+from splitserve.deploy.scaler import replay_log
 
-from .stand_in_roles import config, endpoints, running, stand_in, until, workers_of
+from .stand_in_roles import config, endpoints, running, scaling_log, stand_in, until, workers_of
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(400)]
+
+
+def size_of(view: ClusterView, role: str) -> int:
+    return next(pool.ready for pool in view.pools if pool.role == role)
 
 
 async def test_everything_starts_is_restarted_and_ends(tmp_path: Path) -> None:
@@ -140,3 +145,29 @@ async def test_a_worker_that_hangs_is_killed_and_started_again(tmp_path: Path) -
         assert not psutil.pid_exists(before.pid)
         await until(controller, lambda view: view.settled)
         assert next(m for m in view.members if m.name == "decode-0").num_restarts == 1
+
+
+async def test_a_pool_grows_with_its_load_and_shrinks_after_it(tmp_path: Path) -> None:
+    load = tmp_path / "load"
+    load.touch()
+    cluster = config(
+        model=f"load:{load}",
+        prefill__max=3,
+        decode__max=3,
+        scaling={
+            "enabled": True,
+            "period_s": 0.5,
+            "startup_s": 1.0,
+            "cold_start_s": 0.0,
+            "down_after_s": 2.0,
+            "up_cooldown_s": 0.0,
+            "down_cooldown_s": 0.0,
+        },
+    )
+    async with running(cluster, tmp_path) as controller:
+        view = await until(controller, lambda view: view.settled and size_of(view, "prefill") > 1)
+        assert size_of(view, "decode") == 1  # nobody waits for it
+        load.unlink()
+        view = await until(controller, lambda view: view.settled and size_of(view, "prefill") == 1)
+        assert size_of(view, "decode") == 1
+    assert replay_log(scaling_log(tmp_path), controller.config)[1] == []

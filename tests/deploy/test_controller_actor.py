@@ -21,7 +21,7 @@ from splitserve.deploy.members import ClusterView
 from . import stand_in_roles
 from .stand_in_roles import WAIT_S, config, endpoints, stand_in
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(400)]
 
 cloudpickle.register_pickle_by_value(sys.modules[stand_in_roles.__name__])  # the actor cannot import tests
 
