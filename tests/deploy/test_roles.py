@@ -59,6 +59,7 @@ def test_defaults_are_those_of_the_roles_own_options() -> None:
         engine=EngineOptions(model=config.model, shared_pool=True),
         role="prefill",
         drain_timeout_s=config.drain_timeout_s,
+        local_prefill=config.engine.local_prefill,
     )
     assert worker == defaults
     router = router_options(config, prefill=(), decode=(), metrics_port=0, router_id="")
