@@ -93,8 +93,8 @@ async def _main(num_requests: int, aborts: float, concurrency: int, seed: int, j
         "process", "RSS MiB, first", "last", "KiB per 1,000", "descriptors, first", "last", "per 1,000", "flat"
     )
     for name, row in growth.items():
-        sizes = [f"{row.rss_kib[place] / 1024:.1f}" for place in (0, -1)]
-        cells = (*sizes, f"{row.rss_kib_per_1000:+.1f}", str(row.num_fds[0]), str(row.num_fds[-1]))
+        ends = [f"{row.rss_kib[place] / 1024:.1f}" for place in (0, -1)]
+        cells = (*ends, f"{row.rss_kib_per_1000:+.1f}", str(row.num_fds[0]), str(row.num_fds[-1]))
         table.add_row(name, *cells, f"{row.fds_per_1000:+.2f}", "yes" if row.is_flat else "[red]no")
     console.print(table)
     console.print(
