@@ -77,7 +77,7 @@ class _DecodeMember(_Member):
         self._available_blocks = worker.scheduler.blocks.num_available
         self._num_sequences = 0
         self._num_runs = 0
-        self._decode_step_s = 0.0
+        self._decode_step = (0, 0.0)
         self._load: DecodeLoad | None = None
 
     def attach(self, num_blocks: int, local_tokens: int) -> None:
@@ -95,7 +95,7 @@ class _DecodeMember(_Member):
         """Something ended there, and it told how it stands now."""
         self._available_blocks = self.worker.scheduler.blocks.num_available
         self._num_sequences = self.worker.num_sequences
-        self._decode_step_s = self.worker.decode_step[1]
+        self._decode_step = self.worker.decode_step
         self._pace.report(*self.worker.decode_step)
         self._num_runs -= 1
         self._load = None
@@ -117,7 +117,8 @@ class _DecodeMember(_Member):
                 local_prefill_tokens=self._local_tokens,
                 times=MeasuredTimes(
                     prefill_tokens_per_s=self.worker.prefill_tokens_per_s,
-                    decode_step_time_s=self._decode_step_s,
+                    decode_step_time_s=self._decode_step[1],
+                    decode_batch=self._decode_step[0],
                 ),
                 colocated=self._colocated,
                 prefills_locally=True,

@@ -227,6 +227,7 @@ class WorkerStatus(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     FAULT_FIELD_NUMBER: _builtins.int
     PREFIX_BLOCKS_FIELD_NUMBER: _builtins.int
+    DECODE_BATCH_FIELD_NUMBER: _builtins.int
     num_blocks: _builtins.int
     """KV blocks in all."""
     num_free_blocks: _builtins.int
@@ -255,6 +256,8 @@ class WorkerStatus(_message.Message):
     """Work is queued and no step finished within the bound."""
     fault: _builtins.str
     """Why it takes no more work until somebody repairs it; empty when it is sound."""
+    decode_batch: _builtins.float
+    """Sequences in the steps that decode_step_s is of."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceStatus]:
         """The GPUs it computes on; none on CPUs."""
@@ -282,10 +285,11 @@ class WorkerStatus(_message.Message):
         devices: _abc.Iterable[Global___DeviceStatus] | None = ...,
         fault: _builtins.str = ...,
         prefix_blocks: Global___PrefixBlocks | None = ...,
+        decode_batch: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prefix_blocks", b"prefix_blocks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_s", b"decode_step_s", "devices", b"devices", "draining", b"draining", "fault", b"fault", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_free_blocks", b"num_free_blocks", "num_granted_blocks", b"num_granted_blocks", "num_held", b"num_held", "num_outstanding_prefill_tokens", b"num_outstanding_prefill_tokens", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefix_blocks", b"prefix_blocks", "stalled", b"stalled"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_batch", b"decode_batch", "decode_step_s", b"decode_step_s", "devices", b"devices", "draining", b"draining", "fault", b"fault", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_free_blocks", b"num_free_blocks", "num_granted_blocks", b"num_granted_blocks", "num_held", b"num_held", "num_outstanding_prefill_tokens", b"num_outstanding_prefill_tokens", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefix_blocks", b"prefix_blocks", "stalled", b"stalled"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

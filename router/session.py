@@ -484,6 +484,7 @@ class DecodeLink(WorkerLink):
         return MeasuredTimes(
             prefill_tokens_per_s=self.status.prefill_tokens_per_s or self.assumed_prefill_tokens_per_s,
             decode_step_time_s=self.status.decode_step_s,
+            decode_batch=self.status.decode_batch,
         )
 
     @property

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+# Sequences that make a step of one twice as long: few, so that the noise of measured steps is soon outweighed.
+_DOUBLING_BATCH = 8
+
 
 class StepTimes(Protocol):
     """Seconds of one engine step of one worker. The planner's latency models have these methods too."""
@@ -28,18 +31,22 @@ class StepTimes(Protocol):
 class MeasuredTimes:
     """Steps as a worker measured them of late. Implements `StepTimes`.
 
-    Coarse: a decode step costs what it last did, whatever the batch, and a prompt token the mean of late.
+    Coarse: a prompt token costs the mean of late, and a decode step what it last did, more or less by the batch. But
+    for the batch, a worker whose last step happened to be quick would get every request until it says otherwise.
     """
 
     prefill_tokens_per_s: float  # 0: unknown, and then no prompt is short enough
     decode_step_time_s: float  # 0: it has not decoded yet
+    decode_batch: float = 0.0  # sequences of the steps that took so long; 0: unknown, and then any take so long
 
     def prefill_step_s(self, chunks: Sequence[tuple[int, int]]) -> float:
         tokens = sum(new for new, _ in chunks)
         return tokens / self.prefill_tokens_per_s if self.prefill_tokens_per_s else math.inf
 
     def decode_step_s(self, batch: int, context_tokens: int) -> float:
-        return self.decode_step_time_s if batch else 0.0
+        if not batch:
+            return 0.0
+        return self.decode_step_time_s * (batch + _DOUBLING_BATCH) / ((self.decode_batch or batch) + _DOUBLING_BATCH)
 
     def mixed_step_s(self, chunks: Sequence[tuple[int, int]], batch: int, context_tokens: int) -> float:
         return self.prefill_step_s(chunks) + self.decode_step_s(batch, context_tokens)

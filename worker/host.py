@@ -153,7 +153,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self._stop = asyncio.Event()  # the first signal
         self._hurry = asyncio.Event()  # the second
         self._prefill_tokens_per_s = 0.0
-        self._decode_step_s = 0.0
+        self._decode_step_s = self._decode_batch = 0.0
         self._loop = asyncio.get_running_loop()
         self._device = DeviceLoop(self.engine, self._step_done)
         self._pulse = Pulse(options.stall_bound_s)
@@ -378,6 +378,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             num_outstanding_prefill_tokens=usage.outstanding_prefill_tokens,
             prefill_tokens_per_s=self._prefill_tokens_per_s,
             decode_step_s=self._decode_step_s,
+            decode_batch=self._decode_batch,
             num_steps=self.engine.num_steps,
             draining=self.draining,
             stalled=self._device.stalled(self.options.stall_bound_s),
@@ -454,6 +455,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             )
         elif record.kind == "decode":
             self._decode_step_s = _average(self._decode_step_s, record.total_s)
+            self._decode_batch = _average(self._decode_batch, record.num_sequences)
         elif self.options.role == "decode" and self._decode_step_s:
             # What a prompt adds to a decode step: a busy decode worker never computes one alone. Below a tenth of
             # the step the difference is noise.

@@ -28,6 +28,7 @@ class Session(Generic[In, Out]):
         self._status_due = True
         self._outbox: deque[Out] = deque()
         self._wake = asyncio.Event()
+        self._wake.set()  # the first status goes out at once: a router places nothing on what it knows nothing of
         self._ending = False
         self._handler = asyncio.current_task()
 

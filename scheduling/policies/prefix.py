@@ -46,7 +46,8 @@ def prefix(snapshot: Snapshot) -> Placement | None:
     if (local := local_decode(snapshot, decodes)) is not None:
         return Placement(prefill=None, decode=local.worker)
     best: tuple[float, PrefillLoad, DecodeLoad] | None = None
-    weighed = [_weigh(snapshot, load) for load in decodes]
+    known_s = [step_s for load in decodes if (step_s := _step_s(snapshot, load))]
+    weighed = [_weigh(snapshot, load, unknown_s=min(known_s, default=0.0)) for load in decodes]
     if all(load.place is None for load in decodes):  # every link is the same, so one of them is best for all
         weighed = [min(weighed, key=lambda decode: (decode.cost_s, decode.load.num_sequences))]
     for prefill in prefill_candidates(snapshot):
@@ -72,13 +73,19 @@ def _with_room(snapshot: Snapshot, decodes: Sequence[DecodeLoad]) -> Sequence[De
     ] or decodes
 
 
-def _weigh(snapshot: Snapshot, load: DecodeLoad) -> _Decode:
+def _step_s(snapshot: Snapshot, load: DecodeLoad) -> float:
+    """Of the worker with one sequence more; 0 when unknown."""
+    if load.times is None:
+        return 0.0
+    return load.times.decode_step_s(load.num_sequences + 1, load.context_tokens + snapshot.request.num_tokens)
+
+
+def _weigh(snapshot: Snapshot, load: DecodeLoad, *, unknown_s: float = 0.0) -> _Decode:
+    """Args: unknown_s: a step of a worker that has not decoded yet; as a free one it would draw everybody."""
     moved = snapshot.uncached_tokens(load.worker)
     left = load.available_blocks - blocks_for(moved, load.block_size)
     fill = min(1.0, max(0.0, 1 - left / load.num_blocks)) if load.num_blocks else 1.0
-    step_s = 0.0
-    if load.times is not None:
-        step_s = load.times.decode_step_s(load.num_sequences + 1, load.context_tokens + snapshot.request.num_tokens)
+    step_s = _step_s(snapshot, load) or unknown_s
     return _Decode(
         load=load,
         cost_s=FIRST_TOKENS * step_s + FULL_S * fill**4,

@@ -184,7 +184,9 @@ async def test_07_a_mismatched_layout_is_an_error_with_the_difference_and_no_han
         with pytest.raises(Unavailable):
             await cluster.client.generate(prompt(1), **OPTIONS)
         async with asyncio.timeout(WAIT_S):
-            while "geometry" not in (reason := cluster.router.pool.prefills[address].reason):
+            while "no worker of the other role has its model revision" not in (
+                reason := cluster.router.pool.prefills[address].reason
+            ):
                 await asyncio.sleep(0.01)
         assert foreign.worker.host.engine.geometry.digest() in reason
     finally:

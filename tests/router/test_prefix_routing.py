@@ -108,7 +108,8 @@ async def test_short_prompts_are_computed_on_the_decode_worker_while_its_tokens_
     """10,000 tokens/s beside a step of 20 ms: within 25 ms there is room for 50 tokens, cached ones not counted."""
     scene = await start_scene(local_prefill_itl_s=0.025, decode_changes={"local_prefill": True})
     decode = scene.decode
-    decode.status.MergeFrom(worker_pb2.WorkerStatus(prefill_tokens_per_s=1e4, decode_step_s=0.02, num_running=4))
+    reported = worker_pb2.WorkerStatus(prefill_tokens_per_s=1e4, decode_step_s=0.02, decode_batch=4, num_running=4)
+    decode.status.MergeFrom(reported)
     tell(decode, 1, restarts=True)
     await until(lambda: next(iter(scene.router.pool.decodes.values())).load.num_sequences == 4)
     assert await serve(scene, PROMPT[:40]) is None

@@ -224,11 +224,26 @@ def test_a_decode_worker_without_the_blocks_is_taken_only_if_nobody_has_them() -
 
 
 def test_a_slow_decode_step_and_a_full_pool_cost() -> None:
-    times = [MeasuredTimes(prefill_tokens_per_s=1e4, decode_step_time_s=step_s) for step_s in (0.01, 0.03)]
+    times = [MeasuredTimes(prefill_tokens_per_s=1e4, decode_step_time_s=step_s) for step_s in (0.01, 0.02)]
     quick, slow = (decode(name, 500, times=each) for name, each in zip(("quick", "slow"), times, strict=True))
     assert prefix(snapshot([FAST], [slow, quick])) == Placement(prefill="p-fast", decode="quick")
     full = decode("full", 70, times=times[0])
     assert prefix(snapshot([FAST], [full, slow])) == Placement(prefill="p-fast", decode="slow")
+
+
+def test_a_quick_measurement_does_not_draw_every_request_to_its_worker() -> None:
+    """Two equal workers, of whom one happened to measure a step half as long."""
+    steps, running = {"lucky": 0.01, "other": 0.02}, Counter({"lucky": 4, "other": 4})
+
+    def measured(name: str) -> DecodeLoad:
+        times = MeasuredTimes(prefill_tokens_per_s=1e4, decode_step_time_s=steps[name], decode_batch=4)
+        return decode(name, 500 - running[name], sequences=running[name], times=times)
+
+    for _ in range(40):
+        placed = prefix(snapshot([FAST], [measured(name) for name in steps]))
+        assert placed is not None
+        running[placed.decode] += 1
+    assert min(running.values()) >= 10
 
 
 def test_the_pair_is_chosen_together_for_the_link_between_them() -> None:

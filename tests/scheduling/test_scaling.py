@@ -186,7 +186,9 @@ def test_never_over_budget_and_never_below_the_minimum(
 ) -> None:
     bounds = [PoolBounds(min_workers=m, max_workers=30, gpus_per_worker=g) for m, g in zip(minima, sizes, strict=True)]
     settings_ = config(prefill=bounds[0], decode=bounds[1], max_gpus=budget, role_switch=role_switch, down_after_s=20.0)
-    policy, cluster = SloScaling(settings_, Times()), ScaledCluster(prefill=prefill, decode=decode)
+    # A pool that begins below its minimum waits for the other's drains, if those hold the whole budget.
+    sized = [max(count, minimum) for count, minimum in zip((prefill, decode), minima, strict=True)]
+    policy, cluster = SloScaling(settings_, Times()), ScaledCluster(prefill=sized[0], decode=sized[1])
     per_worker = {"prefill": sizes[0], "decode": sizes[1]}
     for rate in rates:
         signals = cluster.signals(rate)
