@@ -100,6 +100,7 @@ async def test_what_no_node_has_is_an_error(tmp_path: Path) -> None:
         await Controller(asked, tmp_path, command=stand_in).run()
 
 
+@pytest.mark.verify
 async def test_pools_grow_and_shrink_and_new_settings_are_rolled_out(tmp_path: Path) -> None:
     async with running(config(prefill__replicas=2), tmp_path) as controller:
         first = endpoints(controller.view())
@@ -137,6 +138,7 @@ async def test_pools_grow_and_shrink_and_new_settings_are_rolled_out(tmp_path: P
     assert not ray.util.list_named_actors()
 
 
+@pytest.mark.verify
 async def test_a_worker_that_hangs_is_killed_and_started_again(tmp_path: Path) -> None:
     async with running(config(restart__unhealthy_s=3.0), tmp_path) as controller:
         before = endpoints(controller.view())["decode-0"]

@@ -42,6 +42,7 @@ async def statuses(cluster: ProcessCluster, dead: list[str]) -> dict[str, worker
     return found
 
 
+@pytest.mark.verify
 @pytest.mark.chaos
 @pytest.mark.timeout(180)
 async def test_sigkill_of_any_worker_leaves_an_answer_or_a_typed_error_for_each_request(

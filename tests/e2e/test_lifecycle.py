@@ -136,6 +136,7 @@ async def test_every_worker_is_restarted_under_load_and_no_request_is_lost(
     assert await metric(cluster.router, "splitserve_handed_over_attempts_total") >= 2
 
 
+@pytest.mark.verify
 @pytest.mark.timeout(600)
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_worker_changes_its_role_and_back_under_load_and_every_answer_is_exact(

@@ -72,6 +72,7 @@ def scaled(
     ).run_scaled()
 
 
+@pytest.mark.verify
 def test_both_pools_follow_a_step_up_and_down_and_no_request_fails() -> None:
     traffic = requests()
     policy = Recorded(SloScaling(config(), SLOW))

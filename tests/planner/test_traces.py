@@ -121,6 +121,7 @@ def quantiles(values: list[int]) -> list[float]:
     return [float(np.mean(values)), *np.percentile(values, [25, 50, 90])]
 
 
+@pytest.mark.verify
 @pytest.mark.parametrize(("name", "file"), [("mooncake", MOONCAKE_TRACE), ("azure", AZURE_TRACE)])
 def test_generated_traffic_resembles_the_trace(name: str, file: str) -> None:
     recorded = read_trace(public_trace(file)).requests

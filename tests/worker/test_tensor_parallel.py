@@ -220,6 +220,7 @@ def test_kv_moves_between_workers_of_any_ranks(p: int, d: int, start_worker: Sta
         assert done.num_bytes == geometry.bytes_per_token * (len(PROMPT) - cached)
 
 
+@pytest.mark.verify
 @pytest.mark.timeout(360)
 def test_kv_heads_that_every_rank_holds_do_not_move(tmp_path: Path) -> None:
     """Phi-3 has one matrix for queries, keys and values, which the plan leaves whole."""
