@@ -73,13 +73,14 @@ async def test_a_process_that_never_serves_is_killed_in_time(tmp_path: Path) -> 
 
 
 async def test_a_cancelled_start_leaves_no_process(tmp_path: Path) -> None:
+    before = set(psutil.Process().children())
     task = asyncio.create_task(RoleProcess(tmp_path / "log").start(stand_in("--fail", "hang"), {}, 30.0))
-    while not psutil.Process().children():
+    while not set(psutil.Process().children()) - before:
         await asyncio.sleep(0.01)
     task.cancel()
     await asyncio.wait([task])
     assert task.cancelled()
-    assert not psutil.Process().children()
+    assert not set(psutil.Process().children()) - before
 
 
 _PARENT = """
