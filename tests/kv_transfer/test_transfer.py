@@ -21,8 +21,9 @@ from splitserve.core.errors import (
 )
 from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
 
-TRANSPORTS = ["grpc", "shared_memory", "gloo"]
-both = pytest.mark.parametrize("transport", TRANSPORTS)
+two_gpus = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+ON_GPUS = [pytest.param(name, marks=two_gpus) for name in ("cuda_ipc", "nccl")]
+both = pytest.mark.parametrize("transport", ["grpc", "shared_memory", "gloo", *ON_GPUS])
 
 
 BFLOAT16 = KvGeometry(
@@ -67,15 +68,15 @@ async def test_kv_arrives_bit_exact_and_commit_frees_the_sender(pair, transport:
 @both
 async def test_only_granted_blocks_are_written(pair, transport: str) -> None:
     async with pair(transport) as p:
-        before = p.target.data.clone()
+        before = p.target.snapshot()
         request = p.request(50)
         grant = p.grant(request, num_cached_tokens=16)
         p.complete(grant, request)
         await p.receive(grant, request)
         granted = p.target_table[1:4]
         others = [block for block in range(p.target.num_blocks) if block not in granted]
-        assert torch.equal(p.target.data[others], before[others])
-        assert not torch.equal(p.target.data[granted], before[granted])
+        assert torch.equal(p.target.snapshot()[others], before[others])
+        assert not torch.equal(p.target.snapshot()[granted], before[granted])
 
 
 schedules = st.fixed_dictionaries(
@@ -145,7 +146,7 @@ async def test_other_block_size_travels_over_grpc(pair, source: int, target: int
 
 
 async def test_bfloat16_layers_of_many_frames_arrive(pair, monkeypatch) -> None:
-    monkeypatch.setattr("splitserve.kv_transfer.sender.FRAME_BYTES", 1000)
+    monkeypatch.setattr("splitserve.kv_transfer.framing.FRAME_BYTES", 1000)
     async with pair("grpc", geometry=BFLOAT16) as p:
         request = p.request(133)
         grant = p.grant(request)
@@ -198,11 +199,11 @@ async def test_cancelled_receiver_frees_the_sender(pair, transport: str) -> None
         receiving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await receiving
-        quiet = p.target.data.clone()
+        quiet = p.target.snapshot()
         await p.release_seen.wait()
         assert p.released == ["r1"]
         assert isinstance(p.reports[0][1], TransferFailed)
-        assert torch.equal(p.target.data, quiet)
+        assert torch.equal(p.target.snapshot(), quiet)
 
 
 @both
@@ -350,14 +351,14 @@ async def test_closing_the_sender_ends_its_streams_typed(pair) -> None:
 @pytest.mark.parametrize("transport", ["grpc", "gloo"])
 async def test_bytes_in_flight_are_bounded_over_all_transfers_of_a_link(pair, monkeypatch, transport: str) -> None:
     for name in ("FRAME_BYTES", "LANE_FRAME_BYTES"):
-        monkeypatch.setattr(f"splitserve.kv_transfer.sender.{name}", 3000)
-    monkeypatch.setattr("splitserve.kv_transfer.sender.MAX_LINK_BYTES", 10_000)
+        monkeypatch.setattr(f"splitserve.kv_transfer.framing.{name}", 3000)
+    monkeypatch.setattr("splitserve.kv_transfer.framing.MAX_LINK_BYTES", 10_000)
     async with pair(transport) as p:
         seen = []
         pack = p.sender._pack
 
         def counting(*arguments):
-            seen.append(p.sender._in_flight.num_bytes)
+            seen.append(p.sender._in_flight[False].num_bytes)
             return pack(*arguments)
 
         monkeypatch.setattr(p.sender, "_pack", counting)
@@ -370,4 +371,4 @@ async def test_bytes_in_flight_are_bounded_over_all_transfers_of_a_link(pair, mo
         await asyncio.gather(*receiving)
         assert len(seen) > 8
         assert 3000 < max(seen) <= 10_000
-        assert p.sender._in_flight.num_bytes == 0
+        assert p.sender._in_flight[False].num_bytes == 0
