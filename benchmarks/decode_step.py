@@ -72,7 +72,7 @@ class Stepping:
         self._graph.replay()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return float(begin.elapsed_time(end)) / 1e3
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]

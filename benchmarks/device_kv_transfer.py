@@ -29,13 +29,13 @@ from ..core.kv_geometry import KvGeometry, LayerGeometry
 from ..core.request import Request
 from ..engine.pool import KvPool
 from ..kv_transfer import framing
-from ..kv_transfer.channel import Channel
+from ..kv_transfer.channel import Channel, Rendezvous
 from ..kv_transfer.grants import Grant, KvSource
 from ..kv_transfer.identity import WorkerIdentity, current_host_id
 from ..kv_transfer.receiver import KvReceiver, Received
 from ..kv_transfer.sender import KvSender
 from ..proto.rpc import SERVER_OPTIONS
-from .decode_step import StepTimes, Stepping
+from .decode_step import Stepping, StepTimes
 from .report import write_json
 
 PREFILL_BOOT = "benchmark"
@@ -165,6 +165,8 @@ class _Link:
         self._address: str = control.recv()
         blocks = torch.randperm(pool.num_blocks).tolist()
         each = pool.num_blocks // plan.in_flight
+        self._asking = asyncio.Lock()
+        self._longest = tuple(range(max(plan.sizes)))
         self._tables = [blocks[n * each : (n + 1) * each] for n in range(plan.in_flight)]
 
     @asynccontextmanager
@@ -177,15 +179,19 @@ class _Link:
         finally:
             await receiver.close()
 
-    async def move(self, receiver: KvReceiver, way: str, num_tokens: int, slot: int = 0) -> tuple[float, Received]:
-        """Seconds from the call of receive() to verified KV in our blocks."""
-        prompt = tuple(range(num_tokens))
-        request = Request(request_id=secrets.token_hex(8), prompt_token_ids=prompt, max_tokens=1)
+    async def prepare(self, receiver: KvReceiver, num_tokens: int) -> Grant:
+        """A transfer whose KV the other process has."""
+        request = Request(request_id=secrets.token_hex(8), prompt_token_ids=self._prompt(num_tokens), max_tokens=1)
         source = KvSource(address=self._address, boot_id=PREFILL_BOOT)
         grant = receiver.make_grant(request, source, receiver.choose_wire(source, num_tokens), 0)
-        self._control.send(grant)
-        self._control.recv()
+        async with self._asking:
+            await asyncio.to_thread(self._offer, grant)
+        return grant
+
+    async def move(self, receiver: KvReceiver, way: str, grant: Grant, slot: int = 0) -> tuple[float, Received]:
+        """Seconds from the call of receive() to verified KV in our blocks."""
         began_s = time.perf_counter()
+        prompt = self._prompt(grant.num_tokens)
         received = await receiver.receive(grant, self._address, prompt, self._tables[slot])
         seconds = time.perf_counter() - began_s
         assert received.transport == way, f"{received.transport} was taken, {way} was to be measured"
@@ -194,15 +200,22 @@ class _Link:
 
     async def sustained(self, receiver: KvReceiver, way: str, num_tokens: int, count: int) -> float:
         """Seconds a transfer of `count`, some of them in flight at any time."""
-        turns = iter(range(count))
+        grants = iter([await self.prepare(receiver, num_tokens) for _ in range(count)])
 
         async def keep_one_going(slot: int) -> None:
-            for _ in turns:
-                await self.move(receiver, way, num_tokens, slot)
+            for grant in grants:
+                await self.move(receiver, way, grant, slot)
 
         began_s = time.perf_counter()
         await asyncio.gather(*(keep_one_going(slot) for slot in range(self._plan.in_flight)))
         return (time.perf_counter() - began_s) / count
+
+    def _offer(self, grant: Grant) -> None:
+        self._control.send(grant)
+        self._control.recv()
+
+    def _prompt(self, num_tokens: int) -> tuple[int, ...]:
+        return self._longest[:num_tokens]
 
 
 async def _measure(control: Connection, plan: Plan) -> Figures:
@@ -213,7 +226,8 @@ async def _measure(control: Connection, plan: Plan) -> Figures:
         figures.connect_s[way] = []
         for _ in range(4):  # the first one of the process also loads libraries
             async with link.receiver(way) as receiver:
-                figures.connect_s[way].append((await link.move(receiver, way, BLOCK_SIZE))[0])
+                grant = await link.prepare(receiver, BLOCK_SIZE)
+                figures.connect_s[way].append((await link.move(receiver, way, grant))[0])
         async with link.receiver(way) as receiver:
             for num_tokens in plan.sizes:
                 figures.moved.append(await _moved(link, receiver, way, num_tokens, plan))
@@ -227,7 +241,7 @@ async def _moved(link: _Link, receiver: KvReceiver, way: str, num_tokens: int, p
     num_bytes = num_tokens * plan.geometry.bytes_per_token
     alone: list[tuple[float, Received]] = []
     for number in track(range(plan.rounds + WARM_UP), f"{way}, {num_bytes / 2**20:.0f} MiB"):
-        took = await link.move(receiver, way, num_tokens)
+        took = await link.move(receiver, way, await link.prepare(receiver, num_tokens))
         if number >= WARM_UP:
             alone.append(took)
     await link.sustained(receiver, way, num_tokens, plan.in_flight)  # memory for as many
@@ -258,7 +272,7 @@ async def _limits(control: Connection, plan: Plan, pool: KvPool) -> dict[str, di
         for _ in range(plan.rounds + WARM_UP):
             control.send(size)
             control.recv()
-            await asyncio.sleep(0.002)  # until it is posted there, as a header would tell
+            await asyncio.sleep(0.002)  # posted there by now; if not, the figure only gets worse
             began_s = time.perf_counter()
             await asyncio.to_thread(channel.recv, target[:size])
             times.append(time.perf_counter() - began_s)
@@ -279,7 +293,7 @@ def _copy_s(source: torch.Tensor, target: torch.Tensor) -> float:
         target.copy_(source, non_blocking=True)
         end.record()
         end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 async def _beside_steps(link: _Link, plan: Plan, figures: Figures) -> None:
@@ -295,7 +309,7 @@ async def _beside_steps(link: _Link, plan: Plan, figures: Figures) -> None:
             async def keep_one_going(slot: int, receiver: KvReceiver = receiver, way: str = way) -> int:
                 number = 0
                 while not over.is_set():  # noqa: B023
-                    await link.move(receiver, way, num_tokens, slot)
+                    await link.move(receiver, way, await link.prepare(receiver, num_tokens), slot)
                     number += 1
                 return number
 
@@ -329,7 +343,7 @@ def _pool(plan: Plan, side: int) -> KvPool:
     return pool
 
 
-def _raw_rendezvous(plan: Plan, side: int):  # type: ignore[no-untyped-def]
+def _raw_rendezvous(plan: Plan, side: int) -> Rendezvous:
     if plan.devices[side] == "cpu":
         from ..kv_transfer.gloo import GlooRendezvous
 
@@ -348,7 +362,13 @@ def _print(figures: Figures, plan: Plan) -> None:
     for num_tokens in plan.sizes:
         size = num_tokens * plan.geometry.bytes_per_token
         table = Table(title=f"{size / 2**20:.0f} MiB, {num_tokens} tokens in scattered blocks; GB/s, n={plan.rounds}")
-        for column in ("", f"{plan.in_flight} in flight", "alone", "alone, from 1st frame", *(f"x {n}" for n in limits)):
+        for column in (
+            "",
+            f"{plan.in_flight} in flight",
+            "alone",
+            "alone, from 1st frame",
+            *(f"x {n}" for n in limits),
+        ):
             table.add_column(column, justify="right" if column else "left")
         for name, by_size in limits.items():
             table.add_row(name, f"{size / by_size[size] / 1e9:.1f}")

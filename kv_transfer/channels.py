@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..proto import kv_transfer_pb2 as pb
 from .channel import Rendezvous
 from .gloo import GlooRendezvous
+from .lanes import MAX_COMMUNICATORS, MAX_LANES, Lanes
 from .layout import PoolBytes
 from .pool import KvPool
 from .staging import HostStaging, Staging
@@ -30,6 +31,12 @@ def rendezvous_of(transport: int, pool: KvPool, host: str = "127.0.0.1") -> Rend
     from .nccl import NcclRendezvous
 
     return NcclRendezvous(pool.keys(0).device)
+
+
+def lanes_of(transport: int, pool: KvPool, host: str) -> Lanes:
+    """A sender's."""
+    most = MAX_COMMUNICATORS if transport == pb.TRANSPORT_NCCL else MAX_LANES
+    return Lanes(rendezvous_of(transport, pool, host), most)
 
 
 def staging_of(transport: int, pool_bytes: PoolBytes) -> Staging:

@@ -35,14 +35,13 @@ from ..proto.mount import ServiceMount
 from ..proto.rpc import abort
 from . import framing
 from .capability import check_proof, sign_end
-from .channels import CHANNELS, is_usable, rendezvous_of, staging_of
+from .channels import CHANNELS, is_usable, lanes_of, staging_of
 from .codecs import CODEC_NAMES, GROUP_TOKENS, narrower
 from .frames import HEADER_BYTES, SERVICE, FrameKind, KvPart, RunningDigest
 from .framing import framing_of
 from .grants import Grant
 from .identity import WorkerIdentity
 from .in_flight import InFlight
-from .lanes import Lanes
 from .layout import pool_bytes
 from .packing import Apart, Packed, Packer, Way
 from .pool import KvPool
@@ -127,7 +126,7 @@ class KvSender:
             True: InFlight(link_bytes=framing.MAX_DEVICE_LINK_BYTES, total_bytes=framing.MAX_DEVICE_BYTES),
         }  # by whether they are in a GPU's memory
         self._channels = {
-            transport: (Lanes(rendezvous_of(transport, pool, host)), staging_of(transport, self._bytes))
+            transport: (lanes_of(transport, pool, host), staging_of(transport, self._bytes))
             for transport in CHANNELS
             if is_usable(transport, pool)
         }

@@ -301,10 +301,12 @@ def pair_factory() -> PairFactory:
         target_geometry: KvGeometry | None = None,
         source_blocks: int = 24,
         sender_type: type[KvSender] = KvSender,
+        source_device: str | None = None,
+        target_device: str | None = None,
     ) -> AsyncIterator[Pair]:
-        source_device, target_device = devices(transports[0] if transports else "grpc")
-        source = TinyPool(source_block_size, source_blocks, geometry, source_device)
-        target = TinyPool(target_block_size, geometry=target_geometry or geometry, device=target_device)
+        usual = devices(transports[0] if transports else "grpc")
+        source = TinyPool(source_block_size, source_blocks, geometry, source_device or usual[0])
+        target = TinyPool(target_block_size, 24, target_geometry or geometry, target_device or usual[1])
         released: list[str] = []
         reports: list[tuple[str, Exception]] = []
         release_seen = asyncio.Event()

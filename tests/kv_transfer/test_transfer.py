@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from splitserve.core.errors import (
     Cancelled,
+    ConfigError,
     GeometryMismatch,
     LeaseExpired,
     StaleMessage,
@@ -20,6 +21,7 @@ from splitserve.core.errors import (
     Unavailable,
 )
 from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
+from splitserve.kv_transfer.sender import KvSender
 
 two_gpus = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 ON_GPUS = [pytest.param(name, marks=two_gpus) for name in ("cuda_ipc", "nccl")]
@@ -166,6 +168,43 @@ async def test_unmappable_pool_falls_back_to_grpc(pair) -> None:
         os.close(memory)
         assert received.transport == "grpc"
         p.assert_arrived(grant)
+
+
+class WrongInvitations(KvSender):
+    """Nobody listens where it invites to."""
+
+    def _choose(self, request, peer):
+        response = super()._choose(request, peer)
+        response.invitation = b"1"
+        return response
+
+
+@pytest.mark.parametrize("others", [(), ("grpc",)])
+async def test_a_channel_that_cannot_be_set_up_leaves_its_kv_to_grpc_if_it_may(pair, others: tuple) -> None:
+    async with pair("gloo", *others, sender_type=WrongInvitations) as p:
+        for request_id in ("first", "second"):
+            request = p.request(40, request_id)
+            grant = p.grant(request)
+            p.complete(grant, request)
+            if others:
+                received = await p.receive(grant, request)
+                assert received.transport == "grpc"
+                p.assert_arrived(grant)
+            else:
+                with pytest.raises(TransferFailed, match="set up"):
+                    await p.receive(grant, request)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it could use NCCL")
+async def test_what_this_side_cannot_use_is_not_offered_and_alone_is_refused(pair) -> None:
+    async with pair("nccl", "grpc", source_device="cpu", target_device="cpu") as p:
+        request = p.request(40)
+        grant = p.grant(request)
+        p.complete(grant, request)
+        assert (await p.receive(grant, request)).transport == "grpc"
+    with pytest.raises(ConfigError, match="NCCL needs a GPU"):
+        async with pair("nccl", source_device="cpu", target_device="cpu"):
+            pass
 
 
 @both
