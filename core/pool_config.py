@@ -119,6 +119,6 @@ class ScalingSection(Section):
     down_cooldown_s: float = Field(default=30.0, ge=0, description="Seconds from a pool's change to its shrinking")
     role_switch: bool | None = Field(
         default=None,
-        description="A worker that one pool can spare changes its role rather than that one is started: true, false; "
-        "empty: where both pools ask for the same nodes and there is no TLS, whose certificates may prove one role only",
+        description="A worker that one pool can spare changes its role before one is started in the other; empty: "
+        "where both pools ask for the same nodes, and without TLS, whose certificates may prove one role only",
     )
