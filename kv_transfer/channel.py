@@ -87,7 +87,9 @@ class Lane:
             raise self.error
 
     def send(self, data: Tensor) -> tuple[int, asyncio.Future[None]]:
-        """Post a payload. Returns its turn, and when it has left."""
+        """Post a payload. Returns its turn, and when it has left. Raises: TransferFailed: the lane was aborted."""
+        if self.error is not None:
+            raise self.error
         turn, self._num_posted = self._num_posted, self._num_posted + 1
         return turn, self._loop.run_in_executor(self._thread, self._move, True, data)
 

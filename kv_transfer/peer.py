@@ -141,6 +141,14 @@ class Peers:
             if peer.users == 0:
                 peer.unused.set()
 
+    def may_use(self, transport: pb.Transport.ValueType) -> bool:
+        return transport in self._transports
+
+    def find(self, address: str, boot_id: str) -> Peer | None:
+        """The link to that boot, if there is one."""
+        peer = self._peers.get(address)
+        return peer if peer is not None and peer.boot_id == boot_id and not peer.retired else None
+
     async def close(self) -> None:
         for watch in self._watches:
             watch.cancel()
