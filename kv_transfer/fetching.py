@@ -15,17 +15,10 @@ import grpc.aio
 import numpy as np
 from torch import Tensor
 
-from ..core.errors import (
-    Draining,
-    KvCorrupted,
-    SplitserveError,
-    StaleMessage,
-    TransferFailed,
-    TransferInterrupted,
-)
+from ..core.errors import KvCorrupted, SplitserveError, StaleMessage, TransferFailed, TransferInterrupted
 from ..core.metrics import WorkerMetrics
 from ..proto import kv_transfer_pb2 as pb
-from ..proto.rpc import from_rpc_error
+from ..proto.rpc import from_rpc_error, is_typed
 from .capability import Granter
 from .channel import Lane
 from .channels import staging_of
@@ -71,11 +64,6 @@ class Transfer:
     was_covered: bool = False
     was_open: bool = False  # the last stream began
     is_over: bool = False  # the prefill worker gave it up, or its KV is not what was granted: no other stream helps
-
-    def resume(self) -> None:
-        """Another stream is to bring what is missing."""
-        self.round += 1
-        self.was_open = False
 
     @property
     def num_kept(self) -> int:
@@ -251,6 +239,11 @@ class Fetcher:
             raise typed or TransferFailed(
                 f"{transfer.grant}: the prefill worker cannot be reached any more: {error.details()}"
             ) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise TransferFailed(f"{transfer.grant}: the link to the prefill worker was closed") from None
         if frame is grpc.aio.EOF:
             raise TransferFailed(f"{transfer.grant}: the stream ended before its last frame; prefill it again")
         assert isinstance(frame, bytes)
@@ -340,9 +333,8 @@ def _unpack(wire_bytes: WireBytes, header: FrameHeader, payload: Bytes, block_id
 
 def _said(error: grpc.aio.AioRpcError) -> SplitserveError | None:
     """What the prefill worker said; None: it is the link that broke."""
-    typed = from_rpc_error(error)
+    if is_typed(error):
+        return from_rpc_error(error)
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
         return TransferFailed("what was a prefill worker is none any more; prefill it elsewhere")
-    if isinstance(typed, Draining | TransferFailed | StaleMessage) or error.code() is not grpc.StatusCode.UNAVAILABLE:
-        return typed
-    return None
+    return None if error.code() is grpc.StatusCode.UNAVAILABLE else from_rpc_error(error)

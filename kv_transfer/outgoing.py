@@ -42,6 +42,7 @@ class Outgoing:
     sent: list[SentFrame] = field(default_factory=list)  # by the newest stream, and what it did not repeat
     round: int = 0  # of the newest stream
     digest: bytes | None = None  # of what was sent, once END is out
+    num_counted: int = 0  # bytes that the metrics know of
     released: bool = False
     error: SplitserveError | None = None
     lease: asyncio.TimerHandle | None = None

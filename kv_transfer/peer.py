@@ -128,13 +128,10 @@ class Peers:
                 peer = await self._replace(address, peer)
             if peer.boot_id != boot_id:
                 raise StaleMessage(f"boot {boot_id} of the prefill worker at {address} is gone, {peer.boot_id} runs")
-            if peer.lane is not None and peer.lane.error is not None:
-                response = await self._introduce(address, peer.channel, [peer.transport], sum(CONNECT_TRIES_S))
-                self._open_lane(address, peer, response)
-            if peer.lane is not None:
-                await self._await_lane(peer, peer.lane)
-        peer.users += 1
+            peer.users += 1  # from here on, a link that breaks is not closed under us
         try:
+            if peer.lane is not None:
+                await self._await_lane(address, peer)
             yield peer
         finally:
             peer.users -= 1
@@ -246,11 +243,18 @@ class Peers:
         name = f"the channel from {address}, epoch {peer.link_epoch},"
         peer.lane = Lane(name, partial(rendezvous.accept, host, response.invitation))
 
-    async def _await_lane(self, peer: Peer, lane: Lane) -> None:
-        """A set-up that fails once fails again, and takes its whole time-out: from then on KV goes by gRPC, if it may.
+    async def _await_lane(self, address: str, peer: Peer) -> None:
+        """Until it is open; one that broke is set up anew, under a new epoch.
 
+        A set-up that fails once fails again, and takes its whole time-out: from then on KV goes by gRPC, if it may.
         Raises: TransferFailed: it may not.
         """
+        async with self._connecting[address]:
+            if peer.lane is not None and peer.lane.error is not None:
+                response = await self._introduce(address, peer.channel, [peer.transport], sum(CONNECT_TRIES_S))
+                self._open_lane(address, peer, response)
+        if (lane := peer.lane) is None:  # another user gave it up meanwhile
+            return
         try:
             await lane.ready()
         except TransferFailed as error:

@@ -205,7 +205,9 @@ class KvReceiver:
         """
         grant = transfer.grant
         first: TransferFailed | None = None
+        num_gone = 0
         while True:
+            transfer.was_open = False
             try:
                 async with self._peers.use(kv_address, grant.prefill_boot_id) as peer:
                     fallback = transfer.round == MAX_RESUMES and self._peers.may_use(pb.TRANSPORT_GRPC)
@@ -214,14 +216,14 @@ class KvReceiver:
                         self._observe(kv_address, grant, received)
                     return received
             except LaneGone as error:
-                if transfer.round == MAX_RESUMES:
+                num_gone += 1
+                if num_gone > MAX_RESUMES:
                     raise first or error from error
-                transfer.resume()
             except TransferFailed as error:
                 first = first or error
                 if transfer.is_over or transfer.round == MAX_RESUMES or not transfer.was_open:
                     raise (error if transfer.is_over else first) from error
-                transfer.resume()
+                transfer.round += 1
                 logger.warning(
                     "%s; fetching what is missing behind %d frames, stream %d",
                     error.message,

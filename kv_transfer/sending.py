@@ -141,7 +141,8 @@ class Sending:
         )
         await write(last)
         if self._metrics is not None:
-            self._metrics.transfer_bytes.inc(num_bytes)
+            self._metrics.transfer_bytes.inc(num_bytes - out.num_counted)
+            out.num_counted = num_bytes
 
     def _pack(self, out: Outgoing, part: KvPart, sequence: int, way: Way) -> Packed:
         """Runs in a thread."""
@@ -179,9 +180,11 @@ def _post(lane: Lane, frame: Apart) -> tuple[int, asyncio.Future[None]]:
         raise TransferInterrupted(error.message) from error
 
 
-def _give(in_flight: InFlight, link: str, size: int, _: asyncio.Future[None]) -> None:
-    """A lane has moved a payload, or failed to."""
+def _give(in_flight: InFlight, link: str, size: int, left: asyncio.Future[None]) -> None:
+    """A lane has moved a payload, or failed to; who still sends hears of it."""
     in_flight.give(link, size)
+    if not left.cancelled():
+        left.exception()
 
 
 async def is_set(event: asyncio.Event, timeout_s: float) -> bool:
