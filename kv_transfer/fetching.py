@@ -63,6 +63,7 @@ class Transfer:
     round: int = 0
     was_covered: bool = False
     was_open: bool = False  # the last stream began
+    is_link_lost: bool = False  # as far as the last stream saw
     is_over: bool = False  # the prefill worker gave it up, or its KV is not what was granted: no other stream helps
 
     @property
@@ -150,7 +151,7 @@ class Fetcher:
             round=transfer.round,
             num_kept=transfer.num_kept,
         )
-        transfer.was_open = True
+        transfer.was_open, transfer.is_link_lost = True, False
         has_begun = False
         call = peer.fetch(request)
         try:
@@ -235,6 +236,7 @@ class Fetcher:
             ) from None
         except grpc.aio.AioRpcError as error:
             typed = _said(error)
+            transfer.is_link_lost = typed is None
             transfer.is_over = typed is not None and not isinstance(typed, TransferInterrupted)
             raise typed or TransferFailed(
                 f"{transfer.grant}: the prefill worker cannot be reached any more: {error.details()}"
@@ -243,6 +245,7 @@ class Fetcher:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
+            transfer.is_link_lost = True
             raise TransferFailed(f"{transfer.grant}: the link to the prefill worker was closed") from None
         if frame is grpc.aio.EOF:
             raise TransferFailed(f"{transfer.grant}: the stream ended before its last frame; prefill it again")

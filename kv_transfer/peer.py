@@ -117,8 +117,10 @@ class Peers:
         self._watches: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def use(self, address: str, boot_id: str) -> AsyncIterator[Peer]:
+    async def use(self, address: str, boot_id: str, *, lane: bool = True) -> AsyncIterator[Peer]:
         """The link to that boot of the worker at `address`, open until the block is left.
+
+        Args: lane: wait until its channel is open, if it has one.
 
         Raises: StaleMessage: another boot runs there now. TransferFailed: nobody answers.
         """
@@ -130,7 +132,7 @@ class Peers:
                 raise StaleMessage(f"boot {boot_id} of the prefill worker at {address} is gone, {peer.boot_id} runs")
             peer.users += 1  # from here on, a link that breaks is not closed under us
         try:
-            if peer.lane is not None:
+            if lane and peer.lane is not None:
                 await self._await_lane(address, peer)
             yield peer
         finally:
@@ -141,10 +143,16 @@ class Peers:
     def may_use(self, transport: pb.Transport.ValueType) -> bool:
         return transport in self._transports
 
-    def find(self, address: str, boot_id: str) -> Peer | None:
-        """The link to that boot, if there is one."""
-        peer = self._peers.get(address)
-        return peer if peer is not None and peer.boot_id == boot_id and not peer.retired else None
+    def lost(self, peer: Peer) -> None:
+        """A stream broke as if its link had: whoever comes next connects anew, sooner than the link itself is seen
+        to break."""
+        if peer.retired:
+            return
+        peer.retired = True
+        for address in [address for address, known in self._peers.items() if known is peer]:
+            del self._peers[address]
+        if peer.watch is not None:
+            peer.watch.cancel()
 
     async def close(self) -> None:
         for watch in self._watches:

@@ -39,6 +39,7 @@ COMMIT_TIMEOUT_S = 5.0
 AUTO_CODEC: CodecName = "int8"  # as many bytes as fp8, a smaller error: docs/kv_transfer.md
 CODEC_BYTES_PER_S = 1e9  # of KV in its own dtype; one CPU core codes 1.3 to 3.8 GB/s
 MAX_RESUMES = 2
+CLOSE_WAIT_S = 1.0  # for senders to hear that transfers were given up
 
 
 class KvReceiver:
@@ -184,7 +185,7 @@ class KvReceiver:
         if self._metrics is not None:
             self._metrics.transfers.inc()
         try:
-            async with self._peers.use(kv_address, grant.prefill_boot_id) as peer:
+            async with self._peers.use(kv_address, grant.prefill_boot_id, lane=False) as peer:
                 await peer.commit(
                     pb.CommitRequest(grant=grant.to_peer(), digest=received.digest, proof=self._granter.proof(grant)),
                     timeout=COMMIT_TIMEOUT_S,
@@ -194,7 +195,10 @@ class KvReceiver:
 
     async def close(self) -> None:
         """Close every link. Cancel what is receiving first."""
-        await asyncio.gather(*self._abandoning)
+        if self._abandoning:
+            _, late = await asyncio.wait(self._abandoning, timeout=CLOSE_WAIT_S)
+            for task in late:
+                task.cancel()
         await self._peers.close()
         self._fetcher.close()
 
@@ -211,7 +215,12 @@ class KvReceiver:
             try:
                 async with self._peers.use(kv_address, grant.prefill_boot_id) as peer:
                     fallback = transfer.round == MAX_RESUMES and self._peers.may_use(pb.TRANSPORT_GRPC)
-                    received = await self._fetcher.fetch(peer, transfer, pb.TRANSPORT_GRPC if fallback else None)
+                    try:
+                        received = await self._fetcher.fetch(peer, transfer, pb.TRANSPORT_GRPC if fallback else None)
+                    except TransferFailed:
+                        if transfer.is_link_lost:
+                            self._peers.lost(peer)
+                        raise
                     if TRANSPORTS[received.transport] not in MAPPED:
                         self._observe(kv_address, grant, received)
                     return received
@@ -245,15 +254,13 @@ class KvReceiver:
         )
 
     def _abandon(self, grant: Grant, kv_address: str) -> None:
-        """Let the sender free its copy at once, if there is a link to it; else it waits a while for us to come back."""
-        peer = self._peers.find(kv_address, grant.prefill_boot_id)
-        if peer is None:
-            return
+        """Let the sender free its copy at once. Best effort: if it does not hear, it waits a while for us to come."""
 
         async def tell() -> None:
             request = pb.CommitRequest(grant=grant.to_peer(), proof=self._granter.proof(grant), abandoned=True)
-            with suppress(grpc.aio.AioRpcError):  # it has freed it already, or is gone
-                await peer.commit(request, timeout=COMMIT_TIMEOUT_S)
+            with suppress(grpc.aio.AioRpcError, SplitserveError):  # it has freed it already, or is gone
+                async with self._peers.use(kv_address, grant.prefill_boot_id, lane=False) as peer:
+                    await peer.commit(request, timeout=COMMIT_TIMEOUT_S)
 
         task = asyncio.create_task(tell())
         self._abandoning.add(task)
