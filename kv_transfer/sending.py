@@ -180,11 +180,9 @@ def _post(lane: Lane, frame: Apart) -> tuple[int, asyncio.Future[None]]:
         raise TransferInterrupted(error.message) from error
 
 
-def _give(in_flight: InFlight, link: str, size: int, left: asyncio.Future[None]) -> None:
-    """A lane has moved a payload, or failed to; who still sends hears of it."""
+def _give(in_flight: InFlight, link: str, size: int, _: asyncio.Future[None]) -> None:
+    """A lane has moved a payload, or failed to."""
     in_flight.give(link, size)
-    if not left.cancelled():
-        left.exception()
 
 
 async def is_set(event: asyncio.Event, timeout_s: float) -> bool:
