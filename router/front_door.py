@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -170,6 +171,7 @@ class FrontDoor:
             key=CALLER.get(),
             priority=message.priority,
             tenant=message.tenant,
+            session=hashlib.blake2b(message.session.encode(), digest_size=16).digest() if message.session else b"",
         )
 
     async def token_ids(self, message: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> list[int]:
