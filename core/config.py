@@ -271,6 +271,25 @@ class ClusterConfig(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _roles_can_be_switched(self) -> Self:
+        if self.scaling.role_switch and not self._are_pools_alike:
+            raise ValueError(
+                "scaling.role_switch: got true, wanted: prefill and decode with the same threads, gpus, labels, "
+                "resources and env, and tensor_parallel 1; make the pools alike, or leave it empty"
+            )
+        return self
+
+    @property
+    def _are_pools_alike(self) -> bool:
+        return self.prefill.like(self.decode) and self.tensor_parallel("prefill") == 1
+
+    @property
+    def switches_roles(self) -> bool:
+        """Whether scaling lets a worker change its role."""
+        stated = self.scaling.role_switch
+        return self._are_pools_alike and self.security.cert is None if stated is None else stated
+
     def pool(self, role: WorkerRole) -> PoolConfig:
         return {"prefill": self.prefill, "decode": self.decode, "colocated": self.colocated}[role]
 
