@@ -201,10 +201,10 @@ class ClusterConfig(Section):
         min_length=1,
         description="smollm2-135m (built in), a directory, a .gguf file or a hub id",
     )
-    transport: Literal["auto", "grpc", "shared-memory", "cuda-ipc", "gloo"] = Field(
+    transport: Literal["auto", "grpc", "shared-memory", "cuda-ipc", "gloo", "nccl"] = Field(
         default="auto",
-        description="How KV moves; auto: CUDA IPC or shared memory within a host, else gRPC; gloo: over connections of "
-        "its own, for trusted networks",
+        description="How KV moves; auto: CUDA IPC or shared memory within a host, else gRPC; nccl (between GPUs) and "
+        "gloo: over connections of their own, which nobody encrypts, for trusted networks",
     )
     kv_codec: Literal["none", "fp8", "int8", "auto"] = Field(
         default="none",
