@@ -78,6 +78,7 @@ def main(
     warmup: Annotated[float, typer.Option(help="Seconds of load that are not counted.")] = 20.0,
     seconds: Annotated[float, typer.Option(help="Seconds of load that are.")] = 60.0,
     clients: Annotated[int, typer.Option(help="Client processes that share the load.")] = 4,
+    routers: Annotated[int, typer.Option(help="Router processes; each client uses one of them.")] = 4,
     log_dir: Annotated[Path | None, typer.Option(help="Keep the processes' logs here.")] = None,
     trace_dir: Annotated[Path | None, typer.Option(help="Write step records and events here.")] = None,
     seed: Annotated[int, typer.Option(help="Of arrivals and prompts.")] = 0,
@@ -86,13 +87,8 @@ def main(
     """Measure and print a table."""
     loads = [_parse(text) for text in rows.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        settings: dict[str, Any] = {"model": model, "engine.device": device, "engine.prefix_cache": False}
-        if device == "cuda":
-            from .gpu_engine import shapes
-
-            settings["engine.max_model_len"] = 16384
-            if model in shapes():
-                settings |= {"model": _write_shape(model, Path(folder) / model), "engine.random_weights": True}
+        settings = model_settings(model, device, Path(folder))
+        settings |= {"engine.prefix_cache": False, "router.replicas": routers}
         if colocated:
             settings["colocated.replicas"] = 2
         if trace_dir is not None:
@@ -122,7 +118,8 @@ async def _measure(
         for load in loads:
             idle_s = await _bare_prefill_s(cluster.router.address, load[0], in_flight=1)
             prefill_s = await _bare_prefill_s(cluster.router.address, load[0], in_flight=3)
-            requests = await _load(cluster.router.address, load, warmup_s + seconds, clients, seed)
+            addresses = [router.address for router in cluster.routers]
+            requests = await _load(addresses, load, warmup_s + seconds, clients, seed)
             measured.append(_row(load, requests, prefill_s, idle_s, warmup_s, seconds))
             print(measured[-1], file=sys.stderr, flush=True)
             if json_file is not None:  # after each row: a run of many minutes may be cut short
@@ -158,7 +155,7 @@ async def _bare_prefill_s(address: str, input_len: int, *, in_flight: int) -> fl
 
 
 async def _load(
-    address: str, load: tuple[int, int, float], seconds: float, clients: int, seed: int
+    addresses: Sequence[str], load: tuple[int, int, float], seconds: float, clients: int, seed: int
 ) -> list[dict[str, Any]]:
     """Every request of all client processes, in order of arrival."""
     input_len, output_len, rate = load
@@ -168,7 +165,8 @@ async def _load(
         processes = [
             await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "splitserve.benchmarks.load_client",
-                "--address", address, "--rate", str(rate / clients), "--seconds", str(seconds),
+                "--address", addresses[number % len(addresses)],
+                "--rate", str(rate / clients), "--seconds", str(seconds),
                 "--input-len", str(input_len), "--output-len", str(output_len), "--start-at", str(start_at),
                 "--seed", str(seed * 1000 + number), "--out", str(out),
             )
@@ -283,6 +281,18 @@ def _parse(text: str) -> tuple[int, int, float]:
         return int(input_len), int(output_len), float(rate)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not input length/output length/rate, such as 2048/256/8") from None
+
+
+def model_settings(model: str, device: str, folder: Path) -> dict[str, Any]:
+    """The configuration of a model, or on a GPU of a shape with random weights, whose directory goes into `folder`."""
+    settings: dict[str, Any] = {"model": model, "engine.device": device}
+    if device == "cuda":
+        from .gpu_engine import shapes
+
+        settings["engine.max_model_len"] = 16384
+        if model in shapes():
+            settings |= {"model": _write_shape(model, folder / model), "engine.random_weights": True}
+    return settings
 
 
 def _write_shape(name: str, folder: Path) -> str:

@@ -1,6 +1,7 @@
 """How fast does KV move between two processes? Each transport beside memcpy and raw TCP, in one run.
 
 python -m splitserve.benchmarks.kv_transfer
+python -m splitserve.benchmarks.kv_transfer --device cuda --beside-decode
 """
 
 from __future__ import annotations
@@ -73,16 +74,35 @@ def smollm2(dtype: KvDtype) -> KvGeometry:
 def main(
     mib: Annotated[list[int] | None, typer.Option(min=1, help="MiB of one transfer; repeat it for several.")] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Transfers measured, per size and row.")] = 9,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, or cuda: between two GPUs, KV of the Llama-3.1-8B shape.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="On cpu: float32, bfloat16 or float16.")] = "float32",
+    ways: Annotated[str, typer.Option(help="On cuda: transports, with commas.")] = "cuda_ipc,nccl,grpc",
+    in_flight: Annotated[int, typer.Option(min=1, help="On cuda: transfers at a time, of the sustained figure.")] = 4,
+    beside_decode: Annotated[
+        bool, typer.Option("--beside-decode", help="On cuda: time a decode-like step beside each transport.")
+    ] = False,
+    step_seconds: Annotated[float, typer.Option(help="Of steps beside each transport.")] = 5.0,
+    ctas: Annotated[int | None, typer.Option(help="On cuda: multiprocessors of NCCL.", show_default="16")] = None,
+    frame_mib: Annotated[int | None, typer.Option(help="On cuda: MiB of an NCCL frame.", show_default="64")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
 ) -> None:
     """GB/s of each transport, from the call of receive() to verified KV in the receiver's blocks.
 
     Gather, scatter, checksums and codecs are included; bytes are those of uncoded KV, so rows compare. Sizes are 1, 8,
-    64 and 512 MiB unless given.
+    64 and 512 MiB unless given; on GPUs 8, 64, 256 and 1024.
 
     $ python -m splitserve.benchmarks.kv_transfer --mib 64 --mib 1024 --json kv.json
+
+    $ python -m splitserve.benchmarks.kv_transfer --device cuda --mib 256 --beside-decode
     """
+    if device == "cuda":
+        from .device_kv_transfer import plan_of, run
+
+        seconds, frame_bytes = step_seconds if beside_decode else 0.0, frame_mib and frame_mib << 20
+        sizes_mib = mib or (8, 64, 256, 1024)
+        tuning = {"max_ctas": ctas, "frame_bytes": frame_bytes}
+        run(plan_of(sizes_mib, rounds, ways.split(","), in_flight, seconds, **tuning), json_file)
+        return
     kv_dtype: KvDtype = next(name for name in DTYPE_BYTES if name == dtype)
     per_token = smollm2(kv_dtype).bytes_per_token
     sizes = [(number << 20) // per_token for number in mib or (1, 8, 64, 512)]  # in tokens

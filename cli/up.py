@@ -59,7 +59,7 @@ def command(
         str | None, typer.Option(help="Memory of each worker's KV pool, such as 512MiB.", show_default="1GiB")
     ] = None,
     transport: Annotated[
-        str | None, typer.Option(help="auto, cuda-ipc, shared-memory or grpc.", show_default="auto")
+        str | None, typer.Option(help="auto, cuda-ipc, shared-memory, nccl or grpc.", show_default="auto")
     ] = None,
     trace_dir: Annotated[Path | None, typer.Option(help="Write step records and request events here.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Write the processes' logs here.")] = None,

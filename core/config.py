@@ -201,10 +201,10 @@ class ClusterConfig(Section):
         min_length=1,
         description="smollm2-135m (built in), a directory, a .gguf file or a hub id",
     )
-    transport: Literal["auto", "grpc", "shared-memory", "cuda-ipc", "gloo"] = Field(
+    transport: Literal["auto", "grpc", "shared-memory", "cuda-ipc", "gloo", "nccl"] = Field(
         default="auto",
-        description="How KV moves; auto: CUDA IPC or shared memory within a host, else gRPC; gloo: over connections of "
-        "its own, for trusted networks",
+        description="How KV moves; auto: CUDA IPC or shared memory within a host, else gRPC; nccl (between GPUs) and "
+        "gloo: over connections of their own, which nobody encrypts, for trusted networks",
     )
     kv_codec: Literal["none", "fp8", "int8", "auto"] = Field(
         default="none",
@@ -270,6 +270,25 @@ class ClusterConfig(Section):
                     f"{self.tensor_parallel(role)}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _roles_can_be_switched(self) -> Self:
+        if self.scaling.role_switch and not self._are_pools_alike:
+            raise ValueError(
+                "scaling.role_switch: got true, wanted: prefill and decode with the same threads, gpus, labels, "
+                "resources and env, and tensor_parallel 1; make the pools alike, or leave it empty"
+            )
+        return self
+
+    @property
+    def _are_pools_alike(self) -> bool:
+        return self.prefill.like(self.decode) and self.tensor_parallel("prefill") == 1
+
+    @property
+    def switches_roles(self) -> bool:
+        """Whether scaling lets a worker change its role."""
+        stated = self.scaling.role_switch
+        return self._are_pools_alike and self.security.cert is None if stated is None else stated
 
     def pool(self, role: WorkerRole) -> PoolConfig:
         return {"prefill": self.prefill, "decode": self.decode, "colocated": self.colocated}[role]

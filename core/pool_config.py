@@ -57,6 +57,11 @@ class PoolConfig(Section):
         description="Run on a CPU, anywhere, while no node has the GPUs and labels that it needs",
     )
 
+    def like(self, other: PoolConfig) -> bool:
+        """Whether a worker of the one pool may be one of the other: all but their numbers is equal."""
+        numbers = {"replicas", "min", "max"}
+        return self.model_dump(exclude=numbers) == other.model_dump(exclude=numbers)
+
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> Self:
         numbers = [(name, getattr(self, name)) for name in ("min", "replicas", "max")]
@@ -112,3 +117,8 @@ class ScalingSection(Section):
     down_after_s: float = Field(default=120.0, ge=0, description="A pool shrinks to the most it needed for so long")
     up_cooldown_s: float = Field(default=5.0, ge=0, description="Seconds between two growths of a pool")
     down_cooldown_s: float = Field(default=30.0, ge=0, description="Seconds from a pool's change to its shrinking")
+    role_switch: bool | None = Field(
+        default=None,
+        description="A worker that one pool can spare changes its role before one is started in the other; empty: "
+        "where both pools ask for the same nodes, and without TLS, whose certificates may prove one role only",
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..core.config import WORKER_ROLES, ClusterConfig, Role, WorkerRole
@@ -39,7 +39,7 @@ class Controller:
     go on with.
 
     Args:
-        adopt: names of processes that an earlier incarnation left.
+        adopt: processes that an earlier incarnation left, and the role of each.
         access: what that incarnation proved to routers who it was with.
     """
 
@@ -49,7 +49,7 @@ class Controller:
         log_dir: Path,
         *,
         command: Command = role_command,
-        adopt: Iterable[str] = (),
+        adopt: Mapping[str, Role] | None = None,
         access: AdminAccess | None = None,
     ) -> None:
         self.ready = asyncio.Event()  # every process serves and every router has a session with every worker
@@ -58,7 +58,7 @@ class Controller:
         self.config = with_threads(config)
         self._log_dir = log_dir
         self._command = command
-        self._adopt = tuple(adopt)
+        self._adopt = dict(adopt or {})
         if self._adopt:
             self.ready.set()
         self._keepers: dict[str, Keeper] = {}
@@ -94,8 +94,8 @@ class Controller:
         try:
             async with asyncio.TaskGroup() as group:
                 self._tasks = group
-                for name in self._adopt:
-                    self._add(_role_of(name), name)
+                for name, role in self._adopt.items():
+                    self._add(role, name)
                 self._reconcile()
                 watching = [self._tell_routers(), self._watch_workers(), self._scale()]
                 tasks = [group.create_task(work) for work in watching]
@@ -107,6 +107,11 @@ class Controller:
             raise first_error(failed) from failed
         finally:
             await self._stop_all()
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        """Of every process."""
+        return {name: keeper.member.role for name, keeper in self._keepers.items()}
 
     # -- changes --
 
@@ -242,7 +247,7 @@ class Controller:
 
     def _preferred_nodes(self, name: str, nodes: Sequence[str]) -> Sequence[str]:
         members = [keeper.member for keeper in self._keepers.values() if keeper.name != name]
-        return preferred_nodes(_role_of(name), members, nodes, self.config.placement.pairs)
+        return preferred_nodes(self._keepers[name].member.role, members, nodes, self.config.placement.pairs)
 
     # -- routers --
 
@@ -297,11 +302,17 @@ class Controller:
         if not decision.actions:
             return
         logger.info("scaling: %s", "; ".join(decision.reasons))
-        leaving = [self._keepers[action.worker] for action in decision.actions if action.kind == "drain"]
+        there = {name: keeper for name, keeper in self._keepers.items() if not keeper.retiring}
+        actions = [action for action in decision.actions if action.kind == "start" or action.worker in there]
+        leaving = [there[action.worker] for action in actions if action.kind == "drain"]
+        switching = {there[action.worker]: action.to_pool for action in actions if action.to_pool}
         sizes: dict[WorkerRole, int] = {pool: len([k for k in self._of(pool) if k not in leaving]) for pool in POOLS}
-        for action in decision.actions:
+        for action in actions:
             if action.kind == "start":
                 sizes[action.pool] += 1
+            if action.to_pool is not None:
+                sizes[action.pool] -= 1
+                sizes[action.to_pool] += 1
         try:
             self.config = self.config.scaled(sizes)
         except ConfigError as error:  # processes that failed for good count here, and not in the decision
@@ -309,6 +320,8 @@ class Controller:
             return
         for keeper in leaving:
             keeper.retire()
+        for keeper, role in switching.items():
+            keeper.switch(role)
         self.apply(self.config)
         self.resized.set()
 
@@ -352,7 +365,3 @@ def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(found, BaseExceptionGroup):
         found = found.exceptions[0]
     return found
-
-
-def _role_of(name: str) -> Role:
-    return next(role for role in _ROLES if role == name.rpartition("-")[0])

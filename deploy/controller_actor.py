@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,18 @@ import ray
 from ray.experimental import internal_kv
 from ray.util.placement_group import placement_group_table
 
-from ..core.config import WORKER_ROLES, ClusterConfig, WorkerRole
+from ..core.config import ClusterConfig, Role, WorkerRole
 from ..core.errors import SplitserveError
 from .admin_access import AdminAccess
 from .changes import changes
 from .controller import Controller
 from .launch import Command
 from .log_reader import read_log
-from .members import ClusterView, MemberFailed
+from .members import ClusterView, MemberFailed, role_in
 from .placement import find_group
 from .roles import role_command
 
 NAME = "controller"
-_ROLES = (*WORKER_ROLES, "router")
 _KV_NAMESPACE = b"splitserve"
 
 logger = logging.getLogger(__name__)
@@ -63,12 +62,12 @@ class ControllerActor:
         _log_to(self._log_path)
         self._key = ray.get_runtime_context().namespace.encode()
         stored: bytes | None = await asyncio.to_thread(internal_kv._internal_kv_get, self._key, namespace=_KV_NAMESPACE)
-        adopt: Sequence[str] = ()
+        adopt: Mapping[str, Role] = {}
         access = AdminAccess()
         if stored is not None:
             row = json.loads(stored)
             config, access = ClusterConfig.model_validate(row["config"]), AdminAccess(row["secret"])
-            adopt = await asyncio.to_thread(_left_behind)
+            adopt = await asyncio.to_thread(_left_behind, row["roles"])
             logger.warning("the controller was restarted and goes on with %s", ", ".join(adopt) or "nothing")
         self._controller = Controller(config, Path(log_dir), command=command, adopt=adopt, access=access)
         self._secret = access.secret
@@ -152,7 +151,12 @@ class ControllerActor:
             await self._store()
 
     async def _store(self) -> None:
-        row = {"config": self._controller.config.model_dump(mode="json"), "secret": self._secret}
+        controller = self._controller
+        row = {
+            "config": controller.config.model_dump(mode="json"),
+            "secret": self._secret,
+            "roles": {name: role for name, role in controller.roles.items() if role != role_in(name)},
+        }
         text = json.dumps(row).encode()
         await asyncio.to_thread(internal_kv._internal_kv_put, self._key, text, overwrite=True, namespace=_KV_NAMESPACE)
 
@@ -164,15 +168,19 @@ def start_controller(config: ClusterConfig, log_dir: Path, command: Command) -> 
     return ray.remote(ControllerActor).options(**options).remote(config, str(log_dir), command)
 
 
-def _left_behind() -> Sequence[str]:
-    """Names of the processes of an earlier incarnation; placement groups without one are removed."""
-    names = [name for name in ray.util.list_named_actors() if name.rpartition("-")[0] in _ROLES]
+def _left_behind(changed: Mapping[str, Role]) -> Mapping[str, Role]:
+    """The processes of an earlier incarnation and their roles; placement groups without one are removed.
+
+    `changed`: the roles of those that are not any more what they were started as.
+    """
+    names = [name for name in ray.util.list_named_actors() if role_in(name) is not None]
     for row in placement_group_table().values():
-        if row["name"].rpartition("-")[0] in _ROLES and row["name"] not in names:
+        if role_in(row["name"]) is not None and row["name"] not in names:
             group = find_group(row["name"])
             if group is not None:
                 ray.util.remove_placement_group(group)
-    return sorted(names)
+    started = {name: role for name in sorted(names) if (role := role_in(name)) is not None}
+    return {name: changed.get(name, role) for name, role in started.items()}
 
 
 def _refusal(error: SplitserveError) -> Refusal:

@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from ..core.address import is_loopback
-from ..core.config import ClusterConfig, Role
+from ..core.config import ClusterConfig, Role, WorkerRole
 from ..core.errors import ConfigError, SplitserveError, Unavailable
 from .launch import Command, Launch, make_launch
 from .members import Member, MemberFailed, Phase
@@ -24,7 +24,7 @@ from .options import tls_of
 from .placement import create_actor, nodes_with, place, remove_group
 from .process import Endpoint, StartFailure
 from .roles import Needs
-from .worker_admin import drain_worker
+from .worker_admin import drain_worker, switch_worker
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class _Order(Enum):
     RENEW = "start it again with new settings"
     REPLACE = "kill it and start it again"
     RETIRE = "drain and remove it"
+    SWITCH = "drain it and give it another role"
 
 
 class Keeper:
@@ -91,7 +92,9 @@ class Keeper:
     def outdated(self) -> bool:
         """Whether the process runs with other settings than it should."""
         endpoint = self.member.endpoint
-        return endpoint is not None and endpoint.launch != self._launch(fixed_ports=False).digest
+        if endpoint is None or self.member.phase is Phase.SWITCHING:
+            return False
+        return endpoint.launch != self._launch(fixed_ports=False).digest
 
     @property
     def ordered(self) -> bool:
@@ -106,6 +109,11 @@ class Keeper:
     def renew(self) -> None:
         """Drain it and start it with the settings of `config`."""
         self._give(_Order.RENEW)
+
+    def switch(self, role: WorkerRole) -> None:
+        """Drain it and give it another role without loading its model again; it belongs to its new pool at once."""
+        self._update(role=role, phase=Phase.SWITCHING)
+        self._give(_Order.SWITCH)
 
     def replace(self, reason: str) -> None:
         """Kill it, since it does not work, and start it again."""
@@ -134,8 +142,10 @@ class Keeper:
             if order is _Order.RETIRE:
                 await self.remove(drain=True)
                 return
-            if order is _Order.RENEW:
+            if order is _Order.RENEW or (order is _Order.SWITCH and not await self._take_role()):
                 await self._prepare_renewal()
+                continue
+            if order is _Order.SWITCH:
                 continue
             if order is _Order.REPLACE:
                 await self._stop_process(0.0)
@@ -307,6 +317,22 @@ class Keeper:
         await asyncio.to_thread(remove_group, self.name)
         self._update(phase=Phase.PLACING, endpoint=None, reason="")
 
+    async def _take_role(self) -> bool:
+        """Whether the process that runs has the member's role now; otherwise one must be started in it."""
+        endpoint, role = self.member.endpoint, self.member.role
+        if endpoint is None or self._actor is None or role == "router":
+            return False
+        taken = switch_worker(endpoint.address, role, self.config.drain_timeout_s, tls_of(self.config, "operator"))
+        boot_id = await self._unless_hurried(taken)
+        if boot_id is None:
+            return False
+        try:
+            await self._actor.took_role.remote(boot_id, self._launch(fixed_ports=False).digest)
+        except RayError as error:
+            logger.warning("%s lost its actor while it changed its role: %s", self.name, error)
+            return False
+        return True
+
     async def _drain(self) -> None:
         """Take no new work and wait for what runs; routers learn it from the worker itself and from us."""
         endpoint = self.member.serving
@@ -322,7 +348,8 @@ class Keeper:
         stopped = asyncio.wrap_future(self._actor.stop.remote(grace_s).future())
         await self._unless_hurried(_quietly(stopped, grace_s + _EXIT_S, self.name))
 
-    async def _unless_hurried(self, work: Any) -> None:
+    async def _unless_hurried(self, work: Any) -> Any:
+        """What the work returns; None if it was cut short."""
         task = asyncio.ensure_future(work)
         hurry = asyncio.create_task(self.hurry.wait())
         try:
@@ -330,6 +357,7 @@ class Keeper:
         finally:
             for each in (task, hurry):
                 each.cancel()
+        return task.result() if task.done() and not task.cancelled() else None
 
     async def _lose_actor(self) -> None:
         """It died, by itself or with its node: another place is looked for."""

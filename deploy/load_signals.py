@@ -18,6 +18,7 @@ _STATES: Mapping[Phase, State] = {
     Phase.UNPLACED: "starting",
     Phase.STARTING: "starting",
     Phase.WAITING: "starting",
+    Phase.SWITCHING: "starting",
     Phase.READY: "ready",
     Phase.DRAINING: "draining",
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..client.results import RouterStatus
-from ..core.config import Role, WorkerRole
+from ..core.config import WORKER_ROLES, Role, WorkerRole
 from ..core.errors import SplitserveError
 from .process import Endpoint, StartFailure
 
@@ -19,6 +19,7 @@ class Phase(Enum):
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
+    SWITCHING = "changing its role"
     WAITING = "waiting to restart"
     FAILED = "failed"
     STOPPED = "stopped"
@@ -28,7 +29,7 @@ class Phase(Enum):
 class Member:
     """One process of the cluster as the controller sees it."""
 
-    name: str
+    name: str  # says what it was started as first
     role: Role
     phase: Phase = Phase.PLACING
     endpoint: Endpoint | None = None
@@ -74,6 +75,12 @@ class ClusterView:
     def http_addresses(self) -> tuple[str, ...]:
         """Of the routers that serve HTTP."""
         return tuple(m.endpoint.http_address for m in self.members if m.endpoint and m.endpoint.http_address)
+
+
+def role_in(name: str) -> Role | None:
+    """What a process of this name is started as; None: it is not one of the cluster's."""
+    roles: tuple[Role, ...] = (*WORKER_ROLES, "router")
+    return next((role for role in roles if role == name.rpartition("-")[0]), None)
 
 
 class MemberFailed(SplitserveError):

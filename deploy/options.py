@@ -26,6 +26,7 @@ _TRANSPORTS = {
     "shared-memory": ("shared_memory",),
     "cuda-ipc": ("cuda_ipc",),
     "gloo": ("gloo",),
+    "nccl": ("nccl", "grpc"),  # what is no GPU, or cannot join, still gets its KV
 }
 
 
@@ -51,8 +52,10 @@ def worker_options(
     ranks = config.tensor_parallel(role)
     tls = tls_of(config, "decode" if role == "colocated" else role)
     check_exposure(host, tls, required=config.security.tls_required)
-    if tls is not None and config.transport == "gloo":
-        raise ConfigError("transport gloo does not encrypt: it cannot be used with TLS; take grpc, or auto")
+    if tls is not None and config.transport in ("gloo", "nccl"):
+        raise ConfigError(
+            f"transport {config.transport} does not encrypt: it cannot be used with TLS; take grpc, or auto"
+        )
     return WorkerOptions(
         engine=EngineOptions(
             model=config.model,

@@ -51,6 +51,11 @@ class ProcessActor:
             started = self._endpoint = replace(started, address=address, node=node_id, launch=digest)
         return started
 
+    async def took_role(self, boot_id: str, digest: str) -> None:
+        """The process changed its role: from now on it is as if it had been started with it."""
+        if self._endpoint is not None:
+            self._endpoint = replace(self._endpoint, boot_id=boot_id, launch=digest)
+
     async def wait(self) -> Exit:
         """Returns when the process has ended."""
         return await self._process.wait()

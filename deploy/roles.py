@@ -67,8 +67,8 @@ def role_keys(role: Role) -> tuple[str, ...]:
     """Keys of the configuration that a role's own process takes as flags."""
     if role == "router":
         return ("model", *_ROUTER, "drain_timeout_s", "trace_dir", *_SECURITY, "security.http_client_cert")
-    codec = () if role == "prefill" else ("kv_codec",)  # the decode worker asks for it, grant by grant
-    return ("model", *_ENGINE, "transport", *codec, "lease_s", "drain_timeout_s", "trace_dir", *_SECURITY)
+    # A prefill worker is told the codec too, which decode workers ask for: it may become one.
+    return ("model", *_ENGINE, "transport", "kv_codec", "lease_s", "drain_timeout_s", "trace_dir", *_SECURITY)
 
 
 def role_command(

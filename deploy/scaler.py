@@ -54,11 +54,12 @@ def scaling_policy(config: ClusterConfig) -> SloScaling:
             headroom_tokens=config.engine.decode_headroom_tokens,
         ),
         max_gpus=scaling.max_gpus,
-        role_switch=False,
+        role_switch=config.switches_roles,
         startup_s=scaling.startup_s,
         cold_start_s=scaling.cold_start_s,
         margin=scaling.margin,
         down_after_s=scaling.down_after_s,
+        switch_after_s=scaling.down_after_s / 2,
         up_cooldown_s=scaling.up_cooldown_s,
         down_cooldown_s=scaling.down_cooldown_s,
     )
@@ -77,7 +78,8 @@ def replay_log(path: Path, config: ClusterConfig) -> tuple[int, Sequence[tuple[S
 
 def _key(config: ClusterConfig) -> object:
     """All that the policy is made of."""
-    return config.scaling, config.slo, config.engine, *(_bounds(config, pool) for pool in POOLS)
+    bounds = (_bounds(config, pool) for pool in POOLS)
+    return config.scaling, config.slo, config.engine, config.switches_roles, *bounds
 
 
 def _bounds(config: ClusterConfig, pool: Pool) -> PoolBounds:

@@ -1,4 +1,4 @@
-"""The controller's calls to workers: how they fare, and drain."""
+"""The controller's calls to workers: drain, and take another role."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 
 import grpc.aio
 
+from ..core.config import WorkerRole
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.tls import PeerRole, Tls, open_channel
 
@@ -27,3 +28,17 @@ async def drain_worker(address: str, timeout_s: float, tls: Tls | None = None) -
     if answer.num_left:
         logger.warning("the worker at %s has %d requests left after %.1f s", address, answer.num_left, timeout_s)
     return int(answer.num_left)
+
+
+async def switch_worker(address: str, role: WorkerRole, timeout_s: float, tls: Tls | None = None) -> str | None:
+    """Drain it and give it another role, model and KV pool kept; its new boot id, None if it did not take the role."""
+    async with open_channel(address, tls, PeerRole.WORKER) as channel:
+        stub = worker_pb2_grpc.WorkerAdminStub(channel)
+        request = worker_pb2.SwitchRoleRequest(role=worker_pb2.Role.Value(f"ROLE_{role.upper()}"), timeout_s=timeout_s)
+        try:
+            answer = await stub.SwitchRole(request, timeout=timeout_s + _REPLY_S)
+        except grpc.aio.AioRpcError as error:
+            logger.warning("the worker at %s does not become a %s worker: %s", address, role, error.details())
+            return None
+    logger.info("%s is a %s worker, %.3f s after its drain", answer.info.worker_id, role, answer.switch_s)
+    return answer.info.boot_id

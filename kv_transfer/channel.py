@@ -75,6 +75,11 @@ class Lane:
         self._opening = self._loop.run_in_executor(self._thread, self._open, open_channel)
         self._opening.add_done_callback(self._opened)
 
+    @property
+    def was_open(self) -> bool:
+        """It was set up, whatever happened since."""
+        return self._opening.done() and not self._opening.cancelled() and self._opening.exception() is None
+
     async def ready(self) -> None:
         """Wait for the set-up. Raises: TransferFailed."""
         await asyncio.wait({self._opening})

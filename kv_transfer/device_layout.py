@@ -1,8 +1,9 @@
-"""Byte views of a KV pool in a GPU's memory: checksums computed there, parts packed there and copied to the host."""
+"""Byte views of a KV pool in a GPU's memory: parts are packed and checksums computed there."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from .device_checksum import device_checksum
+from .device_gather import move
 from .frames import KvPart
 from .layout import Ids, PoolBytes
 from .pool import KvPool
 
 HIGH_PRIORITY = -1  # a kernel of microseconds goes before the next wave of a step's large ones
+_WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 class DevicePoolBytes(PoolBytes):
@@ -27,12 +30,28 @@ class DevicePoolBytes(PoolBytes):
         self.device = pool.keys(0).device
         super().__init__(pool, first_heads)
         self._stream = torch.cuda.Stream(self.device, HIGH_PRIORITY)  # type: ignore[no-untyped-call]
+        views = [plane for pair in self._planes for plane in pair]
+        start = views[0].storage_offset()
+        sizes = [self.row_bytes, *(view.shape[3] for view in views), *(view.storage_offset() - start for view in views)]
+        self._word = next(word for word in _WORDS if all(size % word.itemsize == 0 for size in sizes))
+        size, planes, before = self._word.itemsize, [], 0
+        for number, view in enumerate(views):
+            dim = view.shape[3] // size
+            planes.append([(view.storage_offset() - start) // size, dim, before, self._first_heads[number // 2]])
+            before += dim
+        self._shape_of_planes = planes
+        self._planes_there = torch.tensor(planes, dtype=torch.int32, device=self.device)
 
     def _array(self, view: Tensor) -> Any:
         return view
 
-    def checksum(self, part: KvPart, block_ids: Ids) -> int:
+    @contextmanager
+    def on_own_stream(self) -> Iterator[torch.cuda.Stream]:
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            yield self._stream
+
+    def checksum(self, part: KvPart, block_ids: Ids) -> int:
+        with self.on_own_stream():
             return self.checksum_here(part, self.on_device(block_ids))
 
     def on_device(self, block_ids: Ids) -> Tensor:
@@ -45,13 +64,38 @@ class DevicePoolBytes(PoolBytes):
         value = device_checksum(self.rows, block_ids, span.start, span.stop - span.start)
         return int(value.item()) & (2**64 - 1)
 
+    def gather(self, part: KvPart, block_table: Sequence[int], out: Tensor) -> None:
+        self._move(part, block_table, out, gather=True)
+
+    def scatter(self, part: KvPart, block_table: Sequence[int], data: Tensor) -> None:
+        self._move(part, block_table, data, gather=False)
+
     def pack(self, part: KvPart, block_table: Sequence[int], out: Any) -> None:
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+        with self.on_own_stream():
             flat = torch.empty(self.part_bytes(part), dtype=torch.uint8, device=self.device)
-            super().pack(part, block_table, flat)
+            self.gather(part, block_table, flat)
             out[...] = flat.cpu().numpy()
 
     def unpack(self, part: KvPart, block_table: Sequence[int], payload: Any) -> None:
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            super().unpack(part, block_table, torch.tensor(payload).to(self.device))
-            self._stream.synchronize()
+        with self.on_own_stream() as stream:
+            self.scatter(part, block_table, torch.tensor(payload).to(self.device))
+            stream.synchronize()
+
+    def _move(self, part: KvPart, block_table: Sequence[int], flat: Tensor, *, gather: bool) -> None:
+        size, planes = self.block_size, slice(2 * part.layer_start, 2 * part.layer_end)
+        first_block = part.token_start // size
+        block_ids = np.asarray(block_table[first_block : -(-part.token_end // size)], dtype=np.int32)
+        move(
+            self.rows.view(self._word),
+            self._planes_there[planes],
+            self.on_device(block_ids),
+            flat.view(self._word),
+            block_size=size,
+            first_token=part.token_start - first_block * size,
+            num_tokens=part.num_tokens,
+            first_head=part.head_start,
+            num_heads=part.num_heads,
+            first_word=self._shape_of_planes[planes.start][2],
+            width=max(dim for _, dim, _, _ in self._shape_of_planes[planes]),
+            gather=gather,
+        )

@@ -8,13 +8,15 @@ from ..core.errors import StaleMessage
 from .channel import Lane, Rendezvous
 
 MAX_LANES = 64  # each holds a thread and connections; the receiver of the oldest one connects anew if it still lives
+MAX_COMMUNICATORS = 16  # the same of NCCL, where each holds memory of the GPU as well
 
 
 class Lanes:
     """Lives on the event loop."""
 
-    def __init__(self, rendezvous: Rendezvous) -> None:
+    def __init__(self, rendezvous: Rendezvous, max_lanes: int = MAX_LANES) -> None:
         self._rendezvous = rendezvous
+        self._max_lanes = max_lanes
         self._lanes: OrderedDict[tuple[str, int], tuple[int, Lane]] = OrderedDict()  # (boot id, rank): (epoch, lane)
 
     def invite(self, boot_id: str, rank: int, epoch: int) -> bytes:
@@ -31,7 +33,7 @@ class Lanes:
         meeting = self._rendezvous.invite()
         name = f"the channel to rank {rank} of boot {boot_id}, epoch {epoch},"
         self._lanes[boot_id, rank] = (epoch, Lane(name, meeting.join))
-        while len(self._lanes) > MAX_LANES:
+        while len(self._lanes) > self._max_lanes:
             _, (_, oldest) = self._lanes.popitem(last=False)
             oldest.abort("too many receivers are connected")
         return meeting.invitation

@@ -76,6 +76,14 @@ class PoolBytes:
         for plane, blocks, heads, inside, canonical in self._pieces(part, block_table, payload):
             plane[blocks, heads, inside] = canonical.swapaxes(0, 1)
 
+    def gather(self, part: KvPart, block_table: Sequence[int], out: Tensor) -> None:
+        """`pack` into a tensor beside the pool; on a GPU it is only queued."""
+        self.pack(part, block_table, out.numpy())
+
+    def scatter(self, part: KvPart, block_table: Sequence[int], data: Tensor) -> None:
+        """`unpack` from a tensor beside the pool; on a GPU it is only queued."""
+        self.unpack(part, block_table, data.numpy())
+
     def _pieces(
         self, part: KvPart, block_table: Sequence[int], flat: Any
     ) -> Iterator[tuple[Any, _Index, slice, slice, Any]]:

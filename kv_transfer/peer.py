@@ -18,9 +18,9 @@ from ..proto import kv_transfer_pb2 as pb
 from ..proto.convert import PROTOCOL_VERSION
 from ..proto.rpc import from_rpc_error
 from ..proto.tls import PeerRole, Tls, open_channel
-from .channel import Lane, Rendezvous
+from .channel import Lane
+from .channels import CHANNELS, is_usable, rendezvous_of
 from .frames import SERVICE, KvPart
-from .gloo import GlooRendezvous
 from .identity import WorkerIdentity
 from .layout import Ids, PoolBytes
 from .pool import KvPool
@@ -37,6 +37,7 @@ TRANSPORTS = {
     "shared_memory": pb.TRANSPORT_SHARED_MEMORY,
     "cuda_ipc": pb.TRANSPORT_CUDA_IPC,
     "gloo": pb.TRANSPORT_GLOO,
+    "nccl": pb.TRANSPORT_NCCL,
 }
 TRANSPORT_NAMES = {number: name for name, number in TRANSPORTS.items()}
 # The receiver maps the sender's pool and copies whole blocks itself; frames hold their numbers.
@@ -99,10 +100,17 @@ class Peers:
         self._pool_bytes = pool_bytes
         self._identity = identity
         self._tls = tls
-        self._transports = tuple(TRANSPORTS[name] for name in transports)
+        self._transports = tuple(TRANSPORTS[name] for name in transports if is_usable(TRANSPORTS[name], pool))
+        if not self._transports:
+            raise ConfigError(
+                f"this worker can use none of the KV transports {', '.join(transports)}: NCCL needs a GPU and the "
+                "library that PyTorch brings; use --transport auto"
+            )
         self._layout = layout
         self._rank = rank
-        self._rendezvous: Rendezvous = GlooRendezvous()
+        self._rendezvous = {
+            transport: rendezvous_of(transport, pool) for transport in CHANNELS if transport in self._transports
+        }
         self._peers: dict[str, Peer] = {}
         self._link_epochs: Counter[str] = Counter()  # by address
         self._connecting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -123,6 +131,8 @@ class Peers:
             if peer.lane is not None and peer.lane.error is not None:
                 response = await self._introduce(address, peer.channel, [peer.transport], sum(CONNECT_TRIES_S))
                 self._open_lane(address, peer, response)
+            if peer.lane is not None:
+                await self._await_lane(peer, peer.lane)
         peer.users += 1
         try:
             yield peer
@@ -221,12 +231,27 @@ class Peers:
 
     def _open_lane(self, address: str, peer: Peer, response: pb.ConnectResponse) -> None:
         """Join the channel that the answer to Connect invites to, if the transport has one."""
-        if response.transport != pb.TRANSPORT_GLOO:
+        if (rendezvous := self._rendezvous.get(response.transport)) is None:
             return
         host = address.rpartition(":")[0].strip("[]")
         peer.link_epoch = self._link_epochs[address]
         name = f"the channel from {address}, epoch {peer.link_epoch},"
-        peer.lane = Lane(name, partial(self._rendezvous.accept, host, response.invitation))
+        peer.lane = Lane(name, partial(rendezvous.accept, host, response.invitation))
+
+    async def _await_lane(self, peer: Peer, lane: Lane) -> None:
+        """A set-up that fails once fails again, and takes its whole time-out: from then on KV goes by gRPC, if it may.
+
+        Raises: TransferFailed: it may not.
+        """
+        try:
+            await lane.ready()
+        except TransferFailed as error:
+            if lane.was_open:  # and broke since: its next user connects anew
+                return
+            if pb.TRANSPORT_GRPC not in self._transports:
+                raise
+            logger.warning("%s; its KV goes by gRPC from now on", error.message)
+            peer.lane, peer.transport = None, pb.TRANSPORT_GRPC
 
     def _map(self, response: pb.ConnectResponse) -> MappedPool:
         """Raises: OSError, ValueError: it cannot be mapped."""

@@ -10,12 +10,13 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import grpc
 import grpc.aio
 import numpy as np
-import torch
+from torch import Tensor
 
 from ..core.errors import Draining, KvCorrupted, SplitserveError, StaleMessage, TransferFailed
 from ..core.metrics import WorkerMetrics
@@ -25,6 +26,7 @@ from ..proto.rpc import from_rpc_error
 from ..proto.tls import Tls
 from .capability import Granter
 from .channel import Lane
+from .channels import staging_of
 from .codec_choice import LinkSpeed, is_codec_worth_it
 from .codecs import CodecName, WireFormat, narrower
 from .frames import HEADER_BYTES, FrameHeader, FrameKind, KvPart, checksum
@@ -35,6 +37,7 @@ from .layout import Bytes, pool_bytes
 from .peer import MAPPED, TRANSPORT_NAMES, Peer, Peers
 from .pool import KvPool
 from .ranges import KvLayout, route
+from .staging import Staging
 from .wire import WireBytes, payload_bytes
 
 logger = logging.getLogger(__name__)
@@ -107,6 +110,7 @@ class KvReceiver:
         self._peers = Peers(pool, self._bytes, self._layout, rank, identity, transports, tls)
         self._epochs: defaultdict[str, int] = defaultdict(lambda: 1)  # per address, raised after every failure
         self._speeds: defaultdict[str, LinkSpeed] = defaultdict(LinkSpeed)  # per address
+        self._stagings: dict[int, Staging] = {}  # by transport
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-unpack")
 
     def choose_wire(self, source: KvSource, num_tokens: int) -> WireFormat:
@@ -252,14 +256,15 @@ class KvReceiver:
                         raise KvCorrupted(f"{grant}: frame {header.sequence} came by another transport than agreed")
                     payload = None
                     if lane is not None:  # posted at once, so that others' turns can follow
-                        payload = np.empty(wire_bytes.part_bytes(header.part), dtype=np.uint8)
+                        payload = self._staging(transport).room(wire_bytes.part_bytes(header.part))
                         moving = await self._post(lane, header, payload)
                     if incoming.is_covered:
                         on_covered()
                     if copying is not None:
                         late.append(await _done(copying))
                     if payload is not None:
-                        moved = self._copy_moved(moving, wire_bytes, header, payload, block_ids)
+                        staging = self._staging(transport)
+                        moved = self._copy_moved(moving, staging, wire_bytes, header, payload, block_ids)
                         copying = asyncio.ensure_future(moved)
                     else:
                         copying = self._copy(peer, wire_bytes, header, frame, block_ids, mapped=mapped)
@@ -347,28 +352,35 @@ class KvReceiver:
         job = from_peer if mapped else from_frame
         return asyncio.get_running_loop().run_in_executor(self._threads, job)
 
-    async def _post(self, lane: Lane, header: FrameHeader, payload: Bytes) -> asyncio.Future[None]:
+    def _staging(self, transport: int) -> Staging:
+        if transport not in self._stagings:
+            self._stagings[transport] = staging_of(transport, self._bytes)
+        return self._stagings[transport]
+
+    async def _post(self, lane: Lane, header: FrameHeader, payload: Tensor) -> asyncio.Future[None]:
         """Post the receive of a payload at its turn."""
-        if payload.nbytes != header.payload_bytes:
+        if payload.numel() != header.payload_bytes:
             raise KvCorrupted(f"frame {header.sequence} announces {header.payload_bytes} bytes for {header.part}")
         try:
             async with asyncio.timeout(self._stall_s):
-                return await lane.recv(header.turn, torch.from_numpy(payload))
+                return await lane.recv(header.turn, payload)
         except TimeoutError:
             raise TransferFailed(f"{lane.name} did not come to turn {header.turn} in {self._stall_s:g} s") from None
 
     async def _copy_moved(
         self,
         moving: asyncio.Future[None],
+        staging: Staging,
         wire_bytes: WireBytes,
         header: FrameHeader,
-        payload: Bytes,
+        payload: Tensor,
         block_ids: Sequence[int],
     ) -> int:
-        """Once a lane has moved a payload, copy it into our blocks."""
+        """Once a lane has moved a payload, check it and copy it into our blocks. Returns its checksum."""
         await moving
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, _unpack, wire_bytes, header, payload, block_ids)
+        unpack = partial(staging.unpack, wire_bytes, header.part, block_ids, payload, header.checksum)
+        await asyncio.get_running_loop().run_in_executor(self._threads, unpack)
+        return header.checksum
 
     def failed(self, kv_address: str) -> None:
         """A transfer from there failed, also to another rank: later grants are of another epoch."""

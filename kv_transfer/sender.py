@@ -15,9 +15,6 @@ from typing import Any
 
 import grpc
 import grpc.aio
-import numpy as np
-import torch
-from torch import Tensor
 
 from ..core.errors import (
     CapabilityRefused,
@@ -36,16 +33,17 @@ from ..proto import kv_transfer_pb2 as pb
 from ..proto.convert import check_protocol
 from ..proto.mount import ServiceMount
 from ..proto.rpc import abort
+from . import framing
 from .capability import check_proof, sign_end
-from .channel import Lane
-from .codecs import CODEC_NAMES, GROUP_TOKENS, WireFormat, narrower
-from .frames import HEADER_BYTES, SERVICE, FrameHeader, FrameKind, KvPart, RunningDigest, checksum, new_frame
-from .gloo import GlooRendezvous
+from .channels import CHANNELS, is_usable, lanes_of, staging_of
+from .codecs import CODEC_NAMES, GROUP_TOKENS, narrower
+from .frames import HEADER_BYTES, SERVICE, FrameKind, KvPart, RunningDigest
+from .framing import framing_of
 from .grants import Grant
 from .identity import WorkerIdentity
 from .in_flight import InFlight
-from .lanes import Lanes
-from .layout import Ids, pool_bytes
+from .layout import pool_bytes
+from .packing import Apart, Packed, Packer, Way
 from .pool import KvPool
 from .progress import KvProgress
 from .ranges import KvLayout, check_pair, route
@@ -53,34 +51,9 @@ from .wire import WireBytes
 
 logger = logging.getLogger(__name__)
 
-FRAME_BYTES = 2 << 20  # gRPC: 64 KiB costs three times the CPU, tens of MiB stall the stream
-SHARED_FRAME_BYTES = 8 << 20  # shared memory: only block numbers travel; this bounds what is copied in one go
-LANE_FRAME_BYTES = 8 << 20  # channels: two of them are in flight
-DEVICE_FRAME_BYTES = 128 << 20  # the same between GPUs: a third of a millisecond
-MAX_LINK_BYTES, MAX_BYTES = 32 << 20, 256 << 20  # packed and not handed over, to one receiver and to all
 WAIT_INTERVAL_S = 1.0
 MAX_PARKED = 1024
 MAX_ENDED = 4096
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Framing:
-    """What the frames of a transport are like."""
-
-    max_bytes: int  # KV bytes of one
-    mapped: bool = False  # it holds the numbers of whole blocks, which the receiver copies itself
-    in_lane: bool = False  # the payload moves by the link's channel
-    late_checksums: bool = False  # they come with END: the receiver copies while we still compute them
-
-
-def _framing(transport: int) -> _Framing:
-    if transport == pb.TRANSPORT_SHARED_MEMORY:
-        return _Framing(max_bytes=SHARED_FRAME_BYTES, mapped=True)
-    if transport == pb.TRANSPORT_CUDA_IPC:
-        return _Framing(max_bytes=DEVICE_FRAME_BYTES, mapped=True, late_checksums=True)
-    if transport == pb.TRANSPORT_GLOO:
-        return _Framing(max_bytes=LANE_FRAME_BYTES, in_lane=True)
-    return _Framing(max_bytes=FRAME_BYTES)
 
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -106,17 +79,6 @@ class _Outgoing:
     released: bool = False
     error: SplitserveError | None = None
     lease: asyncio.TimerHandle | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Apart:
-    """KV for a lane: its header waits for a turn."""
-
-    header: FrameHeader
-    payload: Tensor
-
-
-_Packed = bytes | _Apart
 
 
 class KvSender:
@@ -157,10 +119,17 @@ class KvSender:
         self._metrics = metrics
         self._lease_s = lease_s
         self._park_s = park_s
-        self._raw = WireFormat(codec="none", dtype=pool.geometry.dtype)  # what a mapped pool holds
+        self._packer = Packer(pool, self._bytes)
         self._loop = asyncio.get_running_loop()
-        self._in_flight = InFlight(link_bytes=MAX_LINK_BYTES, total_bytes=MAX_BYTES)
-        self._lanes = Lanes(GlooRendezvous(host))
+        self._in_flight = {
+            False: InFlight(link_bytes=framing.MAX_LINK_BYTES, total_bytes=framing.MAX_BYTES),
+            True: InFlight(link_bytes=framing.MAX_DEVICE_LINK_BYTES, total_bytes=framing.MAX_DEVICE_BYTES),
+        }  # by whether they are in a GPU's memory
+        self._channels = {
+            transport: (lanes_of(transport, pool, host), staging_of(transport, self._bytes))
+            for transport in CHANNELS
+            if is_usable(transport, pool)
+        }
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-pack")
         self._by_request: dict[str, _Outgoing] = {}
         self._by_grant: dict[str, _Outgoing] = {}
@@ -276,7 +245,8 @@ class KvSender:
         """Fail what is left."""
         for out in list(self._by_request.values()):
             self._end(out, Draining(f"prefill worker {self._identity.worker_id} is stopping"), report=True)
-        self._lanes.close()
+        for lanes, _ in self._channels.values():
+            lanes.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # -- the service --
@@ -300,9 +270,10 @@ class KvSender:
             if transport == pb.TRANSPORT_GRPC:
                 response.transport = transport
                 return response
-            if transport == pb.TRANSPORT_GLOO:
+            if transport in self._channels:
+                lanes, _ = self._channels[transport]
                 response.transport = transport
-                response.invitation = self._lanes.invite(request.boot_id, request.rank, request.link_epoch)
+                response.invitation = lanes.invite(request.boot_id, request.rank, request.link_epoch)
                 return response
             if (
                 transport == pb.TRANSPORT_SHARED_MEMORY
@@ -346,17 +317,14 @@ class KvSender:
         out: _Outgoing | None = None
         stream = object()
         try:
-            framing = _framing(request.transport)
-            lane = None
-            if framing.in_lane:  # first: without one the receiver connects anew and asks again
-                lane = self._lanes.find(grant.decode_boot_id, grant.decode_rank, request.link_epoch)
+            way = self._way(request)  # first: without a lane the receiver connects anew and asks again
             out = await self._find(grant, context.write)
             self._check_proof(out.grant, request.proof)
             out.stream, out.digest = stream, None  # the newest Fetch wins
             out.changed.set()
             if out.lease is not None:
                 out.lease.cancel()
-            await self._send(out, stream, context.write, lane, framing)
+            await self._send(out, stream, context.write, way)
             self._sent(out)
         except SplitserveError as error:
             if out is not None and out.stream is stream:
@@ -398,6 +366,18 @@ class KvSender:
 
     # -- inside --
 
+    def _way(self, request: pb.FetchRequest) -> Way:
+        """Raises: StaleMessage: its channel is gone. GeometryMismatch: we have no such transport."""
+        framing, grant = framing_of(request.transport), request.grant
+        if not framing.in_lane:
+            return Way(framing=framing)
+        if request.transport not in self._channels:
+            name = pb.Transport.Name(request.transport)
+            raise GeometryMismatch(f"{name} was not offered by this worker; connect anew")
+        lanes, staging = self._channels[request.transport]
+        lane = lanes.find(grant.decode_boot_id, grant.decode_rank, request.link_epoch)
+        return Way(framing=framing, lane=lane, staging=staging)
+
     def _live(self, grant: Grant) -> _Outgoing | None:
         """The offered request of a grant that matches in every field; None if there is none (any more, or yet).
 
@@ -431,7 +411,7 @@ class KvSender:
             while not await _is_set(offered, min(WAIT_INTERVAL_S, give_up_s - time.monotonic())):
                 if time.monotonic() >= give_up_s:
                     raise self._stale(f"{grant}: its request did not come within {self._park_s:g} s")
-                await write(self._control(grant, FrameKind.WAIT, 0))
+                await write(self._packer.control(grant, FrameKind.WAIT, 0))
         finally:
             if self._parked.get(grant.grant_id) is offered:
                 del self._parked[grant.grant_id]
@@ -445,19 +425,19 @@ class KvSender:
         out: _Outgoing,
         stream: object,
         write: Callable[[bytes], Awaitable[None]],
-        lane: Lane | None,
-        framing: _Framing,
+        way: Way,
     ) -> None:
         """Send parts as they become ready, one packed ahead of the wire, then END.
 
         Raises: StaleMessage: a newer Fetch took over. The error that the request ended with.
         """
+        framing, lane, in_flight = way.framing, way.lane, self._in_flight[way.framing.on_device]
         lossy = not framing.mapped and out.grant.wire.is_lossy
         out.progress.restart(self._pool.block_size if framing.mapped else GROUP_TOKENS if lossy else 1)
         digest = RunningDigest(out.grant, out.token_ids)
         sequence = num_bytes = 0
         write_s = 0.0
-        packed: asyncio.Future[_Packed] | None = None
+        packed: asyncio.Future[Packed] | None = None
         leaving: asyncio.Future[None] | None = None  # the payload before, in the lane
         checks: list[asyncio.Future[int]] = []
         link = f"{out.grant.decode_boot_id}/{out.grant.decode_rank}"
@@ -471,37 +451,37 @@ class KvSender:
                 frame = await packed if packed is not None else None
                 packed = None
                 # Packed ahead only where there is room at once: who waits for room must hold nothing.
-                may_pack = framing.mapped or frame is None or self._in_flight.has_room(link, framing.max_bytes)
+                may_pack = framing.mapped or frame is None or in_flight.has_room(link, framing.max_bytes)
                 if not out.finished and may_pack and (part := out.progress.take(framing.max_bytes)) is not None:
                     if not framing.mapped:
                         size = out.wire_bytes.part_bytes(part)
-                        await self._in_flight.take(link, size)
+                        await in_flight.take(link, size)
                         held.append(size)
                     number = sequence + (frame is not None)
-                    packed = self._loop.run_in_executor(self._threads, self._pack, out, part, number, framing)
+                    packed = self._loop.run_in_executor(self._threads, self._pack, out, part, number, way)
                     if framing.late_checksums:
-                        checks.append(self._loop.run_in_executor(self._threads, self._check, out, part))
+                        checks.append(self._loop.run_in_executor(self._threads, self._checksum, out, part))
                     num_bytes += (self._bytes if framing.mapped else out.wire_bytes).part_bytes(part)
                 if frame is not None:
                     sequence += 1
                     began_s = time.monotonic()
-                    if lane is not None and isinstance(frame, _Apart):
+                    if lane is not None and isinstance(frame, Apart):
                         if leaving is not None:
                             await leaving
                         turn, leaving = lane.send(frame.payload)
-                        leaving.add_done_callback(partial(self._left, link, held.popleft()))
+                        leaving.add_done_callback(partial(_left, in_flight, link, held.popleft()))
                         frame = replace(frame.header, turn=turn).pack()
                     assert isinstance(frame, bytes)
                     digest.add(frame[:HEADER_BYTES])
                     await write(frame)
                     if lane is None and held:
-                        self._in_flight.give(link, held.popleft())
+                        in_flight.give(link, held.popleft())
                     write_s += time.monotonic() - began_s
                 elif packed is None:
                     if out.first_token_id is not None and (out.finished or out.progress.all_taken):
                         break
                     if not await _is_set(out.changed, WAIT_INTERVAL_S):
-                        await write(self._control(out.grant, FrameKind.WAIT, sequence))
+                        await write(self._packer.control(out.grant, FrameKind.WAIT, sequence))
                     out.changed.clear()
             if leaving is not None:
                 await leaving
@@ -515,7 +495,7 @@ class KvSender:
                 if future is not None:
                     future.cancel()
             for size in held:
-                self._in_flight.give(link, size)
+                in_flight.give(link, size)
         digest.add_checksums(checksums)
         out.digest = digest.digest()
         end = pb.TransferEnd(
@@ -530,81 +510,17 @@ class KvSender:
             prefill_s=out.prefill_ended_s - (out.prefill_began_s or out.prefill_ended_s),
         )
         sign_end(out.grant, end)
-        await write(self._control(out.grant, FrameKind.END, sequence, end.SerializeToString()))
+        await write(self._packer.control(out.grant, FrameKind.END, sequence, end.SerializeToString()))
         if self._metrics is not None:
             self._metrics.transfer_bytes.inc(num_bytes)
 
-    def _left(self, link: str, size: int, _: asyncio.Future[None]) -> None:
-        """A lane has moved a payload, or failed to."""
-        self._in_flight.give(link, size)
+    def _pack(self, out: _Outgoing, part: KvPart, sequence: int, way: Way) -> Packed:
+        """Runs in a thread."""
+        return self._packer.pack(out.grant, out.block_table, out.wire_bytes, part, sequence, way)
 
-    def _check(self, out: _Outgoing, part: KvPart) -> int:
-        """Checksum of a part's blocks; runs in a thread."""
-        return self._bytes.checksum(part, self._block_ids(part, self._table(out, part)))
-
-    def _table(self, out: _Outgoing, part: KvPart) -> Sequence[int]:
-        try:
-            table, size = out.block_table(out.grant.request_id), self._pool.block_size
-        except KeyError:
-            raise TransferFailed(f"{out.grant}: its blocks were freed while they were sent") from None
-        if len(table) * size < part.token_end:
-            raise TransferFailed(f"{out.grant}: its blocks hold {len(table) * size} tokens, not {part.token_end}")
-        return table
-
-    def _block_ids(self, part: KvPart, table: Sequence[int]) -> Ids:
-        size = self._pool.block_size
-        return np.asarray(table[part.token_start // size : -(-part.token_end // size)], dtype="<u4")
-
-    def _pack(self, out: _Outgoing, part: KvPart, sequence: int, framing: _Framing) -> _Packed:
-        """One frame of KV; runs in a thread."""
-        table = self._table(out, part)
-        if framing.mapped:
-            ids = self._block_ids(part, table)
-            payload = ids.tobytes()
-            value = 0 if framing.late_checksums else self._bytes.checksum(part, ids)
-            header = self._header(out.grant, FrameKind.DATA, part, self._raw, sequence, len(payload), value)
-            return header.pack() + payload
-        if framing.in_lane:
-            apart = np.empty(out.wire_bytes.part_bytes(part), dtype=np.uint8)
-            out.wire_bytes.pack(part, table, apart)
-            value = checksum(apart.data)
-            header = self._header(out.grant, FrameKind.APART, part, out.grant.wire, sequence, apart.nbytes, value)
-            return _Apart(header=header, payload=torch.from_numpy(apart))
-        frame, view = new_frame(HEADER_BYTES + out.wire_bytes.part_bytes(part))
-        body = view[HEADER_BYTES:]
-        out.wire_bytes.pack(part, table, body)
-        header = self._header(
-            out.grant, FrameKind.DATA, part, out.grant.wire, sequence, body.nbytes, checksum(body.data)
-        )
-        view[:HEADER_BYTES] = np.frombuffer(header.pack(), dtype=np.uint8)
-        return frame
-
-    def _control(self, grant: Grant, kind: FrameKind, sequence: int, payload: bytes = b"") -> bytes:
-        whole = KvPart(
-            layer_start=0,
-            layer_end=self._pool.geometry.num_layers,
-            head_start=0,
-            head_end=0,
-            token_start=grant.num_cached_tokens,
-            token_end=grant.num_tokens,
-        )
-        header = self._header(grant, kind, whole, grant.wire, sequence, len(payload), checksum(payload))
-        return header.pack() + payload
-
-    def _header(
-        self, grant: Grant, kind: FrameKind, part: KvPart, wire: WireFormat, sequence: int, size: int, value: int
-    ) -> FrameHeader:
-        return FrameHeader(
-            kind=kind,
-            grant_id=grant.grant_id,
-            attempt=grant.attempt,
-            epoch=grant.epoch,
-            part=part,
-            wire=wire,
-            sequence=sequence,
-            payload_bytes=size,
-            checksum=value,
-        )
+    def _checksum(self, out: _Outgoing, part: KvPart) -> int:
+        """Runs in a thread."""
+        return self._packer.checksum(out.grant, out.block_table, part)
 
     def _woken(self, out: _Outgoing) -> None:
         out.wake_pending = False
@@ -675,3 +591,8 @@ async def _is_set(event: asyncio.Event, timeout_s: float) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+def _left(in_flight: InFlight, link: str, size: int, _: asyncio.Future[None]) -> None:
+    """A lane has moved a payload, or failed to."""
+    in_flight.give(link, size)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..core.kv_geometry import DTYPE_BYTES, KvGeometry
 from .codecs import TORCH_DTYPES, PlaneShape, WireFormat, decode, encode, wire_bytes
@@ -45,35 +46,58 @@ class WireBytes:
         if self._is_plain:
             self._pool.pack(part, block_table, out)
             return
-        shapes = plane_shapes(self._geometry, part)
         native = np.empty(self._pool.part_bytes(part), dtype=np.uint8)
         self._pool.pack(part, block_table, native)
-        values = torch.from_numpy(native).view(TORCH_DTYPES[self._geometry.dtype])
-        planes = torch.split(values, [shape.elements for shape in shapes])
-        shaped = [
-            (shape, plane.view(shape.heads, shape.tokens, shape.dim))
-            for shape, plane in zip(shapes, planes, strict=True)
-        ]
-        encode(self._wire, shaped, torch.from_numpy(out))
+        self._encode(part, torch.from_numpy(native), torch.from_numpy(out))
 
     def unpack(self, part: KvPart, block_table: Sequence[int], payload: Bytes) -> None:
         """Scatter a payload [part_bytes] into its blocks. Raises: KvCorrupted: it cannot be decoded."""
         if self._is_plain:
             self._pool.unpack(part, block_table, payload)
             return
-        shapes = plane_shapes(self._geometry, part)
-        dtype = TORCH_DTYPES[self._geometry.dtype]
         native = np.empty(self._pool.part_bytes(part), dtype=np.uint8)
-        position, itemsize = 0, DTYPE_BYTES[self._geometry.dtype]
-        coded = _read_only_tensor(payload)
-        for shape, values in zip(shapes, decode(self._wire, shapes, coded, dtype), strict=True):
-            end = position + shape.elements * itemsize
-            native[position:end] = values.reshape(-1).view(torch.uint8).numpy()
-            position = end
+        self._decode(part, _read_only_tensor(payload), torch.from_numpy(native))
         self._pool.unpack(part, block_table, native)
 
+    def gather(self, part: KvPart, block_table: Sequence[int], out: Tensor) -> None:
+        """`pack` into a tensor beside the pool; on a GPU it is only queued."""
+        if self._is_plain:
+            self._pool.gather(part, block_table, out)
+            return
+        native = torch.empty(self._pool.part_bytes(part), dtype=torch.uint8, device=out.device)
+        self._pool.gather(part, block_table, native)
+        self._encode(part, native, out)
 
-def _read_only_tensor(data: Bytes) -> torch.Tensor:
+    def scatter(self, part: KvPart, block_table: Sequence[int], data: Tensor) -> None:
+        """`unpack` from a tensor beside the pool; on a GPU it is only queued."""
+        if self._is_plain:
+            self._pool.scatter(part, block_table, data)
+            return
+        native = torch.empty(self._pool.part_bytes(part), dtype=torch.uint8, device=data.device)
+        self._decode(part, data, native)
+        self._pool.scatter(part, block_table, native)
+
+    def _encode(self, part: KvPart, native: Tensor, out: Tensor) -> None:
+        shapes = plane_shapes(self._geometry, part)
+        values = native.view(TORCH_DTYPES[self._geometry.dtype])
+        planes = torch.split(values, [shape.elements for shape in shapes])
+        shaped = [
+            (shape, plane.view(shape.heads, shape.tokens, shape.dim))
+            for shape, plane in zip(shapes, planes, strict=True)
+        ]
+        encode(self._wire, shaped, out)
+
+    def _decode(self, part: KvPart, coded: Tensor, native: Tensor) -> None:
+        shapes = plane_shapes(self._geometry, part)
+        dtype = TORCH_DTYPES[self._geometry.dtype]
+        position, itemsize = 0, DTYPE_BYTES[self._geometry.dtype]
+        for shape, values in zip(shapes, decode(self._wire, shapes, coded, dtype), strict=True):
+            end = position + shape.elements * itemsize
+            native[position:end] = values.reshape(-1).view(torch.uint8)
+            position = end
+
+
+def _read_only_tensor(data: Bytes) -> Tensor:
     """A tensor over memory that nobody writes, a received frame; torch would warn about a read-only array."""
     memory = (ctypes.c_uint8 * data.nbytes).from_address(data.ctypes.data)
     return torch.from_numpy(np.ctypeslib.as_array(memory))

@@ -116,14 +116,14 @@ def request_to_proto(request: Request, timeout_s: float) -> worker_pb2.WorkReque
     )
 
 
-def request_from_proto(message: worker_pb2.WorkRequest) -> Request:
-    """Raises: InvalidRequest: it names no request or a value is out of range."""
+def request_from_proto(message: worker_pb2.WorkRequest, request_id: str = "") -> Request:
+    """`request_id`: under another name. Raises: InvalidRequest: it names no request or a value is out of range."""
     if not message.request_id or message.attempt < 1:
         raise InvalidRequest("a work request needs a request_id and an attempt from 1")
     if math.isnan(message.timeout_s):
         raise InvalidRequest("timeout_s is NaN; it must be a number of seconds", field="timeout_s")
     return Request(
-        request_id=message.request_id,
+        request_id=request_id or message.request_id,
         attempt=message.attempt,
         prompt_token_ids=tuple(message.prompt_token_ids),
         output_token_ids=tuple(message.output_token_ids),

@@ -37,6 +37,8 @@ class _TransportEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Transport.V
     """Same host: the receiver maps the sender's GPU memory and its copy engines move the blocks; the frames of Fetch carry
     no payload.
     """
+    TRANSPORT_NCCL: _Transport.ValueType  # 4
+    """Between GPUs of any hosts: bytes travel over an NCCL communicator of two ranks; the frames of Fetch carry headers only."""
 
 class Transport(_Transport, metaclass=_TransportEnumTypeWrapper):
     """Transport is a way to move KV bytes."""
@@ -53,6 +55,8 @@ TRANSPORT_CUDA_IPC: Transport.ValueType  # 3
 """Same host: the receiver maps the sender's GPU memory and its copy engines move the blocks; the frames of Fetch carry
 no payload.
 """
+TRANSPORT_NCCL: Transport.ValueType  # 4
+"""Between GPUs of any hosts: bytes travel over an NCCL communicator of two ranks; the frames of Fetch carry headers only."""
 Global___Transport: _TypeAlias = Transport  # noqa: Y015
 
 @_typing.final
@@ -305,7 +309,7 @@ class ConnectResponse(_message.Message):
     rank: _builtins.int
     """The sender's tensor-parallel rank."""
     invitation: _builtins.bytes
-    """Set for gloo: the port of the store that sets the group up."""
+    """Set for gloo: the port of the store that sets the group up. Set for NCCL: the communicator's unique id."""
     @_builtins.property
     def shared_pool(self) -> Global___SharedPool:
         """Set for shared memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -85,6 +86,7 @@ class FrontDoor:
             work, arrived_at=arrived_at, deadline_at=deadline_at, call=request.call, digest=digest
         ) as reading:
             job = reading.job
+            await asyncio.sleep(0)  # what was queued for the workers just now leaves first
             yield self._started(work)
             index = len(work.output_token_ids)
             told_prompt = work.prompt_logprobs is None
@@ -170,6 +172,7 @@ class FrontDoor:
             key=CALLER.get(),
             priority=message.priority,
             tenant=message.tenant,
+            session=hashlib.blake2b(message.session.encode(), digest_size=16).digest() if message.session else b"",
         )
 
     async def token_ids(self, message: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> list[int]:
@@ -186,14 +189,15 @@ class FrontDoor:
 
     async def limits(self) -> ModelLimits:
         """What the workers can do; waits for the first worker."""
-        try:
-            async with asyncio.timeout(self._no_worker_wait_s):
-                await self._pool.known.wait()
-        except TimeoutError:
-            raise Unavailable(
-                f"no worker was ready within {self._no_worker_wait_s:g} s; try again, or see the router's status",
-                retry_after_s=1.0,
-            ) from None
+        if not self._pool.known.is_set():
+            try:
+                async with asyncio.timeout(self._no_worker_wait_s):
+                    await self._pool.known.wait()
+            except TimeoutError:
+                raise Unavailable(
+                    f"no worker was ready within {self._no_worker_wait_s:g} s; try again, or see the router's status",
+                    retry_after_s=1.0,
+                ) from None
         assert self._pool.limits is not None
         return self._pool.limits
 

@@ -41,6 +41,8 @@ class TrendForecast:
         self.trend += weight * (slope - self.trend)
         self._elapsed_s += weight * (elapsed_s - self._elapsed_s) if self._elapsed_s else elapsed_s
         self._samples = (*self._samples[-2:], value)
+        if self.level <= (least := min(self._samples)):  # after a step down a trend would go on below what is there
+            self.level, self.trend = least, max(0.0, self.trend)
         if len(self._samples) == 3:  # second differences are of the noise alone: a straight line has none
             first, second, third = self._samples
             self._variance += weight * ((first - 2 * second + third) ** 2 / 6 - self._variance)

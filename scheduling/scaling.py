@@ -147,17 +147,21 @@ class SloScaling:
     def _decode_need(self, signals: ScalingSignals) -> _Need:
         config, active = self.config, _active(signals.decode)
         ready = [w for w in signals.decode if w.state == "ready"]
+        is_full = self._decode_is_full(signals)
         demand = self._traffic.demand(config.startup_s)
         held = sum(w.kv_used for w in ready)  # in workers; a sum, so that those that just came do not dilute it
         sizes = [w.kv_tokens for w in ready if w.kv_tokens]
         kv_tokens = sum(sizes) // len(sizes) if sizes else 0
         waiting = 0.0
-        if demand is not None and kv_tokens and self._decode_is_full(signals):
+        if demand is not None and kv_tokens and is_full:
             waiting = signals.traffic.num_queued * demand.context_tokens / kv_tokens
         reason = f"KV of {held:.1f} workers is used" + (f", of {waiting:.1f} more is waited for" if waiting else "")
         steady = math.ceil(held / config.max_kv_used - 1e-9)
         keep = math.ceil(held / config.max_kv_used * (1 + config.margin) - 1e-9)
         behind = math.ceil((held + waiting) / config.max_kv_used - 1e-9)
+        if is_full:  # of batches as much as of KV
+            num_sequences = sum(w.num_sequences for w in ready) + signals.traffic.num_queued
+            behind = max(behind, math.ceil(num_sequences / config.limits.max_running))
         times: StepTimes | None = self._times or (self._measured if self._measured.step_s > 0 else None)
         if times is None or demand is None or not self._traffic.knows_output:
             reason += "; no latency model or answer lengths yet"
@@ -181,8 +185,11 @@ class SloScaling:
         return _need(steady, behind, keep, reason)
 
     def _decode_is_full(self, signals: ScalingSignals) -> bool:
+        """Its KV or its batches are, so that prompts wait in the routers for room there."""
         ready = [w for w in signals.decode if w.state == "ready"]
-        return bool(ready) and sum(w.kv_used for w in ready) / len(ready) >= self.config.max_kv_used
+        most = self.config.max_kv_used * len(ready)
+        sequences = sum(w.num_sequences for w in ready) / self.config.limits.max_running
+        return bool(ready) and (sum(w.kv_used for w in ready) >= most or sequences >= most)
 
     def _corrected(self, pool: Pool, need: _Need, signals: ScalingSignals, elapsed_s: float) -> _Need:
         """What the model did not foresee: a service level missed by a pool that has what it is said to need."""

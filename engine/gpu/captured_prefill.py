@@ -25,7 +25,7 @@ MAX_SEQUENCES = 16
 _MIXED_BUCKETS = (*range(64, 513, 64), *range(640, 1025, 128))
 _WHOLE_BUCKETS = tuple(range(640, 2049, 128))
 _PIECE_LAYERS = 8
-_LAST_PIECE_LAYERS = 2  # what is left to send when the step ends
+_LAST_PIECE_LAYERS = 2  # what is left to send when the last layer's KV is written, a millisecond before the step ends
 
 
 @dataclass(slots=True)
@@ -96,8 +96,9 @@ class CapturedPrefill:
 
         def layer_written(layer: int) -> None:
             nonlocal current
-            end, last = layer + 1, len(self._layers) - _LAST_PIECE_LAYERS
-            if whole and (end == last or (end % _PIECE_LAYERS == 0 and end < last)):
+            end, num_layers = layer + 1, len(self._layers)
+            last = num_layers - _LAST_PIECE_LAYERS
+            if whole and (end in (last, num_layers) or (end % _PIECE_LAYERS == 0 and end < last)):
                 current.__exit__(None, None, None)
                 captured.layer_ends.append(layer + 1)
                 current = piece()
@@ -167,6 +168,6 @@ class CapturedPrefill:
         first = 0
         for graph, end in zip(captured.pieces, captured.layer_ends, strict=True):
             graph.replay()
-            if layers_written is not None:
+            if layers_written is not None and first < end:  # the last piece of a whole prompt writes no KV
                 layers_written(first, end)
             first = end

@@ -9,7 +9,9 @@ import secrets
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
+import grpc
 import grpc.aio
 from splitserve.core.errors import AddressInUse
 from splitserve.deploy.process import report_ready
@@ -50,11 +52,23 @@ class Router(inference_pb2_grpc.RouterAdminServicer):
 
 
 class Worker(worker_pb2_grpc.WorkerAdminServicer):
-    """Tells the speed of a worker that computes 1,000 prompt tokens a second."""
+    """Tells the speed of a worker that computes 1,000 prompt tokens a second, and is ready for any role."""
+
+    def __init__(self) -> None:
+        self.boot_id = secrets.token_hex(8)
 
     async def GetWorkerStatus(self, request: object, context: object) -> worker_pb2.GetWorkerStatusResponse:
         status = worker_pb2.WorkerStatus(num_blocks=100, num_free_blocks=100, prefill_tokens_per_s=1000.0)
+        status.num_running, status.decode_step_s = 1, 0.01
         return worker_pb2.GetWorkerStatusResponse(info=worker_pb2.WorkerInfo(block_size=16), status=status)
+
+    async def SwitchRole(
+        self, request: worker_pb2.SwitchRoleRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.SwitchRoleResponse:
+        if "KEEPS_ITS_ROLE" in os.environ:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "it still holds a request")
+        self.boot_id = secrets.token_hex(8)
+        return worker_pb2.SwitchRoleResponse(info=worker_pb2.WorkerInfo(boot_id=self.boot_id))
 
     async def Drain(self, request: object, context: object) -> worker_pb2.DrainResponse:
         return worker_pb2.DrainResponse()
@@ -63,18 +77,16 @@ class Worker(worker_pb2_grpc.WorkerAdminServicer):
 async def serve(role: str, host: str, port: int, ready_file: Path, load_file: Path | None) -> None:
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
-    server = grpc.aio.server()
+    server, worker = grpc.aio.server(), Worker()
     if role == "router":
         inference_pb2_grpc.add_RouterAdminServicer_to_server(Router(load_file), server)
     else:
-        worker_pb2_grpc.add_WorkerAdminServicer_to_server(Worker(), server)
+        worker_pb2_grpc.add_WorkerAdminServicer_to_server(worker, server)
     bound = server.add_insecure_port(f"{host}:{port}")
     await server.start()
-    boot_id = secrets.token_hex(8)
-    report_ready(
-        ready_file,
-        {"address": f"{host}:{bound}", "metrics_address": f"{host}:1", "pid": os.getpid(), "boot_id": boot_id},
-    )
+    address = f"{host}:{bound}"
+    row = {"address": address, "metrics_address": f"{host}:1", "pid": os.getpid(), "boot_id": worker.boot_id}
+    report_ready(ready_file, row)
     await stopped.wait()
     sys.stdout.write("drained\n")
     await server.stop(0)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
+from splitserve.core.config import ClusterConfig
 from splitserve.core.errors import ConfigError, SplitserveError
 from splitserve.deploy.controller import Controller
 from splitserve.deploy.members import ClusterView, MemberFailed, Phase
@@ -149,27 +151,55 @@ async def test_a_worker_that_hangs_is_killed_and_started_again(tmp_path: Path) -
         assert next(m for m in view.members if m.name == "decode-0").num_restarts == 1
 
 
+def scaled_config(load: Path, *, scaling: Mapping[str, object], **overrides: object) -> ClusterConfig:
+    """Prompts come, at twice what one worker computes, for as long as the file exists."""
+    load.touch()
+    quick = {
+        "enabled": True,
+        "period_s": 0.5,
+        "startup_s": 1.0,
+        "cold_start_s": 0.0,
+        "down_after_s": 2.0,
+        "up_cooldown_s": 0.0,
+        "down_cooldown_s": 0.0,
+    }
+    pools = {"prefill__max": 3, "decode__max": 3}
+    return config(model=f"load:{load}", scaling=quick | dict(scaling), **{**pools, **overrides})
+
+
 async def test_a_pool_grows_with_its_load_and_shrinks_after_it(tmp_path: Path) -> None:
     load = tmp_path / "load"
-    load.touch()
-    cluster = config(
-        model=f"load:{load}",
-        prefill__max=3,
-        decode__max=3,
-        scaling={
-            "enabled": True,
-            "period_s": 0.5,
-            "startup_s": 1.0,
-            "cold_start_s": 0.0,
-            "down_after_s": 2.0,
-            "up_cooldown_s": 0.0,
-            "down_cooldown_s": 0.0,
-        },
-    )
+    cluster = scaled_config(load, scaling={"role_switch": False})
     async with running(cluster, tmp_path) as controller:
         view = await until(controller, lambda view: view.settled and size_of(view, "prefill") > 1)
         assert size_of(view, "decode") == 1  # nobody waits for it
         load.unlink()
         view = await until(controller, lambda view: view.settled and size_of(view, "prefill") == 1)
         assert size_of(view, "decode") == 1
+    assert replay_log(scaling_log(tmp_path), controller.config)[1] == []
+
+
+@pytest.mark.parametrize("refused", [False, pytest.param(True, marks=pytest.mark.verify)])
+async def test_a_worker_that_its_pool_can_spare_changes_its_role_rather_than_that_one_is_started(
+    tmp_path: Path, refused: bool
+) -> None:
+    env = {"KEEPS_ITS_ROLE": "1"} if refused else {}
+    cluster = scaled_config(
+        tmp_path / "load",
+        scaling={"max_gpus": 3},
+        decode__replicas=2,
+        prefill__env=env,
+        decode__env=env,
+    )
+    async with running(cluster, tmp_path) as controller:
+        before = endpoints(controller.view())
+        view = await until(controller, lambda view: view.settled and size_of(view, "prefill") == 2)
+        assert size_of(view, "decode") == 1
+        after = endpoints(view)
+        assert set(after) == set(before)
+        (name,) = (member.name for member in view.members if member.role == "prefill" and member.name != "prefill-0")
+        assert after.pop(name).boot_id != before[name].boot_id
+        assert after == {other: endpoint for other, endpoint in before.items() if other != name}
+        assert (endpoints(view)[name].pid == before[name].pid) is not refused
+        assert controller.roles[name] == "prefill"
     assert replay_log(scaling_log(tmp_path), controller.config)[1] == []

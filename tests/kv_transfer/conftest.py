@@ -42,14 +42,31 @@ GEOMETRY = KvGeometry(
 )
 
 
-class TinyPool:
-    """KvPool in a sealed memfd, as the engine makes it."""
+DEVICE_TRANSPORTS = ("cuda_ipc", "nccl")
 
-    def __init__(self, block_size: int = 16, num_blocks: int = 24, geometry: KvGeometry = GEOMETRY) -> None:
+
+def devices(transport: str) -> tuple[str, str]:
+    """Where the prefill and the decode side keep their KV."""
+    return ("cuda:0", "cuda:1") if transport in DEVICE_TRANSPORTS else ("cpu", "cpu")
+
+
+class TinyPool:
+    """KvPool in a sealed memfd or in a GPU's memory, as the engine makes it."""
+
+    def __init__(
+        self, block_size: int = 16, num_blocks: int = 24, geometry: KvGeometry = GEOMETRY, device: str = "cpu"
+    ) -> None:
         self.geometry, self.block_size, self.num_blocks = geometry, block_size, num_blocks
         self.row_bytes = geometry.bytes_per_token * block_size
         self.size_bytes = self.row_bytes * num_blocks
-        self.fd: int | None = os.memfd_create("tiny-kv", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+        self.fd: int | None = None
+        if device != "cpu":
+            dtype = getattr(torch, geometry.dtype)
+            shape = (num_blocks, self.row_bytes // dtype.itemsize)
+            self.data = torch.rand(shape).to(dtype).to(device)
+            torch.cuda.synchronize(device)
+            return
+        self.fd = os.memfd_create("tiny-kv", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
         os.ftruncate(self.fd, self.size_bytes)
         memory = mmap.mmap(self.fd, self.size_bytes)
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | 0x10)  # FUTURE_WRITE
@@ -74,7 +91,16 @@ class TinyPool:
     def tokens(self, block_table: list[int], start: int, end: int) -> list[torch.Tensor]:
         """All planes of a token range as [heads, tokens, dim]."""
         planes = [view(layer) for layer in range(self.geometry.num_layers) for view in (self.keys, self.values)]
-        return [plane[block_table].transpose(0, 1).flatten(1, 2)[:, start:end].clone() for plane in planes]
+        return [plane[block_table].transpose(0, 1).flatten(1, 2)[:, start:end].cpu().clone() for plane in planes]
+
+    def snapshot(self) -> torch.Tensor:
+        return self.data.cpu().clone()
+
+    def clear(self) -> None:
+        """All zero, also for what works on other streams."""
+        self.data.zero_()
+        if self.data.is_cuda:
+            torch.cuda.synchronize(self.data.device)
 
     def close(self) -> None:
         if self.fd is not None:
@@ -148,6 +174,40 @@ class Pair:
         assert all(torch.equal(a, b) for a, b in zip(sent, came, strict=True))
 
 
+@pytest.fixture(autouse=True)
+def own_memory_handles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA maps a process's memory into others only; a sender and a receiver of one process have it already.
+
+    Handles of other processes, which the tests that kill them use, go through CUDA.
+    """
+    if torch.cuda.device_count() < 2:
+        return
+    from splitserve.kv_transfer.cuda import CudaRuntime
+
+    exported: dict[bytes, int] = {}
+    real_export, real_open, real_close = CudaRuntime.export, CudaRuntime.open, CudaRuntime.close
+
+    def export(self: CudaRuntime, address: int) -> tuple[bytes, int]:
+        handle, offset = real_export(self, address)
+        exported[handle] = address - offset
+        return handle, offset
+
+    def close(self: CudaRuntime, address: int) -> None:
+        if address not in exported.values():
+            real_close(self, address)
+
+    monkeypatch.setattr(CudaRuntime, "export", export)
+    monkeypatch.setattr(CudaRuntime, "open", lambda self, handle: exported.get(handle) or real_open(self, handle))
+    monkeypatch.setattr(CudaRuntime, "close", close)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def peer_access() -> None:
+    """PyTorch turns it on with its first copy between two GPUs; within one process nobody else does."""
+    if torch.cuda.device_count() >= 2:
+        torch.ones(1, device="cuda:0").to("cuda:1").to("cuda:0")
+
+
 @pytest.fixture
 def tiny() -> KvGeometry:
     return GEOMETRY
@@ -179,8 +239,8 @@ def sender_process() -> Iterator[Callable[..., ChildProcess]]:
     """`sender_process(boot_id)` starts a prefill side that can be killed."""
     started = []
 
-    def start(boot_id: str, port: int = 0) -> ChildProcess:
-        process = ChildProcess("sender_process.py", boot_id, str(port))
+    def start(boot_id: str, port: int = 0, transport: str = "grpc") -> ChildProcess:
+        process = ChildProcess("sender_process.py", boot_id, str(port), devices(transport)[0])
         started.append(process)
         process.address = process.say("address")
         return process
@@ -241,9 +301,12 @@ def pair_factory() -> PairFactory:
         target_geometry: KvGeometry | None = None,
         source_blocks: int = 24,
         sender_type: type[KvSender] = KvSender,
+        source_device: str | None = None,
+        target_device: str | None = None,
     ) -> AsyncIterator[Pair]:
-        source = TinyPool(source_block_size, source_blocks, geometry=geometry)
-        target = TinyPool(target_block_size, geometry=target_geometry or geometry)
+        usual = devices(transports[0] if transports else "grpc")
+        source = TinyPool(source_block_size, source_blocks, geometry, source_device or usual[0])
+        target = TinyPool(target_block_size, 24, target_geometry or geometry, target_device or usual[1])
         released: list[str] = []
         reports: list[tuple[str, Exception]] = []
         release_seen = asyncio.Event()

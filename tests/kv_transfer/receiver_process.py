@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from conftest import TinyPool
+from conftest import TinyPool, devices
 from splitserve.core.request import Request
 from splitserve.kv_transfer.grants import KvSource
 from splitserve.kv_transfer.identity import WorkerIdentity, current_host_id
@@ -16,7 +16,7 @@ from splitserve.kv_transfer.receiver import KvReceiver
 
 
 async def main(address: str, transport: str, num_tokens: int) -> None:
-    pool = TinyPool()
+    pool = TinyPool(device=devices(transport)[1])
     identity = WorkerIdentity(worker_id="d", boot_id="decode-child", host_id=current_host_id())
     receiver = KvReceiver(pool, identity, transports=(transport,))
     request = Request(request_id="r1", prompt_token_ids=tuple(range(1, num_tokens + 1)), max_tokens=4)

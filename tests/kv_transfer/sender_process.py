@@ -1,6 +1,6 @@
 """A prefill side in a process of its own, for tests that kill it: commands on stdin, one line of answer to each.
 
-python sender_process.py BOOT_ID PORT
+python sender_process.py BOOT_ID PORT DEVICE
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def answer(line: str) -> None:
     sys.stdout.flush()
 
 
-async def main(boot_id: str, port: int) -> None:
+async def main(boot_id: str, port: int, device: str) -> None:
     torch.manual_seed(7)  # the test makes the same pool
-    pool = TinyPool()
+    pool = TinyPool(device=device)
     identity = WorkerIdentity(worker_id="p", boot_id=boot_id, host_id=current_host_id())
     sender = KvSender(pool, identity, release=lambda _: None)
     server = grpc.aio.server(options=SERVER_OPTIONS)
@@ -58,4 +58,4 @@ async def main(boot_id: str, port: int) -> None:
         answer("ok")
 
 
-asyncio.run(main(sys.argv[1], int(sys.argv[2])))
+asyncio.run(main(sys.argv[1], int(sys.argv[2]), sys.argv[3]))

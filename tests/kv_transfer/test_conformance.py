@@ -1,6 +1,6 @@
 """What every transport must survive: deaths at each edge, silence, slowness, edited frames, restarts, aborts.
 
-A device transport joins by adding its name to TRANSPORTS, marked `gpu`.
+Those between GPUs have a real pool on each of two; on other machines they are skipped.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from splitserve.kv_transfer.grants import Grant
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.proto import kv_transfer_pb2
 
+two_gpus = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+ON_GPUS = [pytest.param(name, marks=two_gpus) for name in ("cuda_ipc", "nccl")]
 TRANSPORTS = ["shared_memory", "grpc", "gloo"]
-every_transport = pytest.mark.parametrize("transport", TRANSPORTS)
+every_transport = pytest.mark.parametrize("transport", [*TRANSPORTS, *ON_GPUS])
 # A child process costs two seconds of a core: `make test` starts a few, `make chaos` and `make verify` all.
 exhaustive = pytest.mark.verify
 one_transport_in_make_test = pytest.mark.parametrize(
-    "transport", [name if name == "grpc" else pytest.param(name, marks=exhaustive) for name in TRANSPORTS]
+    "transport",
+    [*(name if name == "grpc" else pytest.param(name, marks=exhaustive) for name in TRANSPORTS), *ON_GPUS],
 )
 
 
@@ -42,9 +45,15 @@ NUM_ABORTS = 50
 SEEN_S = 15.0  # far above every time-out used here: a failure that was not seen by then never is
 
 
+def small_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many of them, on every transport."""
+    for kind in ("", "SHARED_", "LANE_", "DEVICE_", "NCCL_"):
+        monkeypatch.setattr(f"splitserve.kv_transfer.framing.{kind}FRAME_BYTES", 3000)
+
+
 async def next_transfer_works(p: Any, request_id: str = "next") -> None:
     """Into the same blocks, through the same sender and receiver."""
-    p.target.data.zero_()
+    p.target.clear()
     request = p.request(NUM_TOKENS, request_id)
     grant = p.grant(request)
     p.complete(grant, request)
@@ -63,7 +72,7 @@ async def next_transfer_works(p: Any, request_id: str = "next") -> None:
 async def test_killed_sender_at_every_edge(pair, sender_process, same_pool, transport: str, edge: str) -> None:
     """Killed while the fetch is parked, before any KV, amid it, and before the commit."""
     async with pair(transport) as p:
-        process = sender_process("prefill-boot")
+        process = sender_process("prefill-boot", transport=transport)
         request = p.request(NUM_TOKENS)
         grant = p.grant(request, address=process.address)
         receiving = asyncio.ensure_future(
@@ -122,7 +131,7 @@ async def test_killed_receiver_at_every_edge(pair, receiver_process, transport: 
 @one_transport_in_make_test
 async def test_a_frozen_sender_is_given_up(pair, sender_process, transport: str) -> None:
     async with pair(transport, receiver_options={"silence_s": 1.0, "stall_s": 0.5}) as p:
-        process = sender_process("prefill-boot")
+        process = sender_process("prefill-boot", transport=transport)
         request = p.request(NUM_TOKENS)
         grant = p.grant(request, address=process.address)
         receiving = asyncio.ensure_future(
@@ -167,7 +176,7 @@ async def test_a_sender_that_comes_back_at_its_address_is_another_epoch(
     pair, sender_process, same_pool, transport: str
 ) -> None:
     async with pair(transport) as p:
-        first = sender_process("boot-1")
+        first = sender_process("boot-1", transport=transport)
         request = p.request(NUM_TOKENS)
         tokens = request.prompt_token_ids
         old = p.grant(request, address=first.address, boot_id="boot-1")
@@ -176,7 +185,7 @@ async def test_a_sender_that_comes_back_at_its_address_is_another_epoch(
         first.kill()
         with pytest.raises(TransferFailed):
             await receiving
-        second = sender_process("boot-2", int(first.address.rpartition(":")[2]))
+        second = sender_process("boot-2", int(first.address.rpartition(":")[2]), transport)
         assert second.address == first.address
         with pytest.raises(SplitserveError, match="boot-1"):
             await p.receiver.receive(old, first.address, tokens, p.target_table)
@@ -195,8 +204,7 @@ async def test_a_sender_that_comes_back_at_its_address_is_another_epoch(
 @every_transport
 async def test_a_slow_reader_is_waited_for_and_gets_everything(pair, monkeypatch, transport: str) -> None:
     """Its own slowness must not look like the sender's silence."""
-    monkeypatch.setattr("splitserve.kv_transfer.sender.FRAME_BYTES", 3000)
-    monkeypatch.setattr("splitserve.kv_transfer.sender.LANE_FRAME_BYTES", 3000)
+    small_frames(monkeypatch)
     async with pair(transport, receiver_options={"stall_s": 0.2}) as p:
         go_on = threading.Event()
         for _ in range(2):  # both of the threads that unpack
@@ -219,7 +227,7 @@ class Tampering(KvSender):
 
     how = ""
 
-    async def _send(self, out: Any, stream: object, write: Write, lane: Any, framing: Any) -> None:
+    async def _send(self, out: Any, stream: object, write: Write, way: Any) -> None:
         frames: list[bytes] = []
 
         async def edited(frame: bytes) -> None:
@@ -245,9 +253,9 @@ class Tampering(KvSender):
             else:
                 await write(frame)
 
-        if lane is not None and self.how == "payload":
-            lane = FlippingLane(lane)
-        await super()._send(out, stream, edited, lane, framing)
+        if way.lane is not None and self.how == "payload":
+            way = replace(way, lane=FlippingLane(way.lane))
+        await super()._send(out, stream, edited, way)
 
 
 class FlippingLane:
@@ -257,33 +265,33 @@ class FlippingLane:
 
     def send(self, data: torch.Tensor) -> Any:
         data[len(data) // 2] ^= 1
+        if data.is_cuda:
+            torch.cuda.synchronize(data.device)
         return self._lane.send(data)
 
 
 @every_transport
 @pytest.mark.parametrize("how", ["duplicate", "reordered", "checksum", "payload"])
 async def test_edited_frames_never_become_kv(pair, monkeypatch, transport: str, how: str) -> None:
-    for name in ("FRAME_BYTES", "SHARED_FRAME_BYTES", "LANE_FRAME_BYTES"):
-        monkeypatch.setattr(f"splitserve.kv_transfer.sender.{name}", 3000)
+    small_frames(monkeypatch)
     async with pair(transport, sender_type=Tampering) as p:
         p.sender.how = how
         request = p.request(NUM_TOKENS)
         grant = p.grant(request)
-        before = p.target.data.clone()
+        before = p.target.snapshot()
         p.complete(grant, request)
         # A lane's sender does not go on while a header is held back: there, reordering ends in its time-out.
-        with pytest.raises(TransferFailed if (transport, how) == ("gloo", "reordered") else KvCorrupted):
+        with pytest.raises(TransferFailed if transport in ("gloo", "nccl") and how == "reordered" else KvCorrupted):
             await p.receive(grant, request)
         others = p.target_table[7:]
-        assert torch.equal(p.target.data[others], before[others])
+        assert torch.equal(p.target.snapshot()[others], before[others])
         p.sender.how = ""
         await next_transfer_works(p)
 
 
 @every_transport
 async def test_foreign_frames_are_counted_and_dropped(pair, monkeypatch, transport: str) -> None:
-    for name in ("FRAME_BYTES", "SHARED_FRAME_BYTES", "LANE_FRAME_BYTES"):
-        monkeypatch.setattr(f"splitserve.kv_transfer.sender.{name}", 3000)
+    small_frames(monkeypatch)
     async with pair(transport, sender_type=Tampering) as p:
         p.sender.how = "foreign"
         request = p.request(NUM_TOKENS)
@@ -303,8 +311,7 @@ async def test_foreign_frames_are_counted_and_dropped(pair, monkeypatch, transpo
 )
 async def test_aborts_at_random_moments_lose_nothing(pair, monkeypatch, transport: str, num_aborts: int) -> None:
     """Two transfers at a time share the link; one or both are cancelled, failed or written again at some moment."""
-    for name in ("FRAME_BYTES", "SHARED_FRAME_BYTES", "LANE_FRAME_BYTES"):
-        monkeypatch.setattr(f"splitserve.kv_transfer.sender.{name}", 3000)
+    small_frames(monkeypatch)
     choose = random.Random(1)
     async with pair(transport, sender_options={"lease_s": 5.0, "park_s": 5.0}) as p:
         num_layers = p.source.geometry.num_layers
@@ -349,7 +356,7 @@ async def test_aborts_at_random_moments_lose_nothing(pair, monkeypatch, transpor
             return True
 
         for number in range(0, num_aborts, 2):
-            p.target.data.zero_()
+            p.target.clear()
             tables = p.target_table[:7], p.target_table[7:14]
             async with asyncio.timeout(60):
                 results = await asyncio.gather(transfer(number, tables[0]), transfer(number + 1, tables[1]))

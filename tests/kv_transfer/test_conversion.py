@@ -55,7 +55,7 @@ async def test_kv_changes_its_dtype_once_and_travels_in_the_narrower_one(pair, t
 async def test_a_codec_moves_its_formulas_bytes_and_errs_within_its_bound(
     pair, tiny, monkeypatch, codec, dtypes
 ) -> None:
-    monkeypatch.setattr("splitserve.kv_transfer.sender.FRAME_BYTES", 3000)  # many parts
+    monkeypatch.setattr("splitserve.kv_transfer.framing.FRAME_BYTES", 3000)  # many parts
     geometry, other = (replace(tiny, dtype=dtype) for dtype in dtypes)
     async with pair(geometry=geometry, target_geometry=other, target_block_size=32) as p:
         p.source.data.sub_(0.5)

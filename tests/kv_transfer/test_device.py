@@ -98,10 +98,13 @@ async def serve(model: Path, logs: Path, transport: str, *, colocated: bool) -> 
         )
 
 
-async def test_split_equals_colocated_over_cuda_ipc_and_grpc(tmp_path: Path) -> None:
+async def test_split_equals_colocated_over_cuda_ipc_nccl_and_grpc(tmp_path: Path) -> None:
     model = make_tiny_model("llama", tmp_path / "llama")
     whole = await serve(model, tmp_path / "colocated", "auto", colocated=True)
-    for transport, name in (("auto", "cuda_ipc"), ("grpc", "grpc")):
+    ways = [("auto", "cuda_ipc"), ("grpc", "grpc")]
+    if torch.cuda.device_count() > 1:  # NCCL wants a GPU for each side
+        ways.append(("nccl", "nccl"))
+    for transport, name in ways:
         split = await serve(model, tmp_path / transport, transport, colocated=False)
         assert [r.token_ids for r in split] == [r.token_ids for r in whole]
         assert {r.timing.transport for r in split} == {name}

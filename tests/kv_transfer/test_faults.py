@@ -108,7 +108,7 @@ async def genuine(p, request) -> tuple[Grant, list[bytes]]:
 
 
 async def test_every_edit_of_the_frames_is_refused(pair, monkeypatch) -> None:
-    monkeypatch.setattr("splitserve.kv_transfer.sender.FRAME_BYTES", 3000)
+    monkeypatch.setattr("splitserve.kv_transfer.framing.FRAME_BYTES", 3000)
     async with pair() as p:
         request = p.request(40)
         grant, frames = await genuine(p, request)
@@ -134,7 +134,7 @@ async def test_kv_of_another_prompt_is_refused(pair) -> None:
 
 @pytest.mark.parametrize("change", [{"epoch": 9}, {"attempt": 9}, {"grant_id": "ab" * 16}])
 async def test_frames_of_other_grants_are_counted_and_dropped(pair, monkeypatch, change: dict) -> None:
-    monkeypatch.setattr("splitserve.kv_transfer.sender.FRAME_BYTES", 3000)
+    monkeypatch.setattr("splitserve.kv_transfer.framing.FRAME_BYTES", 3000)
     async with pair() as p:
         request = p.request(40)
         grant, frames = await genuine(p, request)

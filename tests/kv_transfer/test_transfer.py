@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from splitserve.core.errors import (
     Cancelled,
+    ConfigError,
     GeometryMismatch,
     LeaseExpired,
     StaleMessage,
@@ -20,9 +21,11 @@ from splitserve.core.errors import (
     Unavailable,
 )
 from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
+from splitserve.kv_transfer.sender import KvSender
 
-TRANSPORTS = ["grpc", "shared_memory", "gloo"]
-both = pytest.mark.parametrize("transport", TRANSPORTS)
+two_gpus = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+ON_GPUS = [pytest.param(name, marks=two_gpus) for name in ("cuda_ipc", "nccl")]
+both = pytest.mark.parametrize("transport", ["grpc", "shared_memory", "gloo", *ON_GPUS])
 
 
 BFLOAT16 = KvGeometry(
@@ -67,15 +70,15 @@ async def test_kv_arrives_bit_exact_and_commit_frees_the_sender(pair, transport:
 @both
 async def test_only_granted_blocks_are_written(pair, transport: str) -> None:
     async with pair(transport) as p:
-        before = p.target.data.clone()
+        before = p.target.snapshot()
         request = p.request(50)
         grant = p.grant(request, num_cached_tokens=16)
         p.complete(grant, request)
         await p.receive(grant, request)
         granted = p.target_table[1:4]
         others = [block for block in range(p.target.num_blocks) if block not in granted]
-        assert torch.equal(p.target.data[others], before[others])
-        assert not torch.equal(p.target.data[granted], before[granted])
+        assert torch.equal(p.target.snapshot()[others], before[others])
+        assert not torch.equal(p.target.snapshot()[granted], before[granted])
 
 
 schedules = st.fixed_dictionaries(
@@ -145,7 +148,7 @@ async def test_other_block_size_travels_over_grpc(pair, source: int, target: int
 
 
 async def test_bfloat16_layers_of_many_frames_arrive(pair, monkeypatch) -> None:
-    monkeypatch.setattr("splitserve.kv_transfer.sender.FRAME_BYTES", 1000)
+    monkeypatch.setattr("splitserve.kv_transfer.framing.FRAME_BYTES", 1000)
     async with pair("grpc", geometry=BFLOAT16) as p:
         request = p.request(133)
         grant = p.grant(request)
@@ -165,6 +168,43 @@ async def test_unmappable_pool_falls_back_to_grpc(pair) -> None:
         os.close(memory)
         assert received.transport == "grpc"
         p.assert_arrived(grant)
+
+
+class WrongInvitations(KvSender):
+    """Nobody listens where it invites to."""
+
+    def _choose(self, request, peer):
+        response = super()._choose(request, peer)
+        response.invitation = b"1"
+        return response
+
+
+@pytest.mark.parametrize("others", [(), ("grpc",)])
+async def test_a_channel_that_cannot_be_set_up_leaves_its_kv_to_grpc_if_it_may(pair, others: tuple) -> None:
+    async with pair("gloo", *others, sender_type=WrongInvitations) as p:
+        for request_id in ("first", "second"):
+            request = p.request(40, request_id)
+            grant = p.grant(request)
+            p.complete(grant, request)
+            if others:
+                received = await p.receive(grant, request)
+                assert received.transport == "grpc"
+                p.assert_arrived(grant)
+            else:
+                with pytest.raises(TransferFailed, match="set up"):
+                    await p.receive(grant, request)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it could use NCCL")
+async def test_what_this_side_cannot_use_is_not_offered_and_alone_is_refused(pair) -> None:
+    async with pair("nccl", "grpc", source_device="cpu", target_device="cpu") as p:
+        request = p.request(40)
+        grant = p.grant(request)
+        p.complete(grant, request)
+        assert (await p.receive(grant, request)).transport == "grpc"
+    with pytest.raises(ConfigError, match="NCCL needs a GPU"):
+        async with pair("nccl", source_device="cpu", target_device="cpu"):
+            pass
 
 
 @both
@@ -198,11 +238,11 @@ async def test_cancelled_receiver_frees_the_sender(pair, transport: str) -> None
         receiving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await receiving
-        quiet = p.target.data.clone()
+        quiet = p.target.snapshot()
         await p.release_seen.wait()
         assert p.released == ["r1"]
         assert isinstance(p.reports[0][1], TransferFailed)
-        assert torch.equal(p.target.data, quiet)
+        assert torch.equal(p.target.snapshot(), quiet)
 
 
 @both
@@ -350,14 +390,14 @@ async def test_closing_the_sender_ends_its_streams_typed(pair) -> None:
 @pytest.mark.parametrize("transport", ["grpc", "gloo"])
 async def test_bytes_in_flight_are_bounded_over_all_transfers_of_a_link(pair, monkeypatch, transport: str) -> None:
     for name in ("FRAME_BYTES", "LANE_FRAME_BYTES"):
-        monkeypatch.setattr(f"splitserve.kv_transfer.sender.{name}", 3000)
-    monkeypatch.setattr("splitserve.kv_transfer.sender.MAX_LINK_BYTES", 10_000)
+        monkeypatch.setattr(f"splitserve.kv_transfer.framing.{name}", 3000)
+    monkeypatch.setattr("splitserve.kv_transfer.framing.MAX_LINK_BYTES", 10_000)
     async with pair(transport) as p:
         seen = []
         pack = p.sender._pack
 
         def counting(*arguments):
-            seen.append(p.sender._in_flight.num_bytes)
+            seen.append(p.sender._in_flight[False].num_bytes)
             return pack(*arguments)
 
         monkeypatch.setattr(p.sender, "_pack", counting)
@@ -370,4 +410,4 @@ async def test_bytes_in_flight_are_bounded_over_all_transfers_of_a_link(pair, mo
         await asyncio.gather(*receiving)
         assert len(seen) > 8
         assert 3000 < max(seen) <= 10_000
-        assert p.sender._in_flight.num_bytes == 0
+        assert p.sender._in_flight[False].num_bytes == 0

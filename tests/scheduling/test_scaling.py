@@ -72,6 +72,11 @@ def test_queued_prompts_raise_prefill_and_a_full_decode_pool_raises_decode() -> 
     assert behind["decode"] == calm["decode"]
     assert blocked["prefill"] == calm["prefill"]  # they wait for decode, more prefill workers would not help
     assert blocked["decode"] > calm["decode"]
+    most = config().limits.max_running
+    batches = tuple(replace(worker, num_sequences=most) for worker in signals.decode)
+    blocked = SloScaling(config(), Times()).decide(replace(signals, traffic=queued, decode=batches)).needed
+    assert blocked["prefill"] == calm["prefill"]
+    assert blocked["decode"] > calm["decode"]
 
 
 def test_a_missed_service_level_corrects_a_model_that_is_too_kind() -> None:

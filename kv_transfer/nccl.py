@@ -1,0 +1,157 @@
+"""NCCL: the channel between GPUs of any two hosts, a communicator of two ranks.
+
+Its unique id is the invitation, so who was not answered by `Connect` cannot join. Nothing in it blocks: a set-up and
+each payload have a deadline, and what misses it, or fails, aborts the communicator, which is not used again. An abort
+is not heard by the other side: the Fetch streams tell it. Few channels (CTAs), and a receive is posted only when the
+sender is ready: the posted one spins on the multiprocessors of the decode worker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..core.errors import TransferFailed
+from .channel import Channel, Meeting
+from .device_layout import HIGH_PRIORITY
+from .nccl_library import UNIQUE_ID_BYTES, nccl, sleep_precisely, wait_until
+
+_SENDER, _RECEIVER = 0, 1
+MAX_CTAS = 16
+# Sends that wait for their receivers hold multiprocessors. With more of them than fit, one whose receiver is ready
+# could wait for one whose receiver waits in turn; receives need no bound, since their sends are running.
+_sends = threading.BoundedSemaphore(4)
+
+
+class NcclRendezvous:
+    """Sets communicators up.
+
+    Args:
+        device: of the pool.
+        set_up_s: how long both sides may take to meet.
+        stall_s: how long one payload may take.
+        max_ctas: of a communicator: multiprocessors that a transfer takes from the model.
+    """
+
+    def __init__(
+        self, device: torch.device, *, set_up_s: float = 5.0, stall_s: float = 5.0, max_ctas: int | None = None
+    ) -> None:
+        self._device = device
+        self._set_up_s = set_up_s
+        self._stall_s = stall_s
+        self._max_ctas = MAX_CTAS if max_ctas is None else max_ctas
+
+    def invite(self) -> Meeting:
+        unique_id = nccl().unique_id()
+        return _NcclMeeting(unique_id, lambda: self._open(unique_id, _SENDER))
+
+    def accept(self, host: str, invitation: bytes) -> Channel:
+        if len(invitation) != UNIQUE_ID_BYTES:
+            raise TransferFailed(f"{host} invites with {len(invitation)} bytes, not {UNIQUE_ID_BYTES}")
+        return self._open(invitation, _RECEIVER)
+
+    def _open(self, unique_id: bytes, rank: int) -> Channel:
+        return NcclChannel(
+            self._device, unique_id, rank, set_up_s=self._set_up_s, stall_s=self._stall_s, max_ctas=self._max_ctas
+        )
+
+
+class _NcclMeeting:
+    def __init__(self, invitation: bytes, join: Callable[[], Channel]) -> None:
+        self.invitation = invitation
+        self.join = join
+
+
+class NcclChannel:
+    """A communicator of two. The constructor blocks until a first byte has gone over it, or the deadline has passed.
+
+    One thread makes and uses it; `abort` alone may come from another one.
+    """
+
+    def __init__(
+        self, device: torch.device, unique_id: bytes, rank: int, *, set_up_s: float, stall_s: float, max_ctas: int
+    ) -> None:
+        self._device = device
+        self._stall_s = stall_s
+        self._aborted = threading.Event()
+        self._communicator: ctypes.c_void_p | None = None
+        self._deadline_s = time.monotonic() + set_up_s
+        sleep_precisely()
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream(device, HIGH_PRIORITY)  # type: ignore[no-untyped-call]
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._communicator = nccl().begin(unique_id, rank, max_ctas)
+            self._wait("set up", self._is_ready)
+            # The first bytes connect the two GPUs and load the kernels: not the first payload's business.
+            self._move(torch.empty(8, dtype=torch.uint8, device=device), "set up", is_send=rank == _SENDER)
+
+    def send(self, data: Tensor) -> None:
+        with _sends:
+            self._deadline_s = time.monotonic() + self._stall_s
+            self._move(data, "sending", is_send=True)
+
+    def recv(self, data: Tensor) -> None:
+        self._deadline_s = time.monotonic() + self._stall_s
+        self._move(data, "receiving", is_send=False)
+
+    def abort(self) -> None:
+        """The thread that waits sees it; nobody else touches the communicator."""
+        self._aborted.set()
+
+    def close(self) -> None:
+        self._give_up()
+
+    def _move(self, data: Tensor, what: str, *, is_send: bool) -> None:
+        if self._communicator is None:
+            raise TransferFailed("the NCCL communicator was aborted before")
+        with torch.cuda.device(self._device):
+            try:
+                nccl().post(
+                    self._communicator,
+                    is_send=is_send,
+                    address=data.data_ptr(),
+                    size=data.numel(),
+                    stream=self._stream.cuda_stream,
+                )
+            except TransferFailed:
+                self._give_up()
+                raise
+            self._wait(what, self._is_ready)  # only now its kernel is queued
+            self._done.record(self._stream)
+            self._wait(what, self._done.query)
+
+    def _is_ready(self) -> bool:
+        assert self._communicator is not None
+        return nccl().is_done(self._communicator)
+
+    def _wait(self, what: str, is_done: Callable[[], bool]) -> None:
+        """Raises: TransferFailed: aborted, too late, or NCCL failed; the communicator is gone then."""
+
+        def is_over() -> bool:
+            if is_done():
+                return True
+            if self._aborted.is_set():
+                raise TransferFailed(f"NCCL was aborted while {what}")
+            if time.monotonic() > self._deadline_s:
+                raise TransferFailed(f"NCCL made no progress while {what}; the peer is gone or silent")
+            self._is_ready()  # a peer on another host that is gone is told of here
+            return False
+
+        try:
+            wait_until(is_over)
+        except TransferFailed:
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        """Abort and wait until no kernel of ours touches a payload any more."""
+        communicator, self._communicator = self._communicator, None
+        if communicator is not None:
+            with torch.cuda.device(self._device):
+                nccl().abort(communicator)
+                self._stream.synchronize()
