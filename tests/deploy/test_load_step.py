@@ -31,7 +31,7 @@ def sizes(view: ClusterView) -> dict[str, int]:
 
 @asynccontextmanager
 async def served(config: ClusterConfig, log_dir: Path) -> AsyncIterator[tuple[Controller, Load]]:
-    """A cluster of real workers and its clients, of whose requests none fails; at the end every decision is replayed."""
+    """A cluster of real workers and its clients, of whose requests none fails; every decision is the same replayed."""
     controller = Controller(config, log_dir)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(controller.run())
