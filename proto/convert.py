@@ -7,7 +7,7 @@ import math
 from ..core.errors import InvalidRequest, ProtocolMismatch, SplitserveError, Superseded, from_code
 from ..core.logprobs import TokenLogprob, TopLogprob
 from ..core.request import FinishReason, FormatKind, OutputFormat, Request, SamplingParams
-from . import inference_pb2, worker_pb2
+from . import inference_pb2, kv_transfer_pb2, worker_pb2
 
 PROTOCOL_VERSION = 1
 
@@ -94,6 +94,14 @@ def logprob_from_proto(message: inference_pb2.TokenLogprob) -> TokenLogprob:
         text=message.text,
         top=tuple(TopLogprob(token_id=t.token_id, logprob=t.logprob, text=t.text) for t in message.top),
     )
+
+
+def transport_name(transport: int) -> str:
+    """What users are told of a transport, such as "cuda_ipc"; "unknown" if it is of a newer version."""
+    if transport not in kv_transfer_pb2.Transport.values():
+        return "unknown"
+    name: str = kv_transfer_pb2.Transport.DESCRIPTOR.values_by_number[transport].name
+    return name.removeprefix("TRANSPORT_").lower()
 
 
 def request_to_proto(request: Request, timeout_s: float) -> worker_pb2.WorkRequest:

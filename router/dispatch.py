@@ -148,7 +148,11 @@ class Dispatcher:
         self._metrics = metrics
         self._recorder = recorder
         self._routing = RoutingView(
-            pool, metrics, prefill_bound_s=prefill_bound_s, local_prefill_itl_s=local_prefill_itl_s
+            pool,
+            metrics,
+            prefill_bound_s=prefill_bound_s,
+            local_prefill_itl_s=local_prefill_itl_s,
+            ttft_target_s=admission.ttft_target_s,
         )
         self._policy = policy
         self._retries = retries
