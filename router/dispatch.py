@@ -171,6 +171,7 @@ class Dispatcher:
         self.traffic = Traffic()
         self.num_finished = 0
         self.num_failed = 0
+        self.num_cancelled = 0  # by their clients
         self.idle = asyncio.Event()
         self.idle.set()
 
@@ -656,8 +657,11 @@ class Dispatcher:
         if error is None:
             event = Event.FINISHED
             self.num_finished += 1
+        elif isinstance(error, Cancelled):
+            event = Event.CANCELLED
+            self.num_cancelled += 1
         else:
-            event = Event.CANCELLED if isinstance(error, Cancelled) else Event.FAILED
+            event = Event.FAILED
             self.num_failed += 1
         timeline.mark(event, now, job.request.attempt, outcome=outcome)
         metrics.requests.labels(outcome).inc()
