@@ -87,14 +87,8 @@ def main(
     """Measure and print a table."""
     loads = [_parse(text) for text in rows.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        settings: dict[str, Any] = {"model": model, "engine.device": device, "engine.prefix_cache": False}
-        if device == "cuda":
-            from .gpu_engine import shapes
-
-            settings["engine.max_model_len"] = 16384
-            if model in shapes():
-                settings |= {"model": _write_shape(model, Path(folder) / model), "engine.random_weights": True}
-        settings["router.replicas"] = routers
+        settings = model_settings(model, device, Path(folder))
+        settings |= {"engine.prefix_cache": False, "router.replicas": routers}
         if colocated:
             settings["colocated.replicas"] = 2
         if trace_dir is not None:
@@ -287,6 +281,18 @@ def _parse(text: str) -> tuple[int, int, float]:
         return int(input_len), int(output_len), float(rate)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not input length/output length/rate, such as 2048/256/8") from None
+
+
+def model_settings(model: str, device: str, folder: Path) -> dict[str, Any]:
+    """The configuration of a model, or on a GPU of a shape with random weights, whose directory goes into `folder`."""
+    settings: dict[str, Any] = {"model": model, "engine.device": device}
+    if device == "cuda":
+        from .gpu_engine import shapes
+
+        settings["engine.max_model_len"] = 16384
+        if model in shapes():
+            settings |= {"model": _write_shape(model, folder / model), "engine.random_weights": True}
+    return settings
 
 
 def _write_shape(name: str, folder: Path) -> str:

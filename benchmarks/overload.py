@@ -1,7 +1,7 @@
 """What is left of the service under more load than it can carry? Goodput with admission control and without.
 
 python -m splitserve.benchmarks.overload
-python -m splitserve.benchmarks.overload --cluster --seconds 30
+python -m splitserve.benchmarks.overload --cluster
 
 The capacity is the highest rate at which 90 % of the requests meet the service level. Asked: goodput at twice the
 capacity, and through a burst of ten times the traffic for 20 s. Simulated (two prefill and two decode workers, Llama
@@ -30,16 +30,21 @@ KEPT, GAINED = 0.9, 2.0  # wanted
 
 
 def main(
-    cluster: Annotated[bool, typer.Option(help="Real processes on this machine; some minutes.")] = False,
+    cluster: Annotated[bool, typer.Option(help="Real processes on this machine; five minutes.")] = False,
     model: Annotated[str, typer.Option(help="Of --cluster.")] = "smollm2-135m",
-    seconds: Annotated[float, typer.Option(min=10, help="Of traffic in each run at a steady rate.")] = 120.0,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=10, help="Of traffic in each run at a steady rate.", show_default="120, 20 with --cluster"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of arrivals and lengths.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
 ) -> None:
     """Exit code 1 if goodput at twice the capacity is below 0.9 of that at it, or admission gains less than 2x."""
     if cluster:
+        seconds = seconds or 20.0
         capacity, rows, title = asyncio.run(run(model, seconds, seed))
     else:
+        seconds = seconds or 120.0
         capacity, rows, title = simulate_all(seconds, seed)
     Console().print(_table(rows, f"{title}; capacity {capacity:.2f} requests/s"))
     kept = rows["2x capacity"]["refuse"].goodput_rps / rows["capacity"]["refuse"].goodput_rps

@@ -22,13 +22,13 @@ from .overload_runs import BURST_END_S, BURST_FROM_S, Measured, Outcome, burst_t
 from .processes import ProcessCluster, process_cluster
 
 TTFT_S, TPOT_S = 2.0, 0.5  # the service level
-INPUT_LEN, OUTPUT_LEN = 256, 8
+INPUT_LEN, OUTPUT_LEN = 64, 8  # short, so that a run of seconds has enough requests to tell its parts apart
 TIMEOUT_S = 30.0
 BASE_LOAD = 0.5  # of the capacity, before and after the burst
-TRIAL_S = 20.0  # of each rate that may be the capacity
-MAX_TRIALS = 8
+TRIAL_S = 12.0  # of each rate that may be the capacity
+MAX_TRIALS = 6
 QUEUE = "queue of 256"
-STEP = 0.85  # from one such rate to the next
+STEP = 0.8  # from one such rate to the next
 
 console = Console(stderr=True)
 
@@ -99,7 +99,7 @@ async def _capacity(address: str, rate: float, seed: int) -> float:
 
 async def _saturated_rate(address: str, seed: int) -> float:
     """What comes out with always some requests open; of the second half, when workers know their speed."""
-    num_requests = 24
+    num_requests = 32
     workload = random_workload(
         iter([0.0] * num_requests),
         num_requests=num_requests,

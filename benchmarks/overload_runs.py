@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BURST_FROM_S, BURST_S, BURST_END_S = 20.0, 20.0, 80.0  # the last: of the time that counts, which begins with the burst
+BURST_FROM_S, BURST_S, BURST_END_S = 10.0, 20.0, 60.0  # the last: of the time that counts, which begins with the burst
 BURST_FACTOR = 10
 
 

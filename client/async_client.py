@@ -151,9 +151,13 @@ class AsyncClient:
         # Made on first use: they belong to the event loop that runs then, and the constructor may run outside of one.
         return {each: _channel(each, self._credentials) for each in self.addresses}
 
+    @cached_property
+    def _services(self) -> dict[str, InferenceAsyncStub]:
+        return {each: InferenceStub(channel) for each, channel in self._channels.items()}
+
     def inference(self, address: str) -> InferenceAsyncStub:
         """One router's service."""
-        return InferenceStub(self._channels[address])
+        return self._services[address]
 
     async def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> results.GenerationResult:
         """Answer text, token ids or chat messages. Raises: SplitserveError: typed."""

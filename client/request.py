@@ -33,6 +33,7 @@ class RequestOptions(TypedDict, total=False):
     ignore_eos: bool
     priority: int  # higher goes first
     tenant: str  # requests of different tenants never share KV
+    session: str  # conversation or user, whose requests go to one pair of workers under the routing policy "session"
     timeout_s: float | None  # deadline from now, retries included; None: the client's default
     idempotency_key: str  # names the request across retries
     received_token_ids: Sequence[int]  # of this answer, from an earlier attempt; the stream goes on after them
@@ -64,6 +65,7 @@ _PLAIN = (
     "ignore_eos",
     "priority",
     "tenant",
+    "session",
     "idempotency_key",
     "received_token_ids",
     "min_tokens",
@@ -88,7 +90,7 @@ def build_request(prompt: Prompt, options: RequestOptions) -> pb.GenerateRequest
     if given.get("max_tokens", 1) < 1:
         raise InvalidRequest(f"max_tokens is {given['max_tokens']}; it must be at least 1", field="max_tokens")
     stop = given.get("stop", ())
-    for name in ("model", "tenant", "idempotency_key"):
+    for name in ("model", "tenant", "session", "idempotency_key"):
         check_text(given.get(name, ""), name)
     with _InvalidFields("request"):
         return pb.GenerateRequest(

@@ -53,7 +53,7 @@ class RequestTiming:
     decode_s: float  # first token to last token
     e2e_s: float  # arrival to end
     kv_bytes: int  # moved between the workers
-    transport: str  # "cuda_ipc", "shared_memory", "grpc" or "none"
+    transport: str  # "cuda_ipc", "shared_memory", "nccl", "gloo", "grpc" or "none"
     prefill_worker: str
     decode_worker: str
     attempts: int  # 1 is the normal case
@@ -137,6 +137,7 @@ class RouterStatus:
     num_live: int
     num_finished: int
     num_failed: int
+    num_cancelled: int
 
 
 def usage_from_proto(message: pb.Usage) -> Usage:

@@ -129,6 +129,7 @@ class Client:
         self._timeout_s = timeout_s
         self._retry = retry or RetryPolicy()
         self._channels = {each: open_blocking_channel(each, find_tls(tls)) for each in self.addresses}
+        self._services = {each: InferenceStub(channel) for each, channel in self._channels.items()}
 
     @property
     def address(self) -> str:
@@ -137,7 +138,7 @@ class Client:
 
     def inference(self, address: str) -> InferenceStub:
         """One router's service."""
-        return InferenceStub(self._channels[address])
+        return self._services[address]
 
     def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> results.GenerationResult:
         """Answer text, token ids or chat messages. Raises: SplitserveError: typed."""

@@ -80,7 +80,7 @@ class Recorder:
     Thread-safe: the device loop and the event loop both write.
     """
 
-    def __init__(self, process: str, trace_dir: Path | None = None, capacity: int = 16_384) -> None:
+    def __init__(self, process: str, trace_dir: Path | None = None, capacity: int = 2_048) -> None:
         self.process = process
         self._lock = threading.Lock()
         self.events: deque[RequestEvent] = deque(maxlen=capacity)

@@ -142,6 +142,7 @@ class Request:
     priority: int = 0  # higher goes first
     timeout_s: float = 600.0  # from the receiver's now to the deadline
     tenant: str = ""  # prefix-cache name space
+    session: bytes = b""  # hash of a conversation or user, for routing that goes by it; workers are not told
     min_tokens: int = 0  # output tokens that must be there before stop_token_ids may come
     logprobs: int | None = None  # likeliest tokens to tell for each output token; None: no logprobs
     prompt_logprobs: int | None = None  # the same for the prompt's tokens

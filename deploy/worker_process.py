@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from collections.abc import Callable, Mapping
 
 from ..decode_worker.server import DecodeServer
@@ -36,3 +39,8 @@ async def serve_async(options: WorkerOptions, ready: Callable[[Ready], None] | N
 def serve(options: WorkerOptions, ready: Callable[[Ready], None] | None = None) -> None:
     """Run a worker in this process. Raises: SplitserveError: it cannot start."""
     run(serve_async(options, ready))
+    if options.engine.tensor_parallel > 1:
+        # Its ranks are gone, and on GPUs a communicator whose peers are gone may never close.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)

@@ -30,23 +30,30 @@ class Granter:
 
     def seal(self, grant: Grant) -> Grant:
         """The grant as the router and the prefill worker get it."""
-        return replace(grant, proof_sha256=hashlib.sha256(self.proof(grant)).digest(), source_key=self._key(grant))
+        fields = _fields(grant)
+        proof = self._mac(b"fetch", fields)
+        return replace(grant, proof_sha256=hashlib.sha256(proof).digest(), source_key=self._mac(b"source", fields))
 
     def proof(self, grant: Grant) -> bytes:
         """For the prefill worker that the grant names, with each Fetch and Commit."""
-        return self._mac(b"fetch", grant)
+        return self._mac(b"fetch", _fields(grant))
 
     def check_end(self, grant: Grant, end: pb.TransferEnd) -> None:
         """Raises: KvCorrupted: who sent the KV was not given the grant."""
-        if not hmac.compare_digest(end.signature, _signature(self._key(grant), end)):
+        key = self._mac(b"source", _fields(grant))
+        if not hmac.compare_digest(end.signature, _signature(key, end)):
             raise KvCorrupted(f"{grant}: its KV does not come from the prefill worker that was given the grant")
 
-    def _key(self, grant: Grant) -> bytes:
-        return self._mac(b"source", grant)
-
-    def _mac(self, purpose: bytes, grant: Grant) -> bytes:
-        fields = replace(grant, proof_sha256=b"", source_key=b"").to_proto().SerializeToString(deterministic=True)
+    def _mac(self, purpose: bytes, fields: bytes) -> bytes:
         return hmac.digest(self._secret, purpose + b"\0" + fields, "sha256")
+
+
+def _fields(grant: Grant) -> bytes:
+    """What was granted; not the proofs that are made of it."""
+    message = grant.to_proto()
+    message.ClearField("proof_sha256")
+    message.ClearField("source_key")
+    return message.SerializeToString(deterministic=True)
 
 
 def check_proof(grant: Grant, proof: bytes) -> None:

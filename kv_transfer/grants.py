@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ..core.kv_geometry import KvDtype
 from ..proto import kv_transfer_pb2
@@ -52,7 +52,9 @@ class Grant:
 
     def to_peer(self) -> kv_transfer_pb2.Grant:
         """As a decode worker shows it: whoever answers at the address may not be who was given the key."""
-        return replace(self, source_key=b"").to_proto()
+        message = self.to_proto()
+        message.ClearField("source_key")
+        return message
 
     @classmethod
     def from_proto(cls, message: kv_transfer_pb2.Grant) -> Grant:

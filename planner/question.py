@@ -21,7 +21,7 @@ Role = Literal["prefill", "decode", "colocated"]
 
 _MEMORY_FRACTION = 0.9  # engine.gpu_memory_fraction
 _RESERVED_BYTES = 2e9  # of a device: activations and graphs; at most a twentieth of it
-_GPU_PACKED_TOKENS = 512  # the engine lets no further prompt join a step on a GPU that has so many prefill tokens
+GPU_PACKED_TOKENS = 512  # the engine lets no further prompt join a step on a GPU that has so many prefill tokens
 COLOCATED_CHUNKS = (512, 2048, 8192)
 
 
@@ -153,7 +153,7 @@ def _with_chunks(question: Question, role: Role, gpu: GpuSpec, tp: int, blocks: 
                 block_size=question.block_size,
                 max_step_tokens=chunk,
                 max_running=question.max_running or (64 if on_cpu else 256),
-                max_packed_tokens=None if on_cpu or question.engine != "splitserve" else _GPU_PACKED_TOKENS,
+                max_packed_tokens=None if on_cpu or question.engine != "splitserve" else GPU_PACKED_TOKENS,
             ),
             provenance=provenance,
         )

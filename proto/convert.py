@@ -7,7 +7,7 @@ import math
 from ..core.errors import InvalidRequest, ProtocolMismatch, SplitserveError, Superseded, from_code
 from ..core.logprobs import TokenLogprob, TopLogprob
 from ..core.request import FinishReason, FormatKind, OutputFormat, Request, SamplingParams
-from . import inference_pb2, worker_pb2
+from . import inference_pb2, kv_transfer_pb2, worker_pb2
 
 PROTOCOL_VERSION = 1
 
@@ -96,6 +96,14 @@ def logprob_from_proto(message: inference_pb2.TokenLogprob) -> TokenLogprob:
     )
 
 
+def transport_name(transport: int) -> str:
+    """What users are told of a transport, such as "cuda_ipc"; "unknown" if it is of a newer version."""
+    if transport not in kv_transfer_pb2.Transport.values():
+        return "unknown"
+    name: str = kv_transfer_pb2.Transport.DESCRIPTOR.values_by_number[transport].name
+    return name.removeprefix("TRANSPORT_").lower()
+
+
 def request_to_proto(request: Request, timeout_s: float) -> worker_pb2.WorkRequest:
     """`timeout_s`: seconds left until the deadline, as of now."""
     return worker_pb2.WorkRequest(
@@ -116,14 +124,14 @@ def request_to_proto(request: Request, timeout_s: float) -> worker_pb2.WorkReque
     )
 
 
-def request_from_proto(message: worker_pb2.WorkRequest) -> Request:
-    """Raises: InvalidRequest: it names no request or a value is out of range."""
+def request_from_proto(message: worker_pb2.WorkRequest, request_id: str = "") -> Request:
+    """`request_id`: under another name. Raises: InvalidRequest: it names no request or a value is out of range."""
     if not message.request_id or message.attempt < 1:
         raise InvalidRequest("a work request needs a request_id and an attempt from 1")
     if math.isnan(message.timeout_s):
         raise InvalidRequest("timeout_s is NaN; it must be a number of seconds", field="timeout_s")
     return Request(
-        request_id=message.request_id,
+        request_id=request_id or message.request_id,
         attempt=message.attempt,
         prompt_token_ids=tuple(message.prompt_token_ids),
         output_token_ids=tuple(message.output_token_ids),

@@ -71,6 +71,7 @@ class GenerateRequest(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     OUTPUT_FORMAT_FIELD_NUMBER: _builtins.int
     CALL_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model, as ListModels gives it; empty for the only one served."""
     text: _builtins.str
@@ -100,6 +101,10 @@ class GenerateRequest(_message.Message):
     call: _builtins.int
     """How often this client has called with this key before, at whichever router: from 1 on, whatever an earlier call still
     has running anywhere is ended.
+    """
+    session: _builtins.str
+    """Names the conversation or the user that the request belongs to, for the routing policy "session";
+    empty: the beginning of the prompt tells.
     """
     @_builtins.property
     def messages(self) -> Global___ChatMessages:
@@ -151,10 +156,11 @@ class GenerateRequest(_message.Message):
         prompt_logprobs: _builtins.int | None = ...,
         output_format: Global___OutputFormat | None = ...,
         call: _builtins.int = ...,
+        session: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_prompt_logprobs", b"_prompt_logprobs", "input", b"input", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "messages", b"messages", "output_format", b"output_format", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_prompt_logprobs", b"_prompt_logprobs", "call", b"call", "idempotency_key", b"idempotency_key", "ignore_eos", b"ignore_eos", "input", b"input", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "messages", b"messages", "min_tokens", b"min_tokens", "model", b"model", "output_format", b"output_format", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "protocol_version", b"protocol_version", "received_token_ids", b"received_token_ids", "sampling", b"sampling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_prompt_logprobs", b"_prompt_logprobs", "call", b"call", "idempotency_key", b"idempotency_key", "ignore_eos", b"ignore_eos", "input", b"input", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "messages", b"messages", "min_tokens", b"min_tokens", "model", b"model", "output_format", b"output_format", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "protocol_version", b"protocol_version", "received_token_ids", b"received_token_ids", "sampling", b"sampling", "session", b"session", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -1172,15 +1178,18 @@ class GetRouterStatusResponse(_message.Message):
     NUM_LIVE_FIELD_NUMBER: _builtins.int
     NUM_FINISHED_FIELD_NUMBER: _builtins.int
     NUM_FAILED_FIELD_NUMBER: _builtins.int
+    NUM_CANCELLED_FIELD_NUMBER: _builtins.int
     TRAFFIC_FIELD_NUMBER: _builtins.int
     num_queued: _builtins.int
     """Requests waiting for dispatch."""
     num_live: _builtins.int
     """Requests not ended, queued ones included."""
     num_finished: _builtins.int
-    """Requests ended so far."""
+    """Requests answered to their end so far."""
     num_failed: _builtins.int
     """Requests failed so far."""
+    num_cancelled: _builtins.int
+    """Requests that their clients cancelled or went away from so far."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerView]:
         """Every worker on the list."""
@@ -1197,11 +1206,12 @@ class GetRouterStatusResponse(_message.Message):
         num_live: _builtins.int = ...,
         num_finished: _builtins.int = ...,
         num_failed: _builtins.int = ...,
+        num_cancelled: _builtins.int = ...,
         traffic: Global___TrafficCounts | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_failed", b"num_failed", "num_finished", b"num_finished", "num_live", b"num_live", "num_queued", b"num_queued", "traffic", b"traffic", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cancelled", b"num_cancelled", "num_failed", b"num_failed", "num_finished", b"num_finished", "num_live", b"num_live", "num_queued", b"num_queued", "traffic", b"traffic", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

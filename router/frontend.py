@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 
 from ..core.errors import InvalidRequest, SplitserveError
 from ..proto import inference_pb2, inference_pb2_grpc
@@ -27,7 +27,6 @@ INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 ADMIN = inference_pb2.DESCRIPTOR.services_by_name["RouterAdmin"].full_name
 
 Context = grpc.aio.ServicerContext[Any, Any]
-M = TypeVar("M", bound=Message)
 
 
 class Inference(inference_pb2_grpc.InferenceServicer):
@@ -57,11 +56,9 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.ListModelsResponse(models=self._door.models())
 
     async def Tokenize(
-        self, request: inference_pb2.TokenizeRequest | Undecodable, context: Context
+        self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
         try:
-            if isinstance(request, Undecodable):
-                raise request.error
             return await self._door.tokenize(request)
         except SplitserveError as error:
             await abort(context, error)
@@ -97,6 +94,7 @@ class RouterAdmin(inference_pb2_grpc.RouterAdminServicer):
             num_live=self._dispatcher.num_live,
             num_finished=self._dispatcher.num_finished,
             num_failed=self._dispatcher.num_failed,
+            num_cancelled=self._dispatcher.num_cancelled,
             traffic=self._dispatcher.traffic.counts(self._dispatcher.num_queued_tokens),
         )
 
@@ -130,49 +128,19 @@ class Undecodable:
 
 def add_to_server(server: grpc.aio.Server, inference: Inference, admin: RouterAdmin) -> None:
     """Register both services."""
-    # Found before the generated handlers below, which would end a call with bad UTF-8 as an untyped INTERNAL error.
-    text_methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Generate": grpc.unary_stream_rpc_method_handler(
-            inference.Generate,
-            request_deserializer=_deserializer(inference_pb2.GenerateRequest),
-            response_serializer=inference_pb2.GenerateResponse.SerializeToString,
-        ),
-        "Tokenize": grpc.unary_unary_rpc_method_handler(
-            inference.Tokenize,
-            request_deserializer=_deserializer(inference_pb2.TokenizeRequest),
-            response_serializer=inference_pb2.TokenizeResponse.SerializeToString,
-        ),
-        "Detokenize": _readable(inference.Detokenize, inference_pb2.DetokenizeRequest),
-        "Cancel": _readable(inference.Cancel, inference_pb2.CancelRequest),
-        "ListModels": _readable(inference.ListModels, inference_pb2.ListModelsRequest),
-    }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(INFERENCE, text_methods),))
     inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
     inference_pb2_grpc.add_RouterAdminServicer_to_server(admin, server)
-
-
-def _readable(method: Callable[[M, Context], Awaitable[Message]], kind: type[M]) -> grpc.RpcMethodHandler[Any, Any]:
-    """The handler of a method that is called only with requests that could be read."""
-
-    async def answer(request: M | Undecodable, context: Context) -> Message:
-        if isinstance(request, Undecodable):
-            await abort(context, request.error)
-        return await method(request, context)
-
-    return grpc.unary_unary_rpc_method_handler(
-        answer,
-        request_deserializer=_deserializer(kind),
-        response_serializer=lambda message: message.SerializeToString(),
+    # In place of the generated handler, which would end a call with bad UTF-8 as an untyped error.
+    generate: grpc.RpcMethodHandler[Any, Any] = grpc.unary_stream_rpc_method_handler(
+        inference.Generate,
+        request_deserializer=_read,
+        response_serializer=inference_pb2.GenerateResponse.SerializeToString,
     )
+    server.add_registered_method_handlers(INFERENCE, {"Generate": generate})
 
 
-def _deserializer(kind: type[M]) -> Callable[[bytes], M | Undecodable]:
-    def deserialize(data: bytes) -> M | Undecodable:
-        try:
-            return kind.FromString(data)
-        except DecodeError as error:
-            return Undecodable(
-                InvalidRequest(f"the request cannot be read: {error}; send valid protobuf, text as UTF-8")
-            )
-
-    return deserialize
+def _read(data: bytes) -> inference_pb2.GenerateRequest | Undecodable:
+    try:
+        return inference_pb2.GenerateRequest.FromString(data)
+    except DecodeError as error:
+        return Undecodable(InvalidRequest(f"the request cannot be read: {error}; send valid protobuf, text as UTF-8"))

@@ -31,6 +31,7 @@ def digest_of(message: inference_pb2.GenerateRequest, caller: str) -> bytes:
     request.ClearField("received_token_ids")
     request.ClearField("prompt_logprobs")
     request.ClearField("priority")
+    request.ClearField("session")
     request.ClearField("protocol_version")
     digest = hashlib.blake2b(request.SerializeToString(deterministic=True), digest_size=16)
     digest.update(caller.encode())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -50,6 +52,7 @@ class RoutedJob(Protocol):
 
     request: Request
     ticket: Ticket
+    deadline_at: float
     draw: int
     avoid: set[str]
     prefix: PrefixOfJob
@@ -64,12 +67,19 @@ class RoutingView:
     """Makes snapshots of one router's workers, and keeps the index of their prefix caches."""
 
     def __init__(
-        self, pool: WorkerPool, metrics: RouterMetrics, *, prefill_bound_s: float, local_prefill_itl_s: float | None
+        self,
+        pool: WorkerPool,
+        metrics: RouterMetrics,
+        *,
+        prefill_bound_s: float,
+        local_prefill_itl_s: float | None,
+        ttft_target_s: float = math.inf,
     ) -> None:
         self._pool = pool
         self._metrics = metrics
         self._prefill_bound_s = prefill_bound_s
         self._local_prefill_itl_s = local_prefill_itl_s
+        self._ttft_target_s = ttft_target_s
         self.index = PrefixIndex()  # by address
         metrics.prefix_blocks.set_function(lambda: len(self.index))
 
@@ -92,12 +102,14 @@ class RoutingView:
 
     def snapshot(self, job: RoutedJob, view: ClusterView, held_tokens: Mapping[str, int]) -> Snapshot:
         cached_tokens = self._cached_tokens(job)
+        late_at = min(job.ticket.arrived_at + self._ttft_target_s, job.deadline_at)
         return Snapshot(
             request=RoutedRequest(
                 num_tokens=job.request.num_tokens,
                 turn=job.ticket.order,
                 draw=job.draw,
-                session=job.prefix.session,
+                session=job.request.session or job.prefix.session,
+                ttft_slack_s=late_at - time.monotonic(),
             ),
             view=one_group(view, job.weights),
             cached_tokens=cached_tokens,

@@ -23,6 +23,7 @@ from ..proto.convert import (
     logprob_from_proto,
     reason_from_proto,
     request_to_proto,
+    transport_name,
 )
 from ..proto.rpc import from_rpc_error
 from ..proto.tls import PeerRole, Tls, open_channel
@@ -441,13 +442,6 @@ class PrefillLink(WorkerLink):
             )
 
 
-_TRANSPORTS = {
-    kv_transfer_pb2.TRANSPORT_GRPC: "grpc",
-    kv_transfer_pb2.TRANSPORT_SHARED_MEMORY: "shared_memory",
-    kv_transfer_pb2.TRANSPORT_CUDA_IPC: "cuda_ipc",
-}
-
-
 class DecodeLink(WorkerLink):
     """A decode or colocated worker. The load of a run is its KV blocks until the next status counts them, then 0.
 
@@ -561,7 +555,7 @@ class DecodeLink(WorkerLink):
                     token_ids=(message.first_token_id,),
                 ),
                 TransferReport(
-                    transport=_TRANSPORTS.get(message.transport, "unknown"),
+                    transport=transport_name(message.transport),
                     num_bytes=message.num_bytes,
                     transfer_s=message.transfer_s,
                     exposed_s=message.transfer_exposed_s,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -53,5 +52,4 @@ def sequence_id(request_id: str, attempt: int) -> str:
 
 def sequence_from_proto(message: worker_pb2.WorkRequest) -> Request:
     """The request as the engine sees it: its id is the attempt's `sequence_id`. Raises: InvalidRequest."""
-    request = request_from_proto(message)
-    return replace(request, request_id=sequence_id(request.request_id, request.attempt))
+    return request_from_proto(message, sequence_id(message.request_id, message.attempt))

@@ -74,6 +74,7 @@ def answer_request(body: GenerationRequest, request_id: str) -> pb.GenerateReque
         min_tokens=body.min_tokens or 0,
         priority=body.priority or 0,
         tenant=body.tenant or "",
+        session=body.prompt_cache_key or body.user or "",
         idempotency_key=request_id,
         output_format=output_format(body),
     )

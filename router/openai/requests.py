@@ -109,12 +109,14 @@ class GenerationRequest(_Body):
         default=None, max_length=256, description="Extension: requests of different tenants never share KV"
     )
     timeout_s: float | None = Field(default=None, gt=0, description="Extension: seconds until the request fails")
+    prompt_cache_key: str | None = Field(
+        default=None, description="Names the conversation, for the routing policy session; else user does"
+    )
+    user: str | None = Field(default=None, description="The same, where there is no prompt_cache_key")
     # Accepted, for they change nothing about the answer.
-    user: str | None = Field(default=None, description="Accepted")
     metadata: dict[str, str] | None = Field(default=None, description="Accepted")
     store: Literal[False] | None = Field(default=None, description="Nothing is stored")
     service_tier: str | None = Field(default=None, description="Accepted")
-    prompt_cache_key: str | None = Field(default=None, description="Accepted")
     safety_identifier: str | None = Field(default=None, description="Accepted")
 
 

@@ -46,16 +46,21 @@ def prefix(snapshot: Snapshot) -> Placement | None:
     if (local := local_decode(snapshot, decodes)) is not None:
         return Placement(prefill=None, decode=local.worker)
     best: tuple[float, PrefillLoad, DecodeLoad] | None = None
-    known_s = [step_s for load in decodes if (step_s := _step_s(snapshot, load))]
-    weighed = [_weigh(snapshot, load, unknown_s=min(known_s, default=0.0)) for load in decodes]
+    steps_s = [_step_s(snapshot, load) for load in decodes]
+    # As a free one, a worker that has not decoded yet would draw everybody.
+    unknown_s = min(filter(None, steps_s), default=0.0)
+    weighed = [_weigh(snapshot, load, step_s or unknown_s) for load, step_s in zip(decodes, steps_s, strict=True)]
     if all(load.place is None for load in decodes):  # every link is the same, so one of them is best for all
         weighed = [min(weighed, key=lambda decode: (decode.cost_s, decode.load.num_sequences))]
+    cheapest_s = min(decode.cost_s for decode in weighed)
     for prefill in prefill_candidates(snapshot):
         prefill_s = prefill.compute_s(snapshot.uncached_tokens(prefill.worker))
         ttft_s = snapshot.wait_s(prefill) + prefill_s
         slack_s = snapshot.request.ttft_slack_s
         late_s = max(0.0, ttft_s - slack_s) if slack_s is not None else 0.0
         cost_s = ttft_s + PREFILL_WEIGHT * prefill_s + LATE_WEIGHT * late_s
+        if best is not None and cost_s + cheapest_s >= best[0]:
+            continue  # whatever the link
         for decode in weighed:
             transfer_s = link_between(prefill.place, decode.load.place).transfer_s(decode.moved_bytes)
             score = cost_s + decode.cost_s + max(0.0, transfer_s - prefill_s)
@@ -80,12 +85,10 @@ def _step_s(snapshot: Snapshot, load: DecodeLoad) -> float:
     return load.times.decode_step_s(load.num_sequences + 1, load.context_tokens + snapshot.request.num_tokens)
 
 
-def _weigh(snapshot: Snapshot, load: DecodeLoad, *, unknown_s: float = 0.0) -> _Decode:
-    """Args: unknown_s: a step of a worker that has not decoded yet; as a free one it would draw everybody."""
+def _weigh(snapshot: Snapshot, load: DecodeLoad, step_s: float) -> _Decode:
     moved = snapshot.uncached_tokens(load.worker)
     left = load.available_blocks - blocks_for(moved, load.block_size)
     fill = min(1.0, max(0.0, 1 - left / load.num_blocks)) if load.num_blocks else 1.0
-    step_s = _step_s(snapshot, load) or unknown_s
     return _Decode(
         load=load,
         cost_s=FIRST_TOKENS * step_s + FULL_S * fill**4,
@@ -97,4 +100,4 @@ def _alone_s(snapshot: Snapshot, load: DecodeLoad) -> float:
     """Score of a worker that computes the prompt and answers by itself."""
     uncached = load.local_prefill_tokens + snapshot.uncached_tokens(load.worker)
     prefill_s = load.times.prefill_step_s([(uncached, 0)]) if load.times is not None else 0.0
-    return (1 + PREFILL_WEIGHT) * prefill_s + _weigh(snapshot, load).cost_s
+    return (1 + PREFILL_WEIGHT) * prefill_s + _weigh(snapshot, load, _step_s(snapshot, load)).cost_s

@@ -48,7 +48,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("engine: {kv_memory: 12 parsecs}", r"engine\.kv_memory: got '12 parsecs', wanted: a size"),
         (
             "transport: pigeon",
-            r"transport: got 'pigeon', wanted: 'auto', 'grpc', 'shared-memory', 'cuda-ipc' or 'gloo'",
+            r"transport: got 'pigeon', wanted: 'auto', 'grpc', 'shared-memory', 'cuda-ipc', 'gloo' or 'nccl'",
         ),
         ("prefill: {min: 3, max: 2}", r"prefill: .*min is 3 and max is 2, wanted: min <= replicas <= max"),
         ("decode: {gpus: 1, tensor_parallel: 2}", r"decode\.gpus: got 1, wanted: at least its tensor_parallel, 2"),

@@ -9,14 +9,23 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import ray
-from splitserve.client import AsyncClient
+from splitserve.client import AsyncClient, RetryPolicy
 from splitserve.core.config import ClusterConfig, load_config
+from splitserve.core.errors import SplitserveError, Unavailable
 
 MAX_RUNNING = 2
 NUM_LAYERS = 8  # slow enough that few requests are many
 NUM_CLIENTS = 32
 PROMPT = (200, 1)  # tokens in and out of a request that is all prefill
 ANSWER = (16, 64)  # and of one that is nearly all decode
+
+
+class LostConnections(RetryPolicy):
+    """A router that is starved of CPU takes its clients for dead within 2 s; nothing else is tried again."""
+
+    def delay_s(self, attempt: int, error: SplitserveError) -> float | None:
+        is_lost = isinstance(error, Unavailable) and error.retry_after_s is None
+        return super().delay_s(attempt, error) if is_lost else None
 
 
 class Load:
@@ -58,7 +67,10 @@ def scaled_config(model: Path, **overrides: object) -> ClusterConfig:
             "model": str(model),
             "router.port": 0,
             "router.http_port": -1,
-            "router.max_queued": 8192,
+            # As for the client: a worker that a busy machine starves is not at fault.
+            "router.max_attempts": 20,
+            "router.max_worker_deaths": 20,
+            "router.no_worker_wait_s": 120,
             "startup_timeout_s": 240,
             "drain_timeout_s": 60,
             "restart.unhealthy_s": 60,

@@ -55,6 +55,18 @@ def test_what_is_ready_leaves_at_once_and_only_once() -> None:
     assert len(parts) == 2
 
 
+def test_the_sender_is_woken_for_a_mebibyte_at_a_time_and_for_less_only_at_the_end_of_more() -> None:
+    layer = 64 * SMOLLM2.layer_bytes_per_token(0)
+    per_wake = -(-MIB // layer)  # layers
+    progress = KvProgress(SMOLLM2, 0, 64)
+    woken = [number for number in range(30) if progress.wrote(number, number + 1, 0, 64)]
+    assert woken == [*range(per_wake - 1, 29, per_wake), 29]
+    small = KvProgress(SMOLLM2, 0, 16)
+    assert 30 * 16 * SMOLLM2.layer_bytes_per_token(0) < MIB
+    assert not any(small.wrote(number, number + 1, 0, 16) for number in range(30))
+    assert small.take(MIB) == box(layers=(0, 30), tokens=(0, 16))
+
+
 def test_whole_blocks_wait_for_their_last_token_but_for_the_prompts_end() -> None:
     progress = KvProgress(SMOLLM2, 0, 100)
     progress.restart(16)

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from splitserve.core.errors import BY_CODE, InvalidRequest, ProtocolMismatch
 from splitserve.core.logprobs import TokenLogprob, TopLogprob
 from splitserve.core.request import FormatKind, OutputFormat, Request, SamplingParams
-from splitserve.proto import inference_pb2, worker_pb2
+from splitserve.proto import inference_pb2, kv_transfer_pb2, worker_pb2
 from splitserve.proto.convert import (
     PROTOCOL_VERSION,
     check_protocol,
@@ -16,6 +16,7 @@ from splitserve.proto.convert import (
     request_from_proto,
     request_to_proto,
     sampling_from_proto,
+    transport_name,
 )
 
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=20).map(tuple)
@@ -109,3 +110,10 @@ def test_failures_keep_their_type(code: str) -> None:
     again = failure_from_proto(failure_to_proto(error))
     assert type(again) is type(error)
     assert (again.message, again.retry_after_s, again.field) == ("why", 2.0, "prompt")
+
+
+def test_transports_are_told_by_their_names() -> None:
+    assert [transport_name(value) for value in sorted(kv_transfer_pb2.Transport.values())] == [
+        "unspecified", "grpc", "shared_memory", "cuda_ipc", "nccl", "gloo"
+    ]  # fmt: skip
+    assert transport_name(77) == "unknown"

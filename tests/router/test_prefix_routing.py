@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import pytest
 from splitserve.proto import worker_pb2
+from splitserve.scheduling.policies.session import session
 from splitserve.scheduling.prefix import prefix_hashes, prefix_namespace
 from splitserve.scheduling.prefix_feed import block_key
+from splitserve.scheduling.routing import Placement, RoutedRequest, Snapshot
 
 from .conftest import LENGTH, WAIT_S, Scene, ScriptedWorker, StartScene
 
@@ -126,3 +129,22 @@ async def test_without_a_limit_every_prompt_goes_to_a_prefill_worker(start_scene
     scene.decode.status.MergeFrom(worker_pb2.WorkerStatus(prefill_tokens_per_s=1e6, decode_step_s=0.001))
     tell(scene.decode, 1, restarts=True)
     assert await serve(scene, PROMPT[:16]) is scene.prefill
+
+
+async def test_a_policy_sees_the_session_and_the_time_that_is_left(start_scene: StartScene) -> None:
+    scene = await start_scene(prefill=2)
+    seen: list[RoutedRequest] = []
+
+    def watched(snapshot: Snapshot) -> Placement | None:
+        seen.append(snapshot.request)
+        return session(snapshot)
+
+    scene.router.dispatcher._policy = watched
+    task = asyncio.create_task(scene.client.generate(PROMPT, max_tokens=1, session="ada", timeout_s=50.0))
+    await scene.decode.receive("grant")
+    task.cancel()
+    other = asyncio.create_task(scene.client.generate(PROMPT[:50], max_tokens=1, session="ada", timeout_s=50.0))
+    await scene.decode.receive("grant")
+    other.cancel()
+    assert seen[0].session == seen[-1].session != b""
+    assert [request.ttft_slack_s for request in seen] == [pytest.approx(50.0, abs=20.0)] * len(seen)
