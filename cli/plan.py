@@ -18,9 +18,9 @@ from ..planner import Plan, plan
 from ..planner.calibration import merge_calibrations, read_calibration
 from ..planner.document import cluster_yaml, write_candidates, write_json
 from ..planner.gpus import GpuSpec, load_gpu
-from ..planner.models import KvCacheDtype, WeightDtype
 from ..planner.plots import plot
 from ..planner.report import render
+from . import planning_flags
 from .traffic import read_traffic
 
 INFEASIBLE = 3  # exit code
@@ -31,23 +31,12 @@ def command(
         str, typer.Option(help="Built-in name, config.json or its directory, or its fields: hidden_size=4096,...")
     ],
     gpu: Annotated[list[str], typer.Option(help="Device of both pools, or FILE.yaml:NAME; several are tried.")],
-    isl: Annotated[
-        str | None, typer.Option(help="Prompt tokens: 4000, mean:CV as 4000:0.5, or p50=2000,p90=8000.")
-    ] = None,
-    osl: Annotated[str | None, typer.Option(help="Answer tokens, in the same forms.")] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="Requests a second; a trace is sped up or slowed down to it.")
-    ] = None,
-    trace: Annotated[
-        str | None,
-        typer.Option(
-            help="Trace instead: Mooncake .jsonl, Azure or timestamp,isl,osl .csv; or mooncake, azure: alike."
-        ),
-    ] = None,
-    arrival_cv: Annotated[float, typer.Option(help="Burstiness of arrivals; 1 is Poisson.")] = 1.0,
-    num_requests: Annotated[
-        int | None, typer.Option(min=2, help="Requests to simulate.", show_default="1000, or the whole trace")
-    ] = None,
+    isl: planning_flags.Isl = None,
+    osl: planning_flags.Osl = None,
+    rate: planning_flags.Rate = None,
+    trace: planning_flags.Trace = None,
+    arrival_cv: planning_flags.ArrivalCv = 1.0,
+    num_requests: planning_flags.NumRequests = None,
     decode_gpu: Annotated[
         list[str] | None, typer.Option(help="Device of the decode pool.", show_default="as --gpu")
     ] = None,
@@ -60,35 +49,25 @@ def command(
         Literal["cost", "goodput"], typer.Option(help="Least $/h for the rate, or most goodput for --max-gpus.")
     ] = "cost",
     price: Annotated[list[str] | None, typer.Option(help="$ an hour of a device: 3.1, or h200=3.1.")] = None,
-    dtype: Annotated[
-        WeightDtype | None, typer.Option(help="Of the weights.", show_default="the checkpoint's, or bfloat16")
-    ] = None,
-    kv_dtype: Annotated[KvCacheDtype, typer.Option(help="Of the KV cache.")] = "bfloat16",
+    dtype: planning_flags.Dtype = None,
+    kv_dtype: planning_flags.KvDtype = "bfloat16",
     tp: Annotated[
         list[int] | None, typer.Option(help="Tensor-parallel degree to try.", show_default="powers of two")
     ] = None,
     headroom: Annotated[float, typer.Option(help="Plan for this much more traffic; 0.2 is 20 %.")] = 0.0,
     n_plus_one: Annotated[bool, typer.Option("--n-plus-one", help="One spare worker in each pool.")] = False,
-    link: Annotated[
-        str, typer.Option(help="Between the pools: nvlink, ib400, eth100, eth25, eth10, shared-memory or GB/s.")
-    ] = "ib400",
+    link: planning_flags.Link = "ib400",
     chunk: Annotated[
         int | None,
         typer.Option(min=1, help="Prefill tokens of a step.", show_default="8192; colocated: the best of some"),
     ] = None,
-    max_running: Annotated[int | None, typer.Option(min=1, help="Sequences a worker runs.", show_default="256")] = None,
-    num_kv_blocks: Annotated[
-        int | None, typer.Option(min=1, help="KV blocks of a worker.", show_default="what its memory holds")
-    ] = None,
+    max_running: planning_flags.MaxRunning = None,
+    num_kv_blocks: planning_flags.NumKvBlocks = None,
     prefix_cache: Annotated[bool, typer.Option(help="Reuse KV of prompts that begin alike.")] = False,
-    engine: Annotated[
-        str, typer.Option(help="Whose measured coefficients: splitserve, vllm, trtllm, sglang, or roofline.")
-    ] = "splitserve",
-    calibration: Annotated[
-        list[Path] | None, typer.Option(help="File of `splitserve calibrate` instead; one for each pool.")
-    ] = None,
-    router_ms: Annotated[float, typer.Option(min=0, help="What router and RPCs add to a first token.")] = 2.0,
-    seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
+    engine: planning_flags.Engine = "splitserve",
+    calibration: planning_flags.Calibrations = None,
+    router_ms: planning_flags.RouterMs = 2.0,
+    seed: planning_flags.TrafficSeed = 0,
     fast: Annotated[bool, typer.Option("--fast", help="Judge by formulas alone, without simulation.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan here (docs/planner.md).")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write all candidates here.")] = None,

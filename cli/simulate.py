@@ -21,12 +21,13 @@ from ..core.errors import ConfigError
 from ..planner.calibration import merge_calibrations, read_calibration
 from ..planner.gpus import link_bandwidth, load_gpu
 from ..planner.latency import Provenance
-from ..planner.models import KvCacheDtype, WeightDtype, load_model
+from ..planner.models import load_model
 from ..planner.question import Question, Role, worker_choices
 from ..planner.simulation_result import SimulationResult
 from ..planner.simulator import RouterLimits, simulate
 from ..planner.traffic import mean_rate
 from ..planner.types import ClusterSpec, PoolSpec, SimRequest, Slo
+from . import planning_flags
 from .traffic import read_traffic
 
 _CLIFF = 0.9  # share of time in steps from which a prefill pool's waits grow without bound
@@ -45,49 +46,28 @@ def command(
     decode: Annotated[int | None, typer.Option(min=0, help="Decode workers.", show_default="1")] = None,
     colocated: Annotated[int | None, typer.Option(min=0, help="Colocated workers instead.")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Devices of a worker.", show_default="the cluster's")] = None,
-    isl: Annotated[
-        str | None, typer.Option(help="Prompt tokens: 4000, mean:CV as 4000:0.5, or p50=2000,p90=8000.")
-    ] = None,
-    osl: Annotated[str | None, typer.Option(help="Answer tokens, in the same forms.")] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="Requests a second; a trace is sped up or slowed down to it.")
-    ] = None,
-    trace: Annotated[
-        str | None,
-        typer.Option(
-            help="Trace instead: Mooncake .jsonl, Azure or timestamp,isl,osl .csv; or mooncake, azure: alike."
-        ),
-    ] = None,
-    arrival_cv: Annotated[float, typer.Option(help="Burstiness of arrivals; 1 is Poisson.")] = 1.0,
-    num_requests: Annotated[
-        int | None, typer.Option(min=2, help="Requests to simulate.", show_default="1000, or the whole trace")
-    ] = None,
+    isl: planning_flags.Isl = None,
+    osl: planning_flags.Osl = None,
+    rate: planning_flags.Rate = None,
+    trace: planning_flags.Trace = None,
+    arrival_cv: planning_flags.ArrivalCv = 1.0,
+    num_requests: planning_flags.NumRequests = None,
     slo_ttft_ms: Annotated[float | None, typer.Option(help="Goodput: limit on TTFT.")] = None,
     slo_tpot_ms: Annotated[float | None, typer.Option(help="Goodput: limit on TPOT.")] = None,
     slo_itl_ms: Annotated[float | None, typer.Option(help="Goodput: limit on a request's longest gap.")] = None,
-    dtype: Annotated[
-        WeightDtype | None, typer.Option(help="Of the weights.", show_default="the checkpoint's, or bfloat16")
-    ] = None,
-    kv_dtype: Annotated[KvCacheDtype, typer.Option(help="Of the KV cache.")] = "bfloat16",
-    link: Annotated[
-        str, typer.Option(help="Between the pools: nvlink, ib400, eth100, eth25, eth10, shared-memory or GB/s.")
-    ] = "ib400",
+    dtype: planning_flags.Dtype = None,
+    kv_dtype: planning_flags.KvDtype = "bfloat16",
+    link: planning_flags.Link = "ib400",
     chunk: Annotated[int | None, typer.Option(min=1, help="Prefill tokens of a step.", show_default="8192")] = None,
-    max_running: Annotated[int | None, typer.Option(min=1, help="Sequences a worker runs.", show_default="256")] = None,
-    num_kv_blocks: Annotated[
-        int | None, typer.Option(min=1, help="KV blocks of a worker.", show_default="what its memory holds")
-    ] = None,
+    max_running: planning_flags.MaxRunning = None,
+    num_kv_blocks: planning_flags.NumKvBlocks = None,
     prefix_cache: Annotated[
         bool | None, typer.Option(help="Reuse KV of prompts that begin alike.", show_default="the cluster's, or on")
     ] = None,
-    engine: Annotated[
-        str, typer.Option(help="Whose measured coefficients: splitserve, vllm, trtllm, sglang, or roofline.")
-    ] = "splitserve",
-    calibration: Annotated[
-        list[Path] | None, typer.Option(help="File of `splitserve calibrate` instead; one for each pool.")
-    ] = None,
-    router_ms: Annotated[float, typer.Option(min=0, help="What router and RPCs add to a first token.")] = 2.0,
-    seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
+    engine: planning_flags.Engine = "splitserve",
+    calibration: planning_flags.Calibrations = None,
+    router_ms: planning_flags.RouterMs = 2.0,
+    seed: planning_flags.TrafficSeed = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every request's numbers here.")] = None,
 ) -> None:
     """Replay a trace, or synthetic traffic, on a cluster that need not exist.

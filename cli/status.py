@@ -72,9 +72,11 @@ def cluster_table(rows: Sequence[Row], routers: Sequence[RouterStatus]) -> Table
 
 
 def _counts(routers: Sequence[RouterStatus]) -> str:
-    names = ("num_queued", "num_live", "num_finished", "num_failed")
-    queued, live, finished, failed = (sum(getattr(router, name) for router in routers) for name in names)
-    return f"requests: {live} live, {queued} of them queued, {finished} finished, {failed} failed"
+    names = ("num_queued", "num_live", "num_finished", "num_failed", "num_cancelled")
+    queued, live, finished, failed, cancelled = (sum(getattr(router, name) for router in routers) for name in names)
+    return (
+        f"requests: {live} live, {queued} of them queued, {finished} finished, {failed} failed, {cancelled} cancelled"
+    )
 
 
 def _text(value: float | None, form: str) -> str:

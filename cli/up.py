@@ -81,6 +81,9 @@ def command(
     Without flags: one of each on this machine, with a small built-in model. Ctrl-C drains and stops everything;
     a second Ctrl-C does not wait.
 
+    What has no flag here is a key of the file: TLS between all parts (security.*: docs/security.md), scaling, placement
+    and the rest (docs/configuration.md).
+
     If the cluster runs already, it is changed to what the file and the flags say: workers are added, drained and
     removed, or restarted one after another with their new settings.
 

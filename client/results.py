@@ -137,6 +137,7 @@ class RouterStatus:
     num_live: int
     num_finished: int
     num_failed: int
+    num_cancelled: int
 
 
 def usage_from_proto(message: pb.Usage) -> Usage:

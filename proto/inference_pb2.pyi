@@ -1178,15 +1178,18 @@ class GetRouterStatusResponse(_message.Message):
     NUM_LIVE_FIELD_NUMBER: _builtins.int
     NUM_FINISHED_FIELD_NUMBER: _builtins.int
     NUM_FAILED_FIELD_NUMBER: _builtins.int
+    NUM_CANCELLED_FIELD_NUMBER: _builtins.int
     TRAFFIC_FIELD_NUMBER: _builtins.int
     num_queued: _builtins.int
     """Requests waiting for dispatch."""
     num_live: _builtins.int
     """Requests not ended, queued ones included."""
     num_finished: _builtins.int
-    """Requests ended so far."""
+    """Requests answered to their end so far."""
     num_failed: _builtins.int
     """Requests failed so far."""
+    num_cancelled: _builtins.int
+    """Requests that their clients cancelled or went away from so far."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerView]:
         """Every worker on the list."""
@@ -1203,11 +1206,12 @@ class GetRouterStatusResponse(_message.Message):
         num_live: _builtins.int = ...,
         num_finished: _builtins.int = ...,
         num_failed: _builtins.int = ...,
+        num_cancelled: _builtins.int = ...,
         traffic: Global___TrafficCounts | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_failed", b"num_failed", "num_finished", b"num_finished", "num_live", b"num_live", "num_queued", b"num_queued", "traffic", b"traffic", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cancelled", b"num_cancelled", "num_failed", b"num_failed", "num_finished", b"num_finished", "num_live", b"num_live", "num_queued", b"num_queued", "traffic", b"traffic", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -94,6 +94,7 @@ class RouterAdmin(inference_pb2_grpc.RouterAdminServicer):
             num_live=self._dispatcher.num_live,
             num_finished=self._dispatcher.num_finished,
             num_failed=self._dispatcher.num_failed,
+            num_cancelled=self._dispatcher.num_cancelled,
             traffic=self._dispatcher.traffic.counts(self._dispatcher.num_queued_tokens),
         )
 

@@ -92,6 +92,8 @@ async def test_a_request_that_ends_early_is_freed_where_it_is_held(
     for worker in (scene.decode, scene.prefill):
         assert worker.cancels.empty() or worker not in holders
     scene.check_nothing_left()
+    status = await scene.client.status()
+    assert (status.num_cancelled, status.num_failed) == ((0, 1) if how == "deadline" else (1, 0))
     if how == "leave":
         with pytest.raises(asyncio.CancelledError):
             await call.end()
