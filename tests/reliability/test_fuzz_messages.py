@@ -125,7 +125,7 @@ def test_a_frame_of_random_bytes_is_taken_whole_or_is_corrupt(num_cases: int) ->
     due = route(layout, 0, layout, 0)
     taken = corrupt = 0
     for _ in range(num_cases):
-        incoming = Incoming(GRANT, GEOMETRY, due, PLAIN, range(32))
+        incoming = Incoming(GRANT, GEOMETRY, due, range(32))
         frame = random_frame(choose)
         try:
             header = FrameHeader.unpack(frame)
