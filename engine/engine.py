@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _GPU_PACKED_TOKENS = 512  # from here on a prefill step is bound by arithmetic
 _RECENT = 4  # steps that tell how long the next one takes
-_HOLD = 0.2  # of a step that the next one waits for a sequence whose transfer is about to end
+_HOLD = 0.1  # of a step that the next one waits for a sequence whose transfer is about to end
 _SLACK_S = 3e-4  # between the launch of a step and the end of the one before it
 
 

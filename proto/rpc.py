@@ -16,6 +16,8 @@ RETRY_AFTER_KEY = "splitserve-retry-after-ms"
 FIELD_KEY = "splitserve-field"
 
 MAX_MESSAGE_BYTES = 16 << 20  # a prompt of a million tokens is 4 MB; KV frames are 1 to 2 MiB
+MAX_CONNECTIONS = 4_096  # of a server
+MAX_STREAMS = 16_384  # of a connection; a router refuses requests long before (router.max_live)
 
 CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -42,6 +44,9 @@ SERVER_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.http2.max_ping_strikes", 0),
+    # Past these a connection is closed at once, and a call waits in its client for another to end.
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
     ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
 )
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 
+from ..core.api_key import ANYBODY, ApiKey, Scope
 from ..core.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -269,10 +270,10 @@ class Dispatcher:
         job.answer.finish_reason = FinishReason.STOP
         self._end(job, None)
 
-    def cancel(self, request_id: str) -> bool:
-        """End a live request; False if there is none of this id."""
+    def cancel(self, request_id: str, key: ApiKey = ANYBODY) -> bool:
+        """End a live request; False if there is none of this id that `key` may end."""
         job = self._jobs.get(request_id)
-        if job is None:
+        if job is None or not (job.request.key.name == key.name or Scope.ADMIN in key.scopes):
             return False
         self._end(job, Cancelled("the request was cancelled"))
         return True
@@ -390,7 +391,7 @@ class Dispatcher:
     def _admit(self, job: Job) -> None:
         """Raises: Overloaded."""
         key, num_tokens, now = job.request.key, job.request.num_prompt_tokens, time.monotonic()
-        self._quotas.begin(key, num_tokens, now)
+        self._quotas.begin(key, num_tokens, now, resumes=bool(job.num_given))
         try:
             if job.num_given:  # its first token came from another router, its client is reading: it goes on if it can
                 self._admission.check(num_queued=self.num_queued, num_live=self.num_live)

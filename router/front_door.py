@@ -106,8 +106,8 @@ class FrontDoor:
             yield _finished(job.answer.finish_reason, work, index, job.timeline, job.failures.num + 1)
 
     def cancel(self, request_id: str) -> bool:
-        """End a live request; False if there is none of this id."""
-        return self._dispatcher.cancel(request_id)
+        """End a live request; False if there is none of this id that the caller's key may end."""
+        return self._dispatcher.cancel(request_id, CALLER.get())
 
     @property
     def out_of_service(self) -> str:

@@ -378,6 +378,7 @@ class PrefillLink(WorkerLink):
             group=self.group,
             outstanding_tokens=self._own_tokens + self._others_tokens,
             outstanding_prompts=self._own_prompts + self._others_prompts,
+            own_prompts=self._own_prompts,
             tokens_per_s=self.status.prefill_tokens_per_s,
             place=self.place,
         )

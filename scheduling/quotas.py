@@ -27,18 +27,25 @@ class Quotas:
     def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
 
-    def begin(self, key: ApiKey, num_prompt_tokens: int, now: float) -> None:
-        """A request begins; `end` must follow. Raises: RateLimited: the key has had its allowance; nothing began."""
+    def begin(self, key: ApiKey, num_prompt_tokens: int, now: float, *, resumes: bool = False) -> None:
+        """A request begins; `end` must follow.
+
+        One that `resumes` had its turn at a router that died, whose counts died with it: it may overdraw its key's
+        allowance by as much again, so that what a key has under way at two routers ends at one.
+
+        Raises: RateLimited: the key has had its allowance; nothing began.
+        """
         if not _has_limits(key):
             return
         account = self._account(key, now)
-        if key.max_concurrent is not None and account.num_live >= key.max_concurrent:
+        overdraft = 1 if resumes else 0  # in allowances
+        if key.max_concurrent is not None and account.num_live >= key.max_concurrent * (1 + overdraft):
             raise RateLimited(
                 f"API key {key.name!r} has {account.num_live:,} requests running, its limit is "
                 f"{key.max_concurrent:,}; wait for one to end or ask the operator for more",
                 retry_after_s=_RETRY_CONCURRENT_S,
             )
-        if key.max_requests_per_min is not None and account.requests < 1:
+        if key.max_requests_per_min is not None and account.requests + overdraft * key.max_requests_per_min < 1:
             raise RateLimited(
                 f"API key {key.name!r} has made its {key.max_requests_per_min:,} requests a minute; "
                 "try again later or ask the operator for more",
@@ -46,7 +53,7 @@ class Quotas:
             )
         if key.max_tokens_per_min is not None:
             needed = min(num_prompt_tokens, key.max_tokens_per_min)  # a longer prompt takes the whole minute
-            if account.tokens < needed:
+            if account.tokens + overdraft * key.max_tokens_per_min < needed:
                 raise RateLimited(
                     f"API key {key.name!r} has had its {key.max_tokens_per_min:,} tokens a minute; "
                     "try again later or ask the operator for more",

@@ -20,6 +20,7 @@ class PrefillLoad:
     worker: str  # its address
     outstanding_tokens: int  # accepted or on their way, not computed yet
     outstanding_prompts: int  # with tokens among them
+    own_prompts: int | None = None  # of them, those that this router sent; None: all
     tokens_per_s: float = 0.0  # 0 when unknown
     place: Place | None = None
     group: Group | None = None  # whom it can be paired with; None: everybody
@@ -37,9 +38,10 @@ class PrefillLoad:
         """Whether it may be sent another prompt.
 
         One always waits behind the one being computed, however long that is, or the worker would stand still for a
-        round trip after each; with a bound of 0 all wait in the router.
+        round trip after each. And every router has one there, since the worker takes them in the order in which they
+        came: else chance would decide which router's oldest is next. With a bound of 0 all wait in the router.
         """
-        return (bound_s > 0 and self.outstanding_prompts < 2) or self.wait_s <= bound_s
+        return (bound_s > 0 and (self.outstanding_prompts < 2 or self.own_prompts == 0)) or self.wait_s <= bound_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,16 +11,20 @@ import uvicorn
 from starlette.applications import Starlette
 
 from ...core.errors import AddressInUse
+from .connections import CLIENT_SILENCE_S, BoundedProtocol, bound_silence
 from .tls import HttpTls, configure
 
 
 class HttpServer:
     """One uvicorn server, bound at once or refused with a clear error.
 
+    Args: silence_s: a client that takes nothing of its answer for so long is given up.
     Raises: AddressInUse.
     """
 
-    def __init__(self, app: Starlette, host: str, port: int, tls: HttpTls | None = None) -> None:
+    def __init__(
+        self, app: Starlette, host: str, port: int, tls: HttpTls | None = None, silence_s: float = CLIENT_SILENCE_S
+    ) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self._socket = socket.create_server((host, port), family=family, backlog=2_048)
@@ -32,10 +36,18 @@ class HttpServer:
         # Accepted connections inherit it. asyncio sets it only for sockets made with the protocol's number, and without
         # it a response of two packets waits 40 ms for the client's delayed acknowledgement.
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        bound_silence(self._socket, silence_s)
         self._socket.setblocking(False)
         shown = f"[{host}]" if ":" in host else host
         self.address = f"{shown}:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            app,
+            http=BoundedProtocol,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=1,
+        )
         if tls is not None:
             configure(config, tls)
         self._server = _Server(config)

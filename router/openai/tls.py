@@ -8,10 +8,10 @@ import ssl
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ...core.metrics import LinkMetrics
 from ...proto.tls import PeerRole, Tls, reloading_context, roles_of
+from .connections import BoundedProtocol
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class HttpTls:
 def protocol_of(tls: HttpTls) -> type[asyncio.Protocol]:
     """uvicorn's protocol that closes connections of peers with another role before it reads from them."""
 
-    class CheckedProtocol(H11Protocol):
+    class CheckedProtocol(BoundedProtocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             if not tls.admits(transport.get_extra_info("peercert")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,22 @@ def config(**overrides: Any) -> ClusterConfig:
     base = {"router.port": 0, "drain_timeout_s": 5.0, "restart.backoff_s": 0.0, "startup_timeout_s": 150.0}
     base |= {f"{pool}.threads": 1 for pool in ("prefill", "decode")}
     return load_config(None, base | {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def scaled_config(load: Path, *, scaling: Mapping[str, object], **overrides: Any) -> ClusterConfig:
+    """Prompts come, at twice what one worker computes, for as long as the file exists."""
+    load.touch()
+    quick = {
+        "enabled": True,
+        "period_s": 0.5,
+        "startup_s": 1.0,
+        "cold_start_s": 0.0,
+        "down_after_s": 2.0,
+        "up_cooldown_s": 0.0,
+        "down_cooldown_s": 0.0,
+    }
+    pools = {"prefill__max": 3, "decode__max": 3}
+    return config(model=f"load:{load}", scaling=quick | dict(scaling), **{**pools, **overrides})
 
 
 async def until(

@@ -5,19 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
-from splitserve.core.config import ClusterConfig
 from splitserve.core.errors import ConfigError, SplitserveError
 from splitserve.deploy.controller import Controller
 from splitserve.deploy.members import ClusterView, MemberFailed, Phase
 from splitserve.deploy.scaler import replay_log
 
-from .stand_in_roles import config, endpoints, running, scaling_log, stand_in, until, workers_of
+from .stand_in_roles import config, endpoints, running, scaled_config, scaling_log, stand_in, until, workers_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(400)]
 
@@ -149,22 +147,6 @@ async def test_a_worker_that_hangs_is_killed_and_started_again(tmp_path: Path) -
         assert not psutil.pid_exists(before.pid)
         await until(controller, lambda view: view.settled)
         assert next(m for m in view.members if m.name == "decode-0").num_restarts == 1
-
-
-def scaled_config(load: Path, *, scaling: Mapping[str, object], **overrides: object) -> ClusterConfig:
-    """Prompts come, at twice what one worker computes, for as long as the file exists."""
-    load.touch()
-    quick = {
-        "enabled": True,
-        "period_s": 0.5,
-        "startup_s": 1.0,
-        "cold_start_s": 0.0,
-        "down_after_s": 2.0,
-        "up_cooldown_s": 0.0,
-        "down_cooldown_s": 0.0,
-    }
-    pools = {"prefill__max": 3, "decode__max": 3}
-    return config(model=f"load:{load}", scaling=quick | dict(scaling), **{**pools, **overrides})
 
 
 async def test_a_pool_grows_with_its_load_and_shrinks_after_it(tmp_path: Path) -> None:

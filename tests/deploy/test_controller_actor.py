@@ -14,12 +14,13 @@ import psutil
 import pytest
 import ray
 from ray import cloudpickle
+from splitserve.core.config import ClusterConfig
 from splitserve.core.errors import ConfigError
 from splitserve.deploy.cluster_handle import ClusterHandle
 from splitserve.deploy.members import ClusterView
 
 from . import stand_in_roles
-from .stand_in_roles import WAIT_S, config, endpoints, stand_in
+from .stand_in_roles import WAIT_S, config, endpoints, scaled_config, stand_in
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(400)]
 
@@ -35,8 +36,8 @@ async def until(handle: ClusterHandle, condition: Callable[[ClusterView], bool])
 
 
 @asynccontextmanager
-async def started(log_dir: Path) -> AsyncIterator[ClusterHandle]:
-    handle = ClusterHandle.start(config(), log_dir, command=stand_in)
+async def started(cluster: ClusterConfig, log_dir: Path) -> AsyncIterator[ClusterHandle]:
+    handle = ClusterHandle.start(cluster, log_dir, command=stand_in)
     try:
         yield handle
     finally:
@@ -48,7 +49,7 @@ async def started(log_dir: Path) -> AsyncIterator[ClusterHandle]:
 
 
 async def test_a_killed_controller_goes_on_with_what_is_there(tmp_path: Path) -> None:
-    async with started(tmp_path) as handle:
+    async with started(config(), tmp_path) as handle:
         await until(handle, lambda view: view.settled)
         await handle.scale({"prefill": 2})
         before = endpoints(await until(handle, lambda view: view.settled))
@@ -74,3 +75,18 @@ async def test_a_killed_controller_goes_on_with_what_is_there(tmp_path: Path) ->
         assert b"goes on with decode-0, prefill-0, prefill-1, router-0" in b"".join(log)
     assert not ray.util.list_named_actors()
     assert not [endpoint for endpoint in before.values() if psutil.pid_exists(endpoint.pid)]
+
+
+@pytest.mark.verify
+async def test_a_killed_controller_knows_the_role_that_a_worker_changed_to(tmp_path: Path) -> None:
+    cluster = scaled_config(tmp_path / "load", scaling={"max_gpus": 3}, decode__replicas=2)
+    async with started(cluster, tmp_path / "logs") as handle:
+        view = await until(handle, lambda view: view.settled and view.pools[0].ready == 2)
+        before, roles = endpoints(view), {member.name: member.role for member in view.members}
+        assert sorted(roles.values()) == ["decode", "prefill", "prefill", "router"]
+        first = await handle.pid()
+        os.kill(first, signal.SIGKILL)
+        view = await until(handle, lambda view: view.settled)
+        assert await handle.pid() != first
+        assert {member.name: member.role for member in view.members} == roles
+        assert endpoints(view) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,13 +11,16 @@ import httpx2
 import pytest
 import pytest_asyncio
 import yaml
-from splitserve.client import AsyncClient, PermissionDenied, RetryPolicy, Unauthenticated
+from splitserve.client import AsyncClient, Cancelled, PermissionDenied, RetryPolicy, Unauthenticated
 from splitserve.core.api_key import ANYBODY, ApiKey, Scope
 from splitserve.core.errors import ConfigError
 from splitserve.core.metrics import LinkMetrics
 from splitserve.router.key_file import KeyFile, add_key, key_digest, read_keys
 from splitserve.router.keys import ApiKeys
 from splitserve.router.server import Router, RouterOptions
+
+from .conftest import StartScene
+from .test_dispatch import end_of, granted
 
 NO_RETRY = RetryPolicy(max_attempts=1)
 ADMIN = ApiKey(name="operator", scopes=frozenset(Scope))
@@ -178,3 +182,25 @@ def test_a_wrong_file_is_refused_without_showing_what_it_holds(tmp_path: Path, t
     assert "secret" not in caught.value.message
     with pytest.raises(ConfigError, match="cannot read"):
         read_keys(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("other", ["owner", "operator"])
+async def test_a_request_is_cancelled_by_its_own_key_or_an_admin_s_and_by_no_other(
+    other: str, start_scene: StartScene, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stranger = add_key(keys.path, ApiKey(name="stranger"))
+    monkeypatch.setenv("SPLITSERVE_API_KEY", keys.operator)  # of the scene's own client
+    scene = await start_scene(api_key_file=keys.path)
+    async with (
+        AsyncClient(scene.router.address, api_key=keys.user, retry=NO_RETRY) as owner,
+        AsyncClient(scene.router.address, api_key=stranger, retry=NO_RETRY) as outsider,
+    ):
+        running = asyncio.create_task(owner.generate([10, 20, 30], max_tokens=4, idempotency_key="mine"))
+        await granted(scene)
+        assert await outsider.cancel("mine") is False
+        assert not running.done()
+        allowed = owner if other == "owner" else scene.client
+        assert await allowed.cancel("mine") is True
+        with pytest.raises(Cancelled):
+            await end_of(running)
+    scene.check_nothing_left()

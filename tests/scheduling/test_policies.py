@@ -136,6 +136,13 @@ def test_a_prompt_waits_behind_the_running_one_however_long_that_is() -> None:
     assert least_loaded(snapshot([running], [ROOMY], bound_s=0.0)) is None
 
 
+def test_each_router_has_a_prompt_at_a_worker_that_others_keep_busy() -> None:
+    busy = replace(SLOW, outstanding_tokens=8_192, outstanding_prompts=3)
+    assert least_loaded(snapshot([replace(busy, own_prompts=0)], [ROOMY])) is not None
+    assert least_loaded(snapshot([replace(busy, own_prompts=1)], [ROOMY])) is None
+    assert least_loaded(snapshot([replace(busy, own_prompts=0)], [ROOMY], bound_s=0.0)) is None
+
+
 @given(prefills=prefill_loads, bound_s=st.floats(0.01, 2.0))
 def test_least_loaded_sends_nothing_past_the_bound_but_to_a_worker_about_to_run_dry(
     prefills: list[PrefillLoad], bound_s: float

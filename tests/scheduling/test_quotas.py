@@ -75,3 +75,23 @@ def test_keys_that_have_everything_back_are_forgotten() -> None:
         quotas.begin(key, 10, float(number))
         quotas.end(key, 0, float(number))
     assert len(quotas._accounts) < 1_200
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        ApiKey(name="a", max_concurrent=3),
+        ApiKey(name="a", max_requests_per_min=3),
+        ApiKey(name="a", max_tokens_per_min=30),
+    ],
+    ids=["concurrent", "requests", "tokens"],
+)
+def test_what_resumes_may_overdraw_by_as_much_again(key: ApiKey) -> None:
+    quotas = Quotas()
+    for _ in range(3):
+        quotas.begin(key, 10, 0.0)
+    assert not allowed(quotas, key, 0.0)
+    for _ in range(3):
+        quotas.begin(key, 10, 0.0, resumes=True)
+    with pytest.raises(RateLimited):  # it is no way around the limits
+        quotas.begin(key, 10, 0.0, resumes=True)

@@ -26,6 +26,7 @@ from splitserve.engine.testing import make_tiny_model
 from splitserve.proto import worker_pb2, worker_pb2_grpc
 from splitserve.proto.convert import PROTOCOL_VERSION, request_to_proto
 from splitserve.proto.rpc import CHANNEL_OPTIONS
+from splitserve.worker.watchdog import EXIT_CODE
 
 from .conftest import WAIT_S, End
 
@@ -119,6 +120,24 @@ def test_a_killed_rank_ends_its_worker_at_once_with_the_reason(
     os.kill(killed, signal.SIGKILL)
     assert worker.process.wait(timeout=WAIT_S) == EXIT_RANK_LOST
     assert f"rank 1 (process {killed}) of the tensor-parallel group was killed by SIGKILL" in worker.log.read_text()
+
+
+@pytest.mark.verify
+def test_a_rank_that_hangs_ends_its_worker_and_itself_within_a_bound(start_worker: StartWorker) -> None:
+    """16 s: the worker is unhealthy after 8 s without a step, and ends itself after 8 more."""
+    worker = start_worker("cpu")
+    assert asyncio.run(answer(worker.address))
+    hanging = os.pidfd_open(worker.other_rank)
+    os.kill(worker.other_rank, signal.SIGSTOP)
+    try:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:  # what a router sees of it: the session breaks
+            asyncio.run(answer(worker.address))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert worker.process.wait(timeout=WAIT_S) == EXIT_CODE
+        assert ended(hanging)  # a stopped process reads no pipe and takes no signal but this one
+        assert "this worker hangs and ends itself" in worker.log.read_text()
+    finally:
+        os.close(hanging)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -40,7 +40,7 @@ def make_gguf(path: Path) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(letters)
     writer.add_token_types([1] * 256 + [3] * 3 + [1])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "b c"])  # transformers 5.17 cannot read a single one
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
     generator = np.random.default_rng(0)
