@@ -30,9 +30,10 @@ from ..core.request import Request
 from ..engine.pool import KvPool
 from ..kv_transfer import framing
 from ..kv_transfer.channel import Channel, Rendezvous
+from ..kv_transfer.fetching import Received
 from ..kv_transfer.grants import Grant, KvSource
 from ..kv_transfer.identity import WorkerIdentity, current_host_id
-from ..kv_transfer.receiver import KvReceiver, Received
+from ..kv_transfer.receiver import KvReceiver
 from ..kv_transfer.sender import KvSender
 from ..proto.rpc import SERVER_OPTIONS
 from .decode_step import Stepping, StepTimes

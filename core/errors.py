@@ -165,6 +165,12 @@ class KvCorrupted(TransferFailed):
     code, grpc_code = "kv_corrupted", "DATA_LOSS"
 
 
+class TransferInterrupted(TransferFailed):
+    """The way that the KV cache took is broken; the holder still has it, and what is missing can be fetched again."""
+
+    code = "transfer_interrupted"
+
+
 class LeaseExpired(TransferFailed):
     """The holder freed the blocks before they were fetched or committed."""
 

@@ -64,6 +64,8 @@ class WorkerMetrics:
         self.transfer_bytes = counter("transfer_bytes", "KV bytes moved (sent by prefill, received by decode)")
         self.transfers = counter("transfers", "KV transfers committed")
         self.transfer_failures = counter("transfer_failures", "KV transfers that failed")
+        self.transfer_resumes = counter("transfer_resumes", "KV transfers whose missing part was fetched anew")
+        self.transfer_resent_bytes = counter("transfer_resent_bytes", "KV bytes sent once more, by prefill")
         self.stale_messages = counter("stale_messages", "Messages dropped because no live grant matches them")
         self.step_seconds = seconds("step", "One engine step")
         self.transfer_seconds = seconds("transfer", "First KV byte ready to commit")

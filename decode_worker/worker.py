@@ -14,10 +14,11 @@ from ..core.events import Event
 from ..core.request import Request
 from ..engine.engine import Reservation, StepOutput, TokenOutput
 from ..kv_transfer.codecs import codec_history
+from ..kv_transfer.fetching import Received
 from ..kv_transfer.grants import Grant
 from ..kv_transfer.peer import TRANSPORTS
 from ..kv_transfer.ranks import Endpoint, ReceiverGroup
-from ..kv_transfer.receiver import KvReceiver, Received
+from ..kv_transfer.receiver import KvReceiver
 from ..proto import worker_pb2
 from ..proto.convert import failure_to_proto, logprob_to_proto, reason_to_proto
 from ..worker.edge import sequence_id

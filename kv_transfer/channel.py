@@ -87,9 +87,11 @@ class Lane:
             raise self.error
 
     def send(self, data: Tensor) -> tuple[int, asyncio.Future[None]]:
-        """Post a payload. Returns its turn, and when it has left."""
+        """Post a payload. Returns its turn, and when it has left. Raises: TransferFailed: the lane was aborted."""
+        if self.error is not None:
+            raise self.error
         turn, self._num_posted = self._num_posted, self._num_posted + 1
-        return turn, self._loop.run_in_executor(self._thread, self._move, True, data)
+        return turn, self._moving(True, data)
 
     async def recv(self, turn: int, data: Tensor) -> asyncio.Future[None]:
         """Post the receive of a payload once those before it are posted. Returns when it is complete.
@@ -104,9 +106,15 @@ class Lane:
             self._due[turn] = self._loop.create_future()
             await self._due[turn]
         self._num_posted += 1
-        moving = self._loop.run_in_executor(self._thread, self._move, False, data)
+        moving = self._moving(False, data)
         if (following := self._due.pop(self._num_posted, None)) is not None and not following.done():
             following.set_result(None)
+        return moving
+
+    def _moving(self, is_send: bool, data: Tensor) -> asyncio.Future[None]:
+        """In the thread. Its error may find nobody who waits: whoever posted was cancelled, or failed for another."""
+        moving = self._loop.run_in_executor(self._thread, self._move, is_send, data)
+        moving.add_done_callback(lambda done: done.cancelled() or done.exception())
         return moving
 
     def abort(self, reason: str) -> None:

@@ -22,8 +22,8 @@ SERVICE = "splitserve.v1.KvTransfer"
 MAGIC = b"SSKV"
 VERSION = 2
 # magic, version, kind, codec, grant id, attempt, epoch, layers, heads, tokens, sequence, payload bytes, checksum, turn,
-# dtype, -
-_HEADER = struct.Struct("<4sHBB16sIIHHHHIIIIQIB3x")
+# dtype, round, -
+_HEADER = struct.Struct("<4sHBB16sIIHHHHIIIIQIBB2x")
 HEADER_BYTES = _HEADER.size  # 72
 _CODECS: tuple[CodecName, ...] = ("none", "fp8", "int8")  # numbered by place; only ever appended to
 _DTYPES: tuple[KvDtype, ...] = ("float32", "bfloat16", "float16")
@@ -75,6 +75,7 @@ class FrameHeader:
     payload_bytes: int
     checksum: int  # xxh3_64 of the payload; shared memory: of the block bytes that are to be copied, in order
     turn: int = 0  # APART: its place in the order of the link's channel
+    round: int = 0  # which of the transfer's streams it belongs to
 
     def pack(self) -> bytes:
         part = self.part
@@ -97,6 +98,7 @@ class FrameHeader:
             self.checksum,
             self.turn,
             _DTYPES.index(self.wire.dtype),
+            self.round,
         )
 
     @classmethod
@@ -107,7 +109,7 @@ class FrameHeader:
             raise KvCorrupted(f"a frame of {len(frame)} bytes is shorter than its header of {HEADER_BYTES}")
         magic, version, kind, codec, grant_id, attempt, epoch, *rest = _HEADER.unpack_from(frame)
         layer_start, layer_end, head_start, head_end, token_start, token_end, sequence, payload_bytes, *rest = rest
-        checksum, turn, dtype = rest
+        checksum, turn, dtype, round_number = rest
         known = kind in FrameKind._value2member_map_ and codec < len(_CODECS) and dtype < len(_DTYPES)
         if magic != MAGIC or version != VERSION or not known:
             raise KvCorrupted(
@@ -135,6 +137,7 @@ class FrameHeader:
             payload_bytes=payload_bytes,
             checksum=checksum,
             turn=turn,
+            round=round_number,
         )
 
 

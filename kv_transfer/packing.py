@@ -38,6 +38,7 @@ class Way:
     framing: Framing
     lane: Lane | None = None
     staging: Staging | None = None
+    round: int = 0  # of the transfer's streams: more than one if it was resumed
 
 
 class Packer:
@@ -63,16 +64,18 @@ class Packer:
             ids = self._block_ids(part, table)
             payload = ids.tobytes()
             value = 0 if way.framing.late_checksums else self._bytes.checksum(part, ids)
-            header = _header(grant, FrameKind.DATA, part, self._raw, sequence, len(payload), value)
+            header = _header(grant, FrameKind.DATA, part, self._raw, sequence, len(payload), value, way.round)
             return header.pack() + payload
         if way.staging is not None:
             apart, value = way.staging.pack(wire_bytes, part, table)
-            header = _header(grant, FrameKind.APART, part, grant.wire, sequence, apart.numel(), value)
+            size = apart.numel()
+            header = _header(grant, FrameKind.APART, part, grant.wire, sequence, size, value, way.round)
             return Apart(header=header, payload=apart)
         frame, view = new_frame(HEADER_BYTES + wire_bytes.part_bytes(part))
         body = view[HEADER_BYTES:]
         wire_bytes.pack(part, table, body)
-        header = _header(grant, FrameKind.DATA, part, grant.wire, sequence, body.nbytes, checksum(body.data))
+        value = checksum(body.data)
+        header = _header(grant, FrameKind.DATA, part, grant.wire, sequence, body.nbytes, value, way.round)
         view[:HEADER_BYTES] = np.frombuffer(header.pack(), dtype=np.uint8)
         return frame
 
@@ -80,7 +83,9 @@ class Packer:
         """Of a part's blocks, where it comes late."""
         return self._bytes.checksum(part, self._block_ids(part, self._table(grant, block_table, part)))
 
-    def control(self, grant: Grant, kind: FrameKind, sequence: int, payload: bytes = b"") -> bytes:
+    def control(
+        self, grant: Grant, kind: FrameKind, sequence: int, payload: bytes = b"", *, round_number: int = 0
+    ) -> bytes:
         """A frame without KV."""
         whole = KvPart(
             layer_start=0,
@@ -90,7 +95,8 @@ class Packer:
             token_start=grant.num_cached_tokens,
             token_end=grant.num_tokens,
         )
-        return _header(grant, kind, whole, grant.wire, sequence, len(payload), checksum(payload)).pack() + payload
+        value = checksum(payload)
+        return _header(grant, kind, whole, grant.wire, sequence, len(payload), value, round_number).pack() + payload
 
     def _table(self, grant: Grant, block_table: Callable[[str], Sequence[int]], part: KvPart) -> Sequence[int]:
         try:
@@ -107,7 +113,7 @@ class Packer:
 
 
 def _header(
-    grant: Grant, kind: FrameKind, part: KvPart, wire: WireFormat, sequence: int, size: int, value: int
+    grant: Grant, kind: FrameKind, part: KvPart, wire: WireFormat, sequence: int, size: int, value: int, number: int
 ) -> FrameHeader:
     return FrameHeader(
         kind=kind,
@@ -119,4 +125,5 @@ def _header(
         sequence=sequence,
         payload_bytes=size,
         checksum=value,
+        round=number,
     )

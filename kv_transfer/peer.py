@@ -117,8 +117,10 @@ class Peers:
         self._watches: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def use(self, address: str, boot_id: str) -> AsyncIterator[Peer]:
+    async def use(self, address: str, boot_id: str, *, lane: bool = True) -> AsyncIterator[Peer]:
         """The link to that boot of the worker at `address`, open until the block is left.
+
+        Args: lane: wait until its channel is open, if it has one.
 
         Raises: StaleMessage: another boot runs there now. TransferFailed: nobody answers.
         """
@@ -128,18 +130,29 @@ class Peers:
                 peer = await self._replace(address, peer)
             if peer.boot_id != boot_id:
                 raise StaleMessage(f"boot {boot_id} of the prefill worker at {address} is gone, {peer.boot_id} runs")
-            if peer.lane is not None and peer.lane.error is not None:
-                response = await self._introduce(address, peer.channel, [peer.transport], sum(CONNECT_TRIES_S))
-                self._open_lane(address, peer, response)
-            if peer.lane is not None:
-                await self._await_lane(peer, peer.lane)
-        peer.users += 1
+            peer.users += 1  # from here on, a link that breaks is not closed under us
         try:
+            if lane and peer.lane is not None:
+                await self._await_lane(address, peer)
             yield peer
         finally:
             peer.users -= 1
             if peer.users == 0:
                 peer.unused.set()
+
+    def may_use(self, transport: pb.Transport.ValueType) -> bool:
+        return transport in self._transports
+
+    def lost(self, peer: Peer) -> None:
+        """A stream broke as if its link had: whoever comes next connects anew, sooner than the link itself is seen
+        to break."""
+        if peer.retired:
+            return
+        peer.retired = True
+        for address in [address for address, known in self._peers.items() if known is peer]:
+            del self._peers[address]
+        if peer.watch is not None:
+            peer.watch.cancel()
 
     async def close(self) -> None:
         for watch in self._watches:
@@ -238,11 +251,18 @@ class Peers:
         name = f"the channel from {address}, epoch {peer.link_epoch},"
         peer.lane = Lane(name, partial(rendezvous.accept, host, response.invitation))
 
-    async def _await_lane(self, peer: Peer, lane: Lane) -> None:
-        """A set-up that fails once fails again, and takes its whole time-out: from then on KV goes by gRPC, if it may.
+    async def _await_lane(self, address: str, peer: Peer) -> None:
+        """Until it is open; one that broke is set up anew, under a new epoch.
 
+        A set-up that fails once fails again, and takes its whole time-out: from then on KV goes by gRPC, if it may.
         Raises: TransferFailed: it may not.
         """
+        async with self._connecting[address]:
+            if peer.lane is not None and peer.lane.error is not None:
+                response = await self._introduce(address, peer.channel, [peer.transport], sum(CONNECT_TRIES_S))
+                self._open_lane(address, peer, response)
+        if (lane := peer.lane) is None:  # another user gave it up meanwhile
+            return
         try:
             await lane.ready()
         except TransferFailed as error:

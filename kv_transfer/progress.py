@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..core.kv_geometry import KvGeometry
 from .frames import KvPart
@@ -38,11 +38,16 @@ class KvProgress:
         self._taken = list(self._start)
         self.torn = False  # written again after some of it was taken: what was sent may not be what it seemed
 
-    def restart(self, granularity: int) -> None:
-        """A new stream begins: all is to be taken again, in multiples of `granularity` tokens (but for the last)."""
+    def restart(self, granularity: int, kept: Iterable[KvPart] = ()) -> None:
+        """A new stream begins: all but what the receiver kept is to be taken again, in order.
+
+        Args: granularity: parts end at multiples of it (but for the last).
+        """
         with self._lock:
             self._granularity = granularity
             self._taken = list(self._start)
+            for part in kept:
+                self._taken[part.layer_start : part.layer_end] = [part.token_end] * (part.layer_end - part.layer_start)
 
     def wrote(self, layer_start: int, layer_end: int, token_start: int, token_end: int) -> bool:
         """Any thread. Returns whether it is time to send: WAKE_BYTES have come together, or this was the last part and

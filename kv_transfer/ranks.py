@@ -15,9 +15,10 @@ from ..core.errors import ConfigError, KvCorrupted
 from ..core.kv_geometry import KvDtype
 from ..core.request import Request
 from .codecs import WireFormat
+from .fetching import Received
 from .grants import Grant, KvSource
 from .ranges import KvLayout, sources_of
-from .receiver import KvReceiver, Received
+from .receiver import KvReceiver
 
 Result = TypeVar("Result")
 

@@ -6,11 +6,8 @@ import asyncio
 import logging
 import os
 import time
-from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -26,6 +23,7 @@ from ..core.errors import (
     SplitserveError,
     StaleMessage,
     TransferFailed,
+    TransferInterrupted,
 )
 from ..core.kv_geometry import DTYPE_BYTES
 from ..core.metrics import WorkerMetrics
@@ -33,52 +31,29 @@ from ..proto import kv_transfer_pb2 as pb
 from ..proto.convert import check_protocol
 from ..proto.mount import ServiceMount
 from ..proto.rpc import abort
-from . import framing
-from .capability import check_proof, sign_end
+from .capability import check_proof
 from .channels import CHANNELS, is_usable, lanes_of, staging_of
-from .codecs import CODEC_NAMES, GROUP_TOKENS, narrower
-from .frames import HEADER_BYTES, SERVICE, FrameKind, KvPart, RunningDigest
+from .codecs import CODEC_NAMES, narrower
+from .frames import SERVICE, FrameKind
 from .framing import framing_of
 from .grants import Grant
 from .identity import WorkerIdentity
-from .in_flight import InFlight
 from .layout import pool_bytes
-from .packing import Apart, Packed, Packer, Way
+from .outgoing import Outgoing
+from .packing import Packer, Way
 from .pool import KvPool
 from .progress import KvProgress
 from .ranges import KvLayout, check_pair, route
+from .sending import WAIT_INTERVAL_S, Sending, Write, is_set
 from .wire import WireBytes
 
 logger = logging.getLogger(__name__)
 
-WAIT_INTERVAL_S = 1.0
 MAX_PARKED = 1024
 MAX_ENDED = 4096
 
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Outgoing:
-    """One offered request until its KV is no longer needed."""
-
-    grant: Grant
-    token_ids: Sequence[int]
-    block_table: Callable[[str], Sequence[int]]
-    progress: KvProgress
-    wire_bytes: WireBytes
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    wake_pending: bool = False
-    stream: object | None = None  # the Fetch that serves it; a newer one replaces an older
-    first_token_id: int | None = None
-    finished: bool = False  # the answer is complete with the first token: no KV is needed
-    prefill_began_s: float | None = None  # first KV written
-    prefill_ended_s: float = 0.0
-    digest: bytes | None = None  # of what was sent, once END is out
-    released: bool = False
-    error: SplitserveError | None = None
-    lease: asyncio.TimerHandle | None = None
 
 
 class KvSender:
@@ -92,6 +67,7 @@ class KvSender:
         host: address that channels listen on.
         lease_s: how long KV is kept without a Fetch, or without a Commit after the stream's end.
         park_s: how long a Fetch may wait for its request.
+        resume_s: how long KV is kept, at most, after its stream broke, for a receiver that fetches the rest.
     """
 
     def __init__(
@@ -107,6 +83,7 @@ class KvSender:
         host: str = "127.0.0.1",
         lease_s: float = 30.0,
         park_s: float = 10.0,
+        resume_s: float = 10.0,
     ) -> None:
         self._pool = pool
         self._layout = layout or KvLayout(geometry=pool.geometry)
@@ -119,20 +96,17 @@ class KvSender:
         self._metrics = metrics
         self._lease_s = lease_s
         self._park_s = park_s
+        self._resume_s = min(resume_s, lease_s)
         self._packer = Packer(pool, self._bytes)
         self._loop = asyncio.get_running_loop()
-        self._in_flight = {
-            False: InFlight(link_bytes=framing.MAX_LINK_BYTES, total_bytes=framing.MAX_BYTES),
-            True: InFlight(link_bytes=framing.MAX_DEVICE_LINK_BYTES, total_bytes=framing.MAX_DEVICE_BYTES),
-        }  # by whether they are in a GPU's memory
+        self._sending = Sending(self._packer, self._bytes, metrics)
         self._channels = {
             transport: (lanes_of(transport, pool, host), staging_of(transport, self._bytes))
             for transport in CHANNELS
             if is_usable(transport, pool)
         }
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-pack")
-        self._by_request: dict[str, _Outgoing] = {}
-        self._by_grant: dict[str, _Outgoing] = {}
+        self._by_request: dict[str, Outgoing] = {}
+        self._by_grant: dict[str, Outgoing] = {}
         self._parked: dict[str, asyncio.Event] = {}  # grant id -> its request was offered
         self._ended: OrderedDict[str, tuple[Grant, SplitserveError | None]] = OrderedDict()  # bounded
 
@@ -193,7 +167,7 @@ class KvSender:
             self._end(older, StaleMessage(f"attempt {grant.attempt} replaced attempt {older.grant.attempt}"))
         target = KvLayout(geometry=self._layout.geometry, num_ranks=grant.decode_ranks)
         sent = route(self._layout, self._rank, target, grant.decode_rank)
-        out = _Outgoing(
+        out = Outgoing(
             grant=grant,
             token_ids=token_ids,
             block_table=block_table,
@@ -247,7 +221,7 @@ class KvSender:
             self._end(out, Draining(f"prefill worker {self._identity.worker_id} is stopping"), report=True)
         for lanes, _ in self._channels.values():
             lanes.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._sending.close()
 
     # -- the service --
 
@@ -314,18 +288,19 @@ class KvSender:
 
     async def _fetch(self, request: pb.FetchRequest, context: Context) -> None:
         grant = Grant.from_proto(request.grant)
-        out: _Outgoing | None = None
+        out: Outgoing | None = None
         stream = object()
         try:
             way = self._way(request)  # first: without a lane the receiver connects anew and asks again
-            out = await self._find(grant, context.write)
+            out = await self._find(grant, context.write, request.round)
             self._check_proof(out.grant, request.proof)
-            out.stream, out.digest = stream, None  # the newest Fetch wins
-            out.changed.set()
-            if out.lease is not None:
-                out.lease.cancel()
+            self._begin(out, stream, request)
             await self._send(out, stream, context.write, way)
             self._sent(out)
+        except TransferInterrupted as error:
+            if out is not None and out.stream is stream:
+                self._suspend(out)
+            await abort(context, error)
         except SplitserveError as error:
             if out is not None and out.stream is stream:
                 self._end(out, error, report=True)
@@ -333,8 +308,7 @@ class KvSender:
         except asyncio.CancelledError:
             if out is not None and out.stream is stream:
                 if out.digest is None:
-                    gone = TransferFailed(f"{grant}: the decode worker closed the transfer or went away")
-                    self._end(out, gone, report=True)
+                    self._suspend(out)
                 else:  # a receiver that has END may close before we see our last write return
                     self._sent(out)
             raise
@@ -351,6 +325,10 @@ class KvSender:
             out = self._live(grant)
             if out is not None:
                 self._check_proof(out.grant, request.proof)
+                if request.abandoned:
+                    gone = TransferFailed(f"{grant}: the decode worker gave the transfer up")
+                    self._end(out, gone, report=True)
+                    return pb.CommitResponse()
                 if out.digest is None:
                     raise self._stale(f"{grant} was committed before it was sent")
                 if out.digest != request.digest:
@@ -358,7 +336,7 @@ class KvSender:
                 if self._metrics is not None:
                     self._metrics.transfers.inc()
                 self._end(out, None)
-            elif grant.grant_id not in self._ended:
+            elif grant.grant_id not in self._ended and not request.abandoned:
                 raise self._stale(f"{grant} is unknown here; it may be from before a restart")
         except SplitserveError as error:
             await abort(context, error)
@@ -370,15 +348,15 @@ class KvSender:
         """Raises: StaleMessage: its channel is gone. GeometryMismatch: we have no such transport."""
         framing, grant = framing_of(request.transport), request.grant
         if not framing.in_lane:
-            return Way(framing=framing)
+            return Way(framing=framing, round=request.round)
         if request.transport not in self._channels:
             name = pb.Transport.Name(request.transport)
             raise GeometryMismatch(f"{name} was not offered by this worker; connect anew")
         lanes, staging = self._channels[request.transport]
         lane = lanes.find(grant.decode_boot_id, grant.decode_rank, request.link_epoch)
-        return Way(framing=framing, lane=lane, staging=staging)
+        return Way(framing=framing, lane=lane, staging=staging, round=request.round)
 
-    def _live(self, grant: Grant) -> _Outgoing | None:
+    def _live(self, grant: Grant) -> Outgoing | None:
         """The offered request of a grant that matches in every field; None if there is none (any more, or yet).
 
         Raises: StaleMessage: another boot, attempt or epoch. The error that the request ended with.
@@ -393,7 +371,7 @@ class KvSender:
             raise error
         return out
 
-    async def _find(self, grant: Grant, write: Callable[[bytes], Awaitable[None]]) -> _Outgoing:
+    async def _find(self, grant: Grant, write: Write, number: int) -> Outgoing:
         """The request of a Fetch; parks it until the router brings the request.
 
         Raises: StaleMessage: no such grant. Overloaded: too many wait already.
@@ -408,10 +386,10 @@ class KvSender:
         offered = self._parked.setdefault(grant.grant_id, asyncio.Event())
         give_up_s = time.monotonic() + self._park_s
         try:
-            while not await _is_set(offered, min(WAIT_INTERVAL_S, give_up_s - time.monotonic())):
+            while not await is_set(offered, min(WAIT_INTERVAL_S, give_up_s - time.monotonic())):
                 if time.monotonic() >= give_up_s:
                     raise self._stale(f"{grant}: its request did not come within {self._park_s:g} s")
-                await write(self._packer.control(grant, FrameKind.WAIT, 0))
+                await write(self._packer.control(grant, FrameKind.WAIT, 0, round_number=number))
         finally:
             if self._parked.get(grant.grant_id) is offered:
                 del self._parked[grant.grant_id]
@@ -420,130 +398,57 @@ class KvSender:
             raise self._stale(f"{grant} is over")
         return out
 
-    async def _send(
-        self,
-        out: _Outgoing,
-        stream: object,
-        write: Callable[[bytes], Awaitable[None]],
-        way: Way,
-    ) -> None:
-        """Send parts as they become ready, one packed ahead of the wire, then END.
+    async def _send(self, out: Outgoing, stream: object, write: Write, way: Way) -> None:
+        """One stream of a transfer. Raises: what Sending.send does."""
+        await self._sending.send(out, stream, write, way)
 
-        Raises: StaleMessage: a newer Fetch took over. The error that the request ended with.
-        """
-        framing, lane, in_flight = way.framing, way.lane, self._in_flight[way.framing.on_device]
-        lossy = not framing.mapped and out.grant.wire.is_lossy
-        out.progress.restart(self._pool.block_size if framing.mapped else GROUP_TOKENS if lossy else 1)
-        digest = RunningDigest(out.grant, out.token_ids)
-        sequence = num_bytes = 0
-        write_s = 0.0
-        packed: asyncio.Future[Packed] | None = None
-        leaving: asyncio.Future[None] | None = None  # the payload before, in the lane
-        checks: list[asyncio.Future[int]] = []
-        link = f"{out.grant.decode_boot_id}/{out.grant.decode_rank}"
-        held: deque[int] = deque()  # bytes of the pieces that count as in flight, oldest first
-        try:
-            while True:
-                if out.error is not None:
-                    raise out.error
-                if out.stream is not stream:
-                    raise self._stale(f"{out.grant}: a newer Fetch replaced this one")
-                frame = await packed if packed is not None else None
-                packed = None
-                # Packed ahead only where there is room at once: who waits for room must hold nothing.
-                may_pack = framing.mapped or frame is None or in_flight.has_room(link, framing.max_bytes)
-                if not out.finished and may_pack and (part := out.progress.take(framing.max_bytes)) is not None:
-                    if not framing.mapped:
-                        size = out.wire_bytes.part_bytes(part)
-                        await in_flight.take(link, size)
-                        held.append(size)
-                    number = sequence + (frame is not None)
-                    packed = self._loop.run_in_executor(self._threads, self._pack, out, part, number, way)
-                    if framing.late_checksums:
-                        checks.append(self._loop.run_in_executor(self._threads, self._checksum, out, part))
-                    num_bytes += (self._bytes if framing.mapped else out.wire_bytes).part_bytes(part)
-                if frame is not None:
-                    sequence += 1
-                    began_s = time.monotonic()
-                    if lane is not None and isinstance(frame, Apart):
-                        if leaving is not None:
-                            await leaving
-                        turn, leaving = lane.send(frame.payload)
-                        leaving.add_done_callback(partial(_left, in_flight, link, held.popleft()))
-                        frame = replace(frame.header, turn=turn).pack()
-                    assert isinstance(frame, bytes)
-                    digest.add(frame[:HEADER_BYTES])
-                    await write(frame)
-                    if lane is None and held:
-                        in_flight.give(link, held.popleft())
-                    write_s += time.monotonic() - began_s
-                elif packed is None:
-                    if out.first_token_id is not None and (out.finished or out.progress.all_taken):
-                        break
-                    if not await _is_set(out.changed, WAIT_INTERVAL_S):
-                        await write(self._packer.control(out.grant, FrameKind.WAIT, sequence))
-                    out.changed.clear()
-            if leaving is not None:
-                await leaving
-            checksums = [await check for check in checks]
-        except BaseException:
-            if lane is not None and leaving is not None:  # its turn may never be taken
-                lane.abort(f"{out.grant} ended before its last frame")
-            raise
-        finally:
-            for future in (packed, *checks):
-                if future is not None:
-                    future.cancel()
-            for size in held:
-                in_flight.give(link, size)
-        digest.add_checksums(checksums)
-        out.digest = digest.digest()
-        end = pb.TransferEnd(
-            first_token_id=out.first_token_id,
-            finished=out.finished,
-            num_frames=sequence,
-            num_bytes=num_bytes,
-            digest=out.digest,
-            checksums=checksums,
-            since_prefill_end_s=time.monotonic() - out.prefill_ended_s,
-            write_s=write_s,
-            prefill_s=out.prefill_ended_s - (out.prefill_began_s or out.prefill_ended_s),
-        )
-        sign_end(out.grant, end)
-        await write(self._packer.control(out.grant, FrameKind.END, sequence, end.SerializeToString()))
-        if self._metrics is not None:
-            self._metrics.transfer_bytes.inc(num_bytes)
-
-    def _pack(self, out: _Outgoing, part: KvPart, sequence: int, way: Way) -> Packed:
-        """Runs in a thread."""
-        return self._packer.pack(out.grant, out.block_table, out.wire_bytes, part, sequence, way)
-
-    def _checksum(self, out: _Outgoing, part: KvPart) -> int:
-        """Runs in a thread."""
-        return self._packer.checksum(out.grant, out.block_table, part)
-
-    def _woken(self, out: _Outgoing) -> None:
+    def _woken(self, out: Outgoing) -> None:
         out.wake_pending = False
         if out.progress.torn and out.error is None:
             error = TransferFailed(f"{out.grant}: its KV was preempted while it was sent; prefill it again")
             self._end(out, error, report=True)
         out.changed.set()
 
-    def _sent(self, out: _Outgoing) -> None:
+    def _begin(self, out: Outgoing, stream: object, request: pb.FetchRequest) -> None:
+        """The newest stream wins; it goes on behind what the receiver kept of those before.
+
+        Raises: StaleMessage: the receiver claims more than was sent.
+        """
+        if request.num_kept > len(out.sent):
+            raise self._stale(f"{out.grant}: {request.num_kept} frames were kept of {len(out.sent)}")
+        kept, again = out.sent[: request.num_kept], out.sent[request.num_kept :]
+        if request.round and self._metrics is not None:
+            self._metrics.transfer_resumes.inc()
+            self._metrics.transfer_resent_bytes.inc(sum(frame.num_bytes for frame in again))
+        out.sent = kept
+        out.stream, out.digest = stream, None
+        out.changed.set()
+        if out.lease is not None:
+            out.lease.cancel()
+
+    def _suspend(self, out: Outgoing) -> None:
+        """Its stream broke: the receiver may come back for the rest."""
+        out.stream = None
+        gone = TransferFailed(f"{out.grant}: the decode worker closed the transfer or went away")
+        if out.lease is not None:
+            out.lease.cancel()
+        out.lease = self._loop.call_later(self._resume_s, lambda: self._end(out, gone, report=True))
+
+    def _sent(self, out: Outgoing) -> None:
         """END is out: what is left to wait for is the Commit."""
         if out.finished:
             self._end(out, None)
         else:
             self._start_lease(out, "it was sent but not committed")
 
-    def _start_lease(self, out: _Outgoing, why: str) -> None:
+    def _start_lease(self, out: Outgoing, why: str) -> None:
         def expire() -> None:
             text = f"{out.grant}: {why} within {self._lease_s:g} s, its KV was freed; prefill it again"
             self._end(out, LeaseExpired(text), report=True)
 
         out.lease = self._loop.call_later(self._lease_s, expire)
 
-    def _end(self, out: _Outgoing, error: SplitserveError | None, *, report: bool = False) -> None:
+    def _end(self, out: Outgoing, error: SplitserveError | None, *, report: bool = False) -> None:
         """The one way out of an offered request; safe to call again."""
         grant = out.grant
         if self._by_grant.get(grant.grant_id) is not out:
@@ -563,7 +468,7 @@ class KvSender:
                 self._report(grant.request_id, error)
         self._release_once(out)
 
-    def _release_once(self, out: _Outgoing) -> None:
+    def _release_once(self, out: Outgoing) -> None:
         if not out.released:
             out.released = True
             self._release(out.grant.request_id)
@@ -581,18 +486,3 @@ class KvSender:
         if self._metrics is not None:
             self._metrics.stale_messages.inc()
         return StaleMessage(message)
-
-
-async def _is_set(event: asyncio.Event, timeout_s: float) -> bool:
-    """Wait for an event; False when the time is up."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True
-
-
-def _left(in_flight: InFlight, link: str, size: int, _: asyncio.Future[None]) -> None:
-    """A lane has moved a payload, or failed to."""
-    in_flight.give(link, size)

@@ -423,12 +423,18 @@ class FetchRequest(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     LINK_EPOCH_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    NUM_KEPT_FIELD_NUMBER: _builtins.int
     transport: Global___Transport.ValueType
     """How its KV shall move: one that Connect offered. Unset reads as gRPC."""
     link_epoch: _builtins.int
     """The link_epoch of the channel, for transports that have one."""
     proof: _builtins.bytes
     """Proves that the caller made the grant."""
+    round: _builtins.int
+    """Which stream of the transfer this is: 0, and more each time it is resumed. Its frames carry the number."""
+    num_kept: _builtins.int
+    """Data frames of earlier streams that the receiver has and has checked: the sender goes on behind them."""
     @_builtins.property
     def grant(self) -> Global___Grant:
         """The grant, as the router also gave it to the prefill worker."""
@@ -440,10 +446,12 @@ class FetchRequest(_message.Message):
         transport: Global___Transport.ValueType = ...,
         link_epoch: _builtins.int = ...,
         proof: _builtins.bytes = ...,
+        round: _builtins.int = ...,
+        num_kept: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant", "link_epoch", b"link_epoch", "proof", b"proof", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant", "link_epoch", b"link_epoch", "num_kept", b"num_kept", "proof", b"proof", "round", b"round", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -537,10 +545,13 @@ class CommitRequest(_message.Message):
     GRANT_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
+    ABANDONED_FIELD_NUMBER: _builtins.int
     digest: _builtins.bytes
     """The digest that the receiver computed."""
     proof: _builtins.bytes
     """Proves that the caller made the grant."""
+    abandoned: _builtins.bool
+    """The receiver gives the transfer up instead: the sender frees its hold at once."""
     @_builtins.property
     def grant(self) -> Global___Grant:
         """The grant; must match the sender's in every field."""
@@ -551,10 +562,11 @@ class CommitRequest(_message.Message):
         grant: Global___Grant | None = ...,
         digest: _builtins.bytes = ...,
         proof: _builtins.bytes = ...,
+        abandoned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "grant", b"grant", "proof", b"proof"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandoned", b"abandoned", "digest", b"digest", "grant", b"grant", "proof", b"proof"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -81,6 +81,11 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: SplitserveEr
     raise AssertionError("abort returned")
 
 
+def is_typed(error: grpc.RpcError) -> bool:
+    """Whether a peer of ours said so: else it is gRPC that reports on the call."""
+    return any(key == ERROR_KEY for key, _ in error.trailing_metadata() or ())
+
+
 def from_rpc_error(error: grpc.RpcError) -> SplitserveError:
     """The typed error behind a failed call, sync or async; a bare status maps to its nearest class."""
     status: grpc.StatusCode = error.code()

@@ -100,10 +100,11 @@ def test_frame_layout_in_the_documents_is_the_real_one() -> None:
         payload_bytes=12,
         checksum=13,
         turn=14,
+        round=15,
     ).pack()
     formats = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
     text = (ROOT / "docs" / "kv_transfer.md").read_text()
     rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", text, re.M)
     values = [struct.unpack_from("<" + formats.get(kind, kind), header, int(offset))[0] for offset, kind in rows]
-    assert values == [b"SSKV", 2, 2, 2, b"\xab" * 16, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 1, b"\0\0\0"]
+    assert values == [b"SSKV", 2, 2, 2, b"\xab" * 16, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 1, 15, b"\0\0"]
     assert sum(struct.calcsize("<" + formats.get(kind, kind)) for _, kind in rows) == len(header) == HEADER_BYTES

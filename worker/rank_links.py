@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import SplitserveError, from_code
+from ..kv_transfer.fetching import Received
 from ..kv_transfer.grants import Grant
 from ..kv_transfer.ranges import KvLayout
 from ..kv_transfer.ranks import Endpoint
-from ..kv_transfer.receiver import Received
 from ..proto.tls import Tls
 
 LINE_LIMIT = 1 << 26  # bytes of a line: a million token ids

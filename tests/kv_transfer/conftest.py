@@ -21,10 +21,11 @@ from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
 from splitserve.core.metrics import WorkerMetrics, new_registry
 from splitserve.core.request import Request
 from splitserve.kv_transfer.codecs import CodecName
+from splitserve.kv_transfer.fetching import Received
 from splitserve.kv_transfer.frames import SERVICE
 from splitserve.kv_transfer.grants import Grant, KvSource
 from splitserve.kv_transfer.identity import WorkerIdentity, current_host_id
-from splitserve.kv_transfer.receiver import KvReceiver, Received
+from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.proto import kv_transfer_pb2
 from splitserve.proto.rpc import SERVER_OPTIONS

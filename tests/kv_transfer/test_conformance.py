@@ -208,7 +208,7 @@ async def test_a_slow_reader_is_waited_for_and_gets_everything(pair, monkeypatch
     async with pair(transport, receiver_options={"stall_s": 0.2}) as p:
         go_on = threading.Event()
         for _ in range(2):  # both of the threads that unpack
-            p.receiver._threads.submit(go_on.wait)
+            p.receiver._fetcher._threads.submit(go_on.wait)
         request = p.request(NUM_TOKENS)
         grant = p.grant(request)
         p.complete(grant, request)

@@ -16,11 +16,12 @@ from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
 from splitserve.core.request import Request
 from splitserve.kv_transfer.capability import Granter
 from splitserve.kv_transfer.codecs import WireFormat
+from splitserve.kv_transfer.fetching import Received
 from splitserve.kv_transfer.grants import Grant
 from splitserve.kv_transfer.identity import WorkerIdentity
 from splitserve.kv_transfer.ranges import KvLayout
 from splitserve.kv_transfer.ranks import Endpoint, RankReceiver, ReceiverGroup
-from splitserve.kv_transfer.receiver import KvReceiver, Received
+from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.kv_transfer.source_ranks import RankSender
 

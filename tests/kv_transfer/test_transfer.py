@@ -394,13 +394,13 @@ async def test_bytes_in_flight_are_bounded_over_all_transfers_of_a_link(pair, mo
     monkeypatch.setattr("splitserve.kv_transfer.framing.MAX_LINK_BYTES", 10_000)
     async with pair(transport) as p:
         seen = []
-        pack = p.sender._pack
+        pack = p.sender._sending._pack
 
         def counting(*arguments):
-            seen.append(p.sender._in_flight[False].num_bytes)
+            seen.append(p.sender._sending.in_flight.num_bytes)
             return pack(*arguments)
 
-        monkeypatch.setattr(p.sender, "_pack", counting)
+        monkeypatch.setattr(p.sender._sending, "_pack", counting)
         receiving = []
         for number in range(8):
             request = p.request(100, f"r{number}")
@@ -410,4 +410,4 @@ async def test_bytes_in_flight_are_bounded_over_all_transfers_of_a_link(pair, mo
         await asyncio.gather(*receiving)
         assert len(seen) > 8
         assert 3000 < max(seen) <= 10_000
-        assert p.sender._in_flight[False].num_bytes == 0
+        assert p.sender._sending.in_flight.num_bytes == 0

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 from splitserve.core.errors import KvCorrupted, SplitserveError
 from splitserve.core.request import FinishReason
+from splitserve.kv_transfer.fetching import Received
 from splitserve.kv_transfer.grants import Grant
-from splitserve.kv_transfer.receiver import Received
 from splitserve.scheduling.attempts import Answer, NewTokens
 from splitserve.scheduling.blocks import BlockAllocator
 from splitserve.scheduling.prefix import prefix_hashes, prefix_namespace

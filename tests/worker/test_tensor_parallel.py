@@ -9,6 +9,8 @@ import select
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -138,6 +140,29 @@ def test_a_rank_that_hangs_ends_its_worker_and_itself_within_a_bound(start_worke
         assert "this worker hangs and ends itself" in worker.log.read_text()
     finally:
         os.close(hanging)
+
+
+@pytest.mark.verify
+def test_a_slow_rank_makes_slow_tokens_and_the_same_ones(start_worker: StartWorker, model_dir: Path) -> None:
+    """It runs a hundredth of the time."""
+    worker = start_worker("cpu")
+    assert asyncio.run(answer(worker.address))
+    rank, answered = worker.other_rank, threading.Event()
+
+    def slow_down() -> None:
+        while not answered.wait(0.001):
+            os.kill(rank, signal.SIGSTOP)
+            time.sleep(0.099)
+            os.kill(rank, signal.SIGCONT)
+
+    slowing = threading.Thread(target=slow_down)
+    slowing.start()
+    try:
+        assert asyncio.run(answer(worker.address)) == alone(model_dir)
+    finally:
+        answered.set()
+        slowing.join()
+    assert worker.process.poll() is None
 
 
 @pytest.mark.parametrize("device", DEVICES)

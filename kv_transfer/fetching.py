@@ -1,0 +1,343 @@
+"""One stream of an incoming transfer: each frame is judged, copied into our blocks and checked; then the end of all."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+from torch import Tensor
+
+from ..core.errors import KvCorrupted, SplitserveError, StaleMessage, TransferFailed, TransferInterrupted
+from ..core.metrics import WorkerMetrics
+from ..proto import kv_transfer_pb2 as pb
+from ..proto.rpc import from_rpc_error, is_typed
+from .capability import Granter
+from .channel import Lane
+from .channels import staging_of
+from .codecs import WireFormat
+from .frames import HEADER_BYTES, FrameHeader, FrameKind, checksum
+from .grants import Grant
+from .incoming import Incoming
+from .layout import Bytes, PoolBytes
+from .peer import MAPPED, TRANSPORT_NAMES, Peer
+from .pool import KvPool
+from .staging import Staging
+from .wire import WireBytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """A verified transfer. The blocks hold the KV of all the grant's tokens, unless `finished`."""
+
+    first_token_id: int
+    finished: bool  # the answer is complete with its first token; nothing to decode
+    transport: str  # a name of peer.py's TRANSPORTS
+    num_bytes: int  # of KV on the wire; without a codec, by the layout's formula
+    transfer_s: float  # first KV frame to verified
+    transfer_exposed_s: float  # end of prefill to verified
+    digest: bytes
+    started_at_s: float  # monotonic, first KV frame
+    write_s: float = 0.0  # that the sender's writes took
+    prefill_s: float = 0.0  # from the first KV that prefill wrote to its end
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Transfer:
+    """One grant's KV on its way in, over as many streams as it takes."""
+
+    grant: Grant
+    block_ids: Sequence[int]
+    on_covered: Callable[[], None]
+    incoming: Incoming
+    checksums: list[int] = field(default_factory=list)  # of the frames that are in our blocks, in order
+    copying: asyncio.Future[int] | None = None  # one copy runs while the next frame arrives
+    started_s: float | None = None  # first KV frame of all streams
+    round: int = 0
+    was_covered: bool = False
+    was_open: bool = False  # the last stream began
+    is_link_lost: bool = False  # as far as the last stream saw
+    is_over: bool = False  # the prefill worker gave it up, or its KV is not what was granted: no other stream helps
+
+    @property
+    def num_kept(self) -> int:
+        return len(self.checksums)
+
+    def tell_if_covered(self) -> None:
+        """Once, whatever of it has to come again."""
+        if self.incoming.is_covered and not self.was_covered:
+            self.was_covered = True
+            self.on_covered()
+
+    async def settle(self) -> None:
+        """Wait for the copy that runs. Raises: its error. Cancelling the waiter does not disown the copy."""
+        if self.copying is not None:
+            await asyncio.wait({self.copying})
+            done, self.copying = self.copying, None
+            self.checksums.append(done.result())
+
+    async def quiet(self) -> None:
+        """Wait until no copy runs, through any number of cancellations; one that went well counts."""
+        cancelled: asyncio.CancelledError | None = None
+        while self.copying is not None and not self.copying.done():
+            try:
+                await asyncio.wait({self.copying})
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if self.copying is not None and not self.copying.cancelled() and self.copying.exception() is None:
+            self.checksums.append(self.copying.result())
+        self.copying = None
+        if cancelled is not None:
+            raise cancelled
+
+
+class LaneGone(StaleMessage):
+    """The sender may have given up a lane that we still held for good; if so, another fetch over a new one works."""
+
+
+class Fetcher:
+    """Of one pool; lives on the event loop, copies in threads of its own."""
+
+    def __init__(
+        self,
+        pool: KvPool,
+        pool_bytes: PoolBytes,
+        granter: Granter,
+        *,
+        metrics: WorkerMetrics | None,
+        silence_s: float,
+        stall_s: float,
+    ) -> None:
+        self._pool = pool
+        self._bytes = pool_bytes
+        self._granter = granter
+        self._metrics = metrics
+        self._silence_s = silence_s
+        self._stall_s = stall_s
+        self._stagings: dict[int, Staging] = {}  # by transport
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-unpack")
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True)
+
+    async def fetch(self, peer: Peer, transfer: Transfer, instead: pb.Transport.ValueType | None = None) -> Received:
+        """Open a stream for what is missing, and take all of it. Nothing writes to the blocks when this is left.
+
+        Args: instead: of the link's transport.
+        Raises: TransferFailed, and what the prefill worker says; `transfer` tells whether another stream can help.
+        """
+        grant, incoming = transfer.grant, transfer.incoming
+        # A peer's mapped pool is copied by whole blocks; a prefix hit that ends inside a block cannot be added to.
+        whole = grant.num_cached_tokens % self._pool.block_size == 0
+        transport = (instead or peer.transport) if whole else pb.TRANSPORT_GRPC
+        mapped = transport in MAPPED
+        lane = peer.lane if transport == peer.transport else None
+        wire = WireFormat(codec="none", dtype=self._pool.geometry.dtype) if mapped else grant.wire
+        wire_bytes = WireBytes(self._bytes, self._pool.geometry, wire)
+        late = transport == pb.TRANSPORT_CUDA_IPC
+        incoming.begin(transfer.round, wire, num_kept=transfer.num_kept, late_checksums=late)
+        request = pb.FetchRequest(
+            grant=grant.to_peer(),
+            transport=transport,
+            link_epoch=peer.link_epoch,
+            proof=self._granter.proof(grant),
+            round=transfer.round,
+            num_kept=transfer.num_kept,
+        )
+        transfer.was_open, transfer.is_link_lost = True, False
+        has_begun = False
+        call = peer.fetch(request)
+        try:
+            while True:
+                frame = await self._next_frame(call, transfer, self._stall_s if has_begun else self._silence_s)
+                header = FrameHeader.unpack(frame)
+                if incoming.is_stale(header):
+                    self._count_stale()
+                elif header.kind is FrameKind.END:
+                    break
+                elif header.kind is not FrameKind.WAIT:
+                    has_begun = True
+                    transfer.started_s = transfer.started_s or time.monotonic()
+                    incoming.accept_data(header, frame)
+                    if (header.kind is FrameKind.APART) != (lane is not None):
+                        raise KvCorrupted(f"{grant}: frame {header.sequence} came by another transport than agreed")
+                    payload = None
+                    if lane is not None:  # posted at once, so that others' turns can follow
+                        payload = self._staging(transport).room(wire_bytes.part_bytes(header.part))
+                        moving = await self._post(lane, header, payload)
+                    transfer.tell_if_covered()
+                    await transfer.settle()
+                    if payload is not None:
+                        staging = self._staging(transport)
+                        moved = self._copy_moved(moving, staging, wire_bytes, header, payload, transfer.block_ids)
+                        transfer.copying = asyncio.ensure_future(moved)
+                    else:
+                        transfer.copying = self._copy(
+                            peer, wire_bytes, header, frame, transfer.block_ids, mapped=mapped
+                        )
+            ended_s = time.monotonic()
+            await transfer.settle()
+            end = self._accept_end(transfer, header, memoryview(frame)[HEADER_BYTES:])
+        except (SplitserveError, asyncio.CancelledError) as error:
+            # A turn of ours may never be taken. Cancelled before anything came, a transfer leaves the lane to others;
+            # if the sender saw it otherwise, its answer to the next one is StaleMessage.
+            if lane is not None and (has_begun or isinstance(error, StaleMessage | TransferFailed)):
+                lane.abort(f"{grant} ended before its last frame")
+                if not has_begun and type(error) is StaleMessage:
+                    raise LaneGone(error.message) from error
+            raise
+        finally:
+            call.cancel()
+            await transfer.quiet()
+        verified_s = time.monotonic()
+        started_s = ended_s if transfer.started_s is None else transfer.started_s
+        return Received(
+            first_token_id=end.first_token_id,
+            finished=end.finished,
+            transport=TRANSPORT_NAMES[transport],
+            num_bytes=incoming.num_bytes,
+            transfer_s=verified_s - started_s,
+            transfer_exposed_s=end.since_prefill_end_s + verified_s - ended_s,
+            digest=incoming.digest,
+            started_at_s=started_s,
+            write_s=end.write_s,
+            prefill_s=end.prefill_s,
+        )
+
+    def _accept_end(self, transfer: Transfer, header: FrameHeader, payload: memoryview) -> pb.TransferEnd:
+        """Raises: KvCorrupted: not all that was announced is in our blocks, unchanged."""
+        incoming = transfer.incoming
+        late = [transfer.checksums[number] for number in incoming.late_frames]
+        try:
+            end = incoming.accept_end(header, payload, late)
+            self._check_source(transfer.grant, end)
+        except KvCorrupted:
+            if incoming.first_damaged is not None:
+                del transfer.checksums[incoming.first_damaged :]
+            else:
+                transfer.is_over = incoming.end_was_read
+            raise
+        return end
+
+    async def _next_frame(self, call: Any, transfer: Transfer, timeout_s: float) -> bytes:
+        try:
+            async with asyncio.timeout(timeout_s):
+                frame = await call.read()
+        except TimeoutError:
+            raise TransferFailed(
+                f"{transfer.grant}: the prefill worker said nothing for {timeout_s:g} s; prefill it again"
+            ) from None
+        except grpc.aio.AioRpcError as error:
+            typed = _said(error)
+            transfer.is_link_lost = typed is None
+            transfer.is_over = typed is not None and not isinstance(typed, TransferInterrupted)
+            raise typed or TransferFailed(
+                f"{transfer.grant}: the prefill worker cannot be reached any more: {error.details()}"
+            ) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            transfer.is_link_lost = True
+            raise TransferFailed(f"{transfer.grant}: the link to the prefill worker was closed") from None
+        if frame is grpc.aio.EOF:
+            raise TransferFailed(f"{transfer.grant}: the stream ended before its last frame; prefill it again")
+        assert isinstance(frame, bytes)
+        return frame
+
+    def _copy(
+        self,
+        peer: Peer,
+        wire_bytes: WireBytes,
+        header: FrameHeader,
+        frame: bytes,
+        block_ids: Sequence[int],
+        *,
+        mapped: bool,
+    ) -> asyncio.Future[int]:
+        """Start copying one frame's KV into our blocks, in a thread; its result is the checksum of what arrived."""
+        part, size = header.part, self._pool.block_size
+
+        def from_frame() -> int:
+            return _unpack(wire_bytes, header, np.frombuffer(frame, dtype=np.uint8, offset=HEADER_BYTES), block_ids)
+
+        def from_peer() -> int:
+            if part.token_start % size or peer.pool is None or header.payload_bytes % 4:
+                raise KvCorrupted(f"frame {header.sequence} does not hold the numbers of whole blocks")
+            source = np.frombuffer(frame, dtype="<u4", offset=HEADER_BYTES)
+            target = np.asarray(block_ids[part.token_start // size : -(-part.token_end // size)], dtype=np.intp)
+            found = peer.pool.copy(part, source, self._bytes, target)
+            if peer.transport != pb.TRANSPORT_CUDA_IPC and found != header.checksum:
+                raise KvCorrupted(f"the checksum of frame {header.sequence} is wrong")
+            return found
+
+        job = from_peer if mapped else from_frame
+        return asyncio.get_running_loop().run_in_executor(self._threads, job)
+
+    def _staging(self, transport: int) -> Staging:
+        if transport not in self._stagings:
+            self._stagings[transport] = staging_of(transport, self._bytes)
+        return self._stagings[transport]
+
+    async def _post(self, lane: Lane, header: FrameHeader, payload: Tensor) -> asyncio.Future[None]:
+        """Post the receive of a payload at its turn."""
+        if payload.numel() != header.payload_bytes:
+            raise KvCorrupted(f"frame {header.sequence} announces {header.payload_bytes} bytes for {header.part}")
+        try:
+            async with asyncio.timeout(self._stall_s):
+                return await lane.recv(header.turn, payload)
+        except TimeoutError:
+            raise TransferFailed(f"{lane.name} did not come to turn {header.turn} in {self._stall_s:g} s") from None
+
+    async def _copy_moved(
+        self,
+        moving: asyncio.Future[None],
+        staging: Staging,
+        wire_bytes: WireBytes,
+        header: FrameHeader,
+        payload: Tensor,
+        block_ids: Sequence[int],
+    ) -> int:
+        """Once a lane has moved a payload, check it and copy it into our blocks. Returns its checksum."""
+        await moving
+        unpack = partial(staging.unpack, wire_bytes, header.part, block_ids, payload, header.checksum)
+        await asyncio.get_running_loop().run_in_executor(self._threads, unpack)
+        return header.checksum
+
+    def _check_source(self, grant: Grant, end: pb.TransferEnd) -> None:
+        try:
+            self._granter.check_end(grant, end)
+        except KvCorrupted:
+            if self._metrics is not None:
+                self._metrics.links.refused.labels("capability").inc()
+            raise
+
+    def _count_stale(self) -> None:
+        if self._metrics is not None:
+            self._metrics.stale_messages.inc()
+
+
+def _unpack(wire_bytes: WireBytes, header: FrameHeader, payload: Bytes, block_ids: Sequence[int]) -> int:
+    """Check a payload and scatter it; runs in a thread. Returns its checksum."""
+    if payload.nbytes != wire_bytes.part_bytes(header.part):
+        raise KvCorrupted(f"frame {header.sequence} has {payload.nbytes} bytes for {header.part}")
+    if checksum(payload.data) != header.checksum:
+        raise KvCorrupted(f"the checksum of frame {header.sequence} is wrong")
+    wire_bytes.unpack(header.part, block_ids, payload)
+    return header.checksum
+
+
+def _said(error: grpc.aio.AioRpcError) -> SplitserveError | None:
+    """What the prefill worker said; None: it is the link that broke."""
+    if is_typed(error):
+        return from_rpc_error(error)
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return TransferFailed("what was a prefill worker is none any more; prefill it elsewhere")
+    return None if error.code() is grpc.StatusCode.UNAVAILABLE else from_rpc_error(error)

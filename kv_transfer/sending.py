@@ -1,0 +1,195 @@
+"""One stream of an outgoing transfer: its frames in order, one packed ahead of the wire, then END."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+
+from ..core.errors import StaleMessage, TransferFailed, TransferInterrupted
+from ..core.metrics import WorkerMetrics
+from ..proto import kv_transfer_pb2 as pb
+from . import framing
+from .capability import sign_end
+from .channel import Lane
+from .codecs import GROUP_TOKENS
+from .frames import HEADER_BYTES, FrameKind, KvPart, RunningDigest
+from .in_flight import InFlight
+from .layout import PoolBytes
+from .outgoing import Outgoing, SentFrame
+from .packing import Apart, Packed, Packer, Way
+
+WAIT_INTERVAL_S = 1.0
+
+Write = Callable[[bytes], Awaitable[None]]
+
+
+class Sending:
+    """Of one pool; lives on the event loop, packs in threads of its own."""
+
+    def __init__(self, packer: Packer, pool_bytes: PoolBytes, metrics: WorkerMetrics | None) -> None:
+        self._packer = packer
+        self._bytes = pool_bytes
+        self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-pack")
+        self.in_flight = InFlight(link_bytes=framing.MAX_LINK_BYTES, total_bytes=framing.MAX_BYTES)
+        self._on_device = InFlight(link_bytes=framing.MAX_DEVICE_LINK_BYTES, total_bytes=framing.MAX_DEVICE_BYTES)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def send(self, out: Outgoing, stream: object, write: Write, way: Way) -> None:
+        """Send parts as they become ready, behind those of `out.sent`, then END.
+
+        Raises: StaleMessage: a newer Fetch took over. TransferInterrupted: the channel broke. The error that the
+            request ended with.
+        """
+        framing, lane = way.framing, way.lane
+        in_flight = self._on_device if framing.on_device else self.in_flight
+        lossy = not framing.mapped and out.grant.wire.is_lossy
+        sent = out.sent  # a newer stream has a list of its own
+        granularity = self._bytes.block_size if framing.mapped else GROUP_TOKENS if lossy else 1
+        out.progress.restart(granularity, (frame.part for frame in sent))
+        checks = [self._check(out, frame.part) for frame in sent if frame.has_late_checksum]
+        write_s = 0.0
+        parts: deque[KvPart] = deque()  # taken and not sent
+        packed: asyncio.Future[Packed] | None = None
+        leaving: asyncio.Future[None] | None = None  # the payload before, in the lane
+        link = f"{out.grant.decode_boot_id}/{out.grant.decode_rank}"
+        held: deque[int] = deque()  # bytes of the pieces that count as in flight, oldest first
+        try:
+            while True:
+                _check_newest(out, stream)
+                frame = await packed if packed is not None else None
+                packed = None
+                # Packed ahead only where there is room at once: who waits for room must hold nothing.
+                may_pack = framing.mapped or frame is None or in_flight.has_room(link, framing.max_bytes)
+                if not out.finished and may_pack and (part := out.progress.take(framing.max_bytes)) is not None:
+                    if not framing.mapped:
+                        size = out.wire_bytes.part_bytes(part)
+                        await in_flight.take(link, size)
+                        held.append(size)
+                    number = len(sent) + (frame is not None)
+                    packed = self._loop.run_in_executor(self._threads, self._pack, out, part, number, way)
+                    parts.append(part)
+                    if framing.late_checksums:
+                        checks.append(self._check(out, part))
+                if frame is not None:
+                    began_s = time.monotonic()
+                    if lane is not None and isinstance(frame, Apart):
+                        await _left(leaving)
+                        turn, leaving = _post(lane, frame)
+                        leaving.add_done_callback(partial(_give, in_flight, link, held.popleft()))
+                        frame = replace(frame.header, turn=turn).pack()
+                    assert isinstance(frame, bytes)
+                    part = parts.popleft()
+                    sent.append(
+                        SentFrame(
+                            header=frame[:HEADER_BYTES],
+                            part=part,
+                            num_bytes=(self._bytes if framing.mapped else out.wire_bytes).part_bytes(part),
+                            has_late_checksum=framing.late_checksums,
+                        )
+                    )
+                    await write(frame)
+                    if lane is None and held:
+                        in_flight.give(link, held.popleft())
+                    write_s += time.monotonic() - began_s
+                elif packed is None:
+                    if out.first_token_id is not None and (out.finished or out.progress.all_taken):
+                        break
+                    if not await is_set(out.changed, WAIT_INTERVAL_S):
+                        await write(self._packer.control(out.grant, FrameKind.WAIT, len(sent), round_number=way.round))
+                    out.changed.clear()
+            await _left(leaving)
+            checksums = [await check for check in checks]
+            _check_newest(out, stream)
+        except BaseException:
+            if lane is not None and leaving is not None:  # its turn may never be taken
+                lane.abort(f"{out.grant} ended before its last frame")
+            raise
+        finally:
+            for future in (packed, *checks):
+                if future is not None:
+                    future.cancel()
+            for size in held:
+                in_flight.give(link, size)
+        digest = RunningDigest(out.grant, out.token_ids)
+        for done in sent:
+            digest.add(done.header)
+        digest.add_checksums(checksums)
+        out.digest = digest.digest()
+        end = pb.TransferEnd(
+            first_token_id=out.first_token_id,
+            finished=out.finished,
+            num_frames=len(sent),
+            num_bytes=(num_bytes := sum(done.num_bytes for done in sent)),
+            digest=out.digest,
+            checksums=checksums,
+            since_prefill_end_s=time.monotonic() - out.prefill_ended_s,
+            write_s=write_s,
+            prefill_s=out.prefill_ended_s - (out.prefill_began_s or out.prefill_ended_s),
+        )
+        sign_end(out.grant, end)
+        last = self._packer.control(
+            out.grant, FrameKind.END, len(sent), end.SerializeToString(), round_number=way.round
+        )
+        await write(last)
+        if self._metrics is not None:
+            self._metrics.transfer_bytes.inc(num_bytes - out.num_counted)
+            out.num_counted = num_bytes
+
+    def _pack(self, out: Outgoing, part: KvPart, sequence: int, way: Way) -> Packed:
+        """Runs in a thread."""
+        return self._packer.pack(out.grant, out.block_table, out.wire_bytes, part, sequence, way)
+
+    def _check(self, out: Outgoing, part: KvPart) -> asyncio.Future[int]:
+        """Begin to compute the checksum of a part's blocks."""
+        job = partial(self._packer.checksum, out.grant, out.block_table, part)
+        return self._loop.run_in_executor(self._threads, job)
+
+
+def _check_newest(out: Outgoing, stream: object) -> None:
+    """Raises: StaleMessage. The error that the request ended with."""
+    if out.error is not None:
+        raise out.error
+    if out.stream is not stream:
+        raise StaleMessage(f"{out.grant}: a newer Fetch replaced this one")
+
+
+async def _left(leaving: asyncio.Future[None] | None) -> None:
+    """Wait until the lane has moved its last payload. Raises: TransferInterrupted."""
+    if leaving is None:
+        return
+    try:
+        await leaving
+    except TransferFailed as error:
+        raise TransferInterrupted(error.message) from error
+
+
+def _post(lane: Lane, frame: Apart) -> tuple[int, asyncio.Future[None]]:
+    """Raises: TransferInterrupted: another transfer broke the lane."""
+    try:
+        return lane.send(frame.payload)
+    except TransferFailed as error:
+        raise TransferInterrupted(error.message) from error
+
+
+def _give(in_flight: InFlight, link: str, size: int, _: asyncio.Future[None]) -> None:
+    """A lane has moved a payload, or failed to."""
+    in_flight.give(link, size)
+
+
+async def is_set(event: asyncio.Event, timeout_s: float) -> bool:
+    """Wait for an event; False when the time is up."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
