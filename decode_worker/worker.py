@@ -119,9 +119,14 @@ class DecodeWorker:
         except SplitserveError as error:
             self.refuse(session, request_id, request.attempt, error)
             return
+        try:
+            grants = self._ranks.grants(request, source, wire, reservation.num_cached_tokens)
+        except SplitserveError as error:  # its ranks and ours cannot share the heads
+            self.host.engine.release(request.request_id)
+            self.refuse(session, request_id, request.attempt, error)
+            return
         run = self._begin(session, request_id, request)
         self._record(run, Event.GRANTED)
-        grants = self._ranks.grants(request, source, wire, reservation.num_cached_tokens)
         told, *shares = [replace(grant, request_id=request_id).to_proto() for own in grants for grant in own]
         told.shares.extend(shares)
         session.send(worker_pb2.DecodeSessionResponse(grant=told))

@@ -132,8 +132,17 @@ class FrontDoor:
     def detokenize(self, request: inference_pb2.DetokenizeRequest) -> inference_pb2.DetokenizeResponse:
         """Raises: SplitserveError."""
         check_model(request.model, [self.model])
+        highest, limits = max(request.token_ids, default=0), self._pool.limits
+        if limits is not None and highest >= limits.vocab_size:  # its text would be left out silently
+            raise InvalidRequest(
+                f"token id {highest} is outside the vocabulary of {limits.vocab_size:,}", field="token_ids"
+            )
         text = self._text.decode(request.token_ids, keep_special_tokens=request.keep_special_tokens)
         return inference_pb2.DetokenizeResponse(text=text)
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Of a prompt that is, or will be, checked."""
+        return self._text.decode(token_ids)
 
     async def _prepare(self, message: inference_pb2.GenerateRequest, timeout_s: float | None) -> Request:
         """Check everything that can be checked without a worker. Raises: SplitserveError."""

@@ -161,5 +161,7 @@ class RoutingView:
         hashes = prefix_hashes(request.prompt_token_ids, namespace)
         if hashes:
             job.prefix.session = hashes[min(_SESSION_UNITS, len(hashes)) - 1]
-        units = hashing.block_size // PREFIX_UNIT
+        units, rest = divmod(hashing.block_size, PREFIX_UNIT)
+        if rest:
+            return []  # no block of such a size ends where a hash does
         return [block_key(each) for each in hashes[units - 1 :: units]]

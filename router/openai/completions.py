@@ -121,10 +121,7 @@ class Completions:
         """For each prompt the text that its choices begin with."""
         if not self._body.echo:
             return [""] * len(self._prompts)
-        return [
-            prompt if isinstance(prompt, str) else self._door.detokenize(pb.DetokenizeRequest(token_ids=prompt)).text
-            for prompt in self._prompts
-        ]
+        return [prompt if isinstance(prompt, str) else self._door.text_of(prompt) for prompt in self._prompts]
 
     def _usage(self, answers: Sequence[Answer]) -> Usage:
         if self._scores_only:  # the one token that the router makes at least is nobody's

@@ -28,6 +28,7 @@ _PARAMS: Mapping[str, str] = {
     "prompt_logprobs": "logprobs",
     "text": "prompt",
     "input": "prompt",
+    "token_ids": "tokens",
 }
 
 
@@ -83,7 +84,7 @@ async def on_bug(request: Request, error: Exception) -> Response:
 
 def invalid_body(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
     """The first complaint, with the field's name as OpenAI writes it: messages[0].content."""
-    rows = error.errors(include_url=False, include_context=False)
+    rows = error.errors(include_url=False)
     # A union complains once for each member; the one that got furthest is the one that was meant.
     row = max((other for other in rows if other["loc"][:1] == rows[0]["loc"][:1]), key=lambda other: len(other["loc"]))
     field, kind = _path(row["loc"]), row["type"]
@@ -98,7 +99,14 @@ def invalid_body(error: ValidationError, model: type[BaseModel]) -> InvalidReque
     if kind == "missing":
         return InvalidRequest(f"{field} is missing", field=field)
     if kind == "union_tag_invalid":
-        return InvalidRequest(f"{field}: {row['msg']}", field=field)
+        said = row["ctx"]
+        field += "." + said["discriminator"].strip("'")
+        return InvalidRequest(f"{field}: got {_shown(said['tag'])}, wanted {said['expected_tags']}", field=field)
+    for other in rows:
+        if other["type"] in ("too_short", "too_long") and _path(other["loc"]) == field:
+            said = other["ctx"]
+            most = f"at most {said['max_length']}" if "max_length" in said else f"at least {said['min_length']}"
+            return InvalidRequest(f"{field} has {said['actual_length']} entries; send {most}", field=field)
     wanted = [other["msg"].removeprefix("Input should be ") for other in rows if _path(other["loc"]) == field]
     return InvalidRequest(
         f"{field}: got {_shown(row['input'])}, wanted {' or '.join(dict.fromkeys(wanted))}", field=field

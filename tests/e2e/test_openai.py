@@ -614,6 +614,8 @@ def test_a_choice_of_no_tool_is_refused(chat: Any) -> None:
         ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": [99_999]}, "prompt"),
+        ({"prompt": [99_999], "echo": True}, "prompt"),
+        ({"extra_body": {"response_format": {"type": "xml"}}}, "response_format.type"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -624,6 +626,20 @@ def test_a_wrong_value_is_400_with_the_field_s_name(
         client.completions.create(**{"model": model, "prompt": "abc", **wrong})
     assert caught.value.param == param
     assert caught.value.type == "invalid_request_error"
+
+
+def test_a_list_of_a_wrong_length_says_which_would_do(client: openai.OpenAI, model: str) -> None:
+    with pytest.raises(openai.BadRequestError, match="stop has 17 entries; send at most 16"):
+        client.completions.create(model=model, prompt="abc", stop=["a"] * 17)
+    with pytest.raises(openai.BadRequestError, match="messages has 0 entries; send at least 1"):
+        client.chat.completions.create(model=model, messages=[])
+
+
+def test_a_token_that_there_is_not_has_no_text(client: openai.OpenAI) -> None:
+    url = str(client.base_url).removesuffix("/v1/")
+    answer = httpx2.post(f"{url}/detokenize", json={"tokens": [1, 99_999]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "tokens"
 
 
 def test_an_unknown_model_is_404(client: openai.OpenAI) -> None:

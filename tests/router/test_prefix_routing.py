@@ -148,3 +148,11 @@ async def test_a_policy_sees_the_session_and_the_time_that_is_left(start_scene: 
     other.cancel()
     assert seen[0].session == seen[-1].session != b""
     assert [request.ttft_slack_s for request in seen] == [pytest.approx(50.0, abs=20.0)] * len(seen)
+
+
+async def test_blocks_that_no_hash_ends_with_are_nobodys_prefix(start_scene: StartScene) -> None:
+    scene = await start_scene()
+    for link in scene.router.pool:
+        assert link.info is not None
+        link.info.block_size = 8
+    assert await serve(scene) is scene.prefill

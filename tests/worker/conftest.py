@@ -71,7 +71,7 @@ class Pair:
     def usages(self) -> tuple[Usage, Usage]:
         return self.prefill.worker.host.engine.usage(), self.decode.worker.host.engine.usage()
 
-    async def ask_grant(self, request: Request, **changes: str) -> None:
+    async def ask_grant(self, request: Request, **changes: Any) -> None:
         place = {
             "kv_address": self.prefill_info.kv_address,
             "prefill_boot_id": self.prefill_info.boot_id,

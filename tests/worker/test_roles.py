@@ -261,6 +261,14 @@ async def test_bad_prompts_are_refused_by_the_worker_too(pair: Pair, tokens: tup
     await pair.idle()
 
 
+async def test_ranks_that_cannot_share_the_heads_are_refused_and_leave_nothing(pair: Pair) -> None:
+    await pair.ask_grant(request(), kv_rank_addresses=["127.0.0.1:1", "127.0.0.1:2"])
+    assert (await pair.decode_end.next("failed")).failure.code == "geometry_mismatch"
+    await pair.idle()
+    assert len(await pair.serve(request("next"))) == 12  # the session lives on
+    await pair.idle()
+
+
 async def test_colocated_runs_equal_split_ones_on_the_same_worker(pair: Pair, alone: Engine) -> None:
     """RunLocal and a hand-over side by side: same code, same tokens."""
     local = request("local", sampling=SamplingParams(temperature=0.8, seed=3))
