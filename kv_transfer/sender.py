@@ -188,6 +188,8 @@ class KvSender:
         if out.prefill_began_s is None:
             out.prefill_began_s = time.monotonic()
         due = out.progress.wrote(layer_start, layer_end, token_start, token_end)
+        # On a GPU the first token may be known before we are told of the last KV: then nothing else wakes the stream.
+        due = due or out.first_token_id is not None
         if due and not out.wake_pending:  # one wake-up for however many parts until the loop gets to it
             out.wake_pending = True
             self._loop.call_soon_threadsafe(self._woken, out)

@@ -21,6 +21,7 @@ from splitserve.core.errors import (
     Unavailable,
 )
 from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
+from splitserve.kv_transfer import sending
 from splitserve.kv_transfer.sender import KvSender
 
 two_gpus = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
@@ -65,6 +66,25 @@ async def test_kv_arrives_bit_exact_and_commit_frees_the_sender(pair, transport:
         assert count(p.sender_metrics.transfers) == 1
         assert count(p.sender_metrics.transfer_bytes) == received.num_bytes
         assert count(p.receiver_metrics.transfer_bytes) == received.num_bytes
+
+
+async def test_kv_that_is_told_of_behind_the_first_token_leaves_at_once(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it may be on a GPU, where one thread waits for the kernels and another for the token."""
+    monkeypatch.setattr(sending, "WAIT_INTERVAL_S", 600.0)
+    async with pair("grpc") as p:
+        request = p.request(100)
+        grant = p.grant(request)
+        p.offer(grant, request)
+        arriving = asyncio.ensure_future(p.receive(grant, request))
+        p.sender.finish(grant.request_id, 7, final=False)
+        out = p.sender._by_request[grant.request_id]
+        async with asyncio.timeout(30):
+            while out.stream is None or out.changed.is_set():  # until it waits for the KV
+                await asyncio.sleep(0.002)
+        p.write_all(grant)
+        await arriving
+        p.assert_arrived(grant)
+        assert count(p.receiver_metrics.transfer_resumes) == 0  # else the receiver had given the stream up
 
 
 @both
