@@ -173,5 +173,11 @@ class RunningDigest:
         """Those that came after the headers."""
         self._hash.update(array("Q", values).tobytes())
 
+    def copy(self) -> RunningDigest:
+        """One that goes on from here by itself."""
+        other = RunningDigest.__new__(RunningDigest)
+        other._hash = self._hash.copy()
+        return other
+
     def digest(self) -> bytes:
         return self._hash.digest()

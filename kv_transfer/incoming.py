@@ -37,7 +37,7 @@ class Incoming:
         self._grant = grant
         self._geometry = geometry
         self._route = route
-        self._token_ids = token_ids
+        self._of_tokens = RunningDigest(grant, token_ids)  # before KV comes: its end is what a token waits for
         self._wire = grant.wire
         self._is_late = False  # whether the stream's checksums come with its end
         self._frames: list[_Frame] = []
@@ -140,7 +140,7 @@ class Incoming:
         return end
 
     def _digest(self, late_checksums: Sequence[int]) -> bytes:
-        digest = RunningDigest(self._grant, self._token_ids)
+        digest = self._of_tokens.copy()
         for frame in self._frames:
             digest.add(frame.header)
         digest.add_checksums(late_checksums)

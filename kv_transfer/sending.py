@@ -53,6 +53,7 @@ class Sending:
         in_flight = self._on_device if framing.on_device else self.in_flight
         lossy = not framing.mapped and out.grant.wire.is_lossy
         sent = out.sent  # a newer stream has a list of its own
+        digest = RunningDigest(out.grant, out.token_ids)  # before prefill ends: what follows is what a token waits for
         granularity = self._bytes.block_size if framing.mapped else GROUP_TOKENS if lossy else 1
         out.progress.restart(granularity, (frame.part for frame in sent))
         checks = [self._check(out, frame.part) for frame in sent if frame.has_late_checksum]
@@ -119,7 +120,6 @@ class Sending:
                     future.cancel()
             for size in held:
                 in_flight.give(link, size)
-        digest = RunningDigest(out.grant, out.token_ids)
         for done in sent:
             digest.add(done.header)
         digest.add_checksums(checksums)
