@@ -40,7 +40,6 @@ class Outgoing:
     prefill_began_s: float | None = None  # first KV written
     prefill_ended_s: float = 0.0
     sent: list[SentFrame] = field(default_factory=list)  # by the newest stream, and what it did not repeat
-    round: int = 0  # of the newest stream
     digest: bytes | None = None  # of what was sent, once END is out
     num_counted: int = 0  # bytes that the metrics know of
     released: bool = False
