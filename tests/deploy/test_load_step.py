@@ -41,6 +41,7 @@ async def served(config: ClusterConfig, log_dir: Path) -> AsyncIterator[tuple[Co
             load = Load(client)
             yield controller, load
             assert load.num_done > 20
+            assert sum(router.num_failed for router in controller.view().routers) == 0
         controller.stop()
         await running
     assert replay_log(scaling_log(log_dir), controller.config)[1] == []
