@@ -64,7 +64,9 @@ class Nccl:
             ctypes.c_int,
             ctypes.POINTER(_Config),
         )
-        library.ncclCommGetAsyncError.argtypes = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))
+        # Asked again and again, and answered at once: giving the interpreter away each time would take far longer.
+        self._state = ctypes.PyDLL("libnccl.so.2").ncclCommGetAsyncError
+        self._state.argtypes = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))
         library.ncclCommAbort.argtypes = (ctypes.c_void_p,)
         transfer = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
         library.ncclSend.argtypes = library.ncclRecv.argtypes = transfer
@@ -112,7 +114,7 @@ class Nccl:
     def is_done(self, communicator: ctypes.c_void_p) -> bool:
         """Whether what was begun on the communicator is ready or queued. Raises: TransferFailed: it failed."""
         state = ctypes.c_int()
-        code = self._library.ncclCommGetAsyncError(communicator, ctypes.byref(state)) or state.value
+        code = self._state(communicator, ctypes.byref(state)) or state.value
         if code not in (_SUCCESS, _IN_PROGRESS):
             raise TransferFailed(f"NCCL failed: {self.error_text(code, communicator)}")
         return bool(code == _SUCCESS)
