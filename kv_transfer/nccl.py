@@ -23,6 +23,7 @@ from .nccl_library import UNIQUE_ID_BYTES, nccl, sleep_precisely, wait_until
 
 _SENDER, _RECEIVER = 0, 1
 MAX_CTAS = 16
+_BYTES_PER_S = 400e9  # of the fastest link
 # Sends that wait for their receivers hold multiprocessors. With more of them than fit, one whose receiver is ready
 # could wait for one whose receiver waits in turn; receives need no bound, since their sends are running.
 _sends = threading.BoundedSemaphore(4)
@@ -70,9 +71,10 @@ class _NcclMeeting:
 class _Posted:
     """A payload that NCCL has queued."""
 
-    def __init__(self, *, is_send: bool) -> None:
+    def __init__(self, num_bytes: int, *, is_send: bool) -> None:
         self.what = "sending" if is_send else "receiving"
         self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.expected_s = num_bytes / _BYTES_PER_S
         self._holds_slot = is_send
 
     def free(self) -> None:
@@ -103,14 +105,14 @@ class NcclChannel:
             self._wait("set up", self._is_ready, deadline_s)
             # The first bytes connect the two GPUs and load the kernels: not the first payload's business.
             first = self._post(
-                torch.empty(8, dtype=torch.uint8, device=device), _Posted(is_send=False), rank, deadline_s
+                torch.empty(8, dtype=torch.uint8, device=device), _Posted(8, is_send=False), rank, deadline_s
             )
             self._wait("set up", first.done.query, deadline_s)
 
     def post(self, data: Tensor, *, is_send: bool, is_ahead: bool = False) -> _Posted | None:
         if is_send and not _sends.acquire(blocking=not is_ahead):
             return None
-        posted = _Posted(is_send=is_send)
+        posted = _Posted(data.numel(), is_send=is_send)
         try:
             rank = _SENDER if is_send else _RECEIVER
             return self._post(data, posted, rank, time.monotonic() + self._stall_s)
@@ -122,7 +124,8 @@ class NcclChannel:
         try:
             if self._communicator is None:
                 raise TransferFailed(f"the NCCL communicator was aborted while {posted.what}")
-            self._wait(posted.what, posted.done.query, time.monotonic() + self._stall_s, meanwhile)
+            deadline_s = time.monotonic() + self._stall_s
+            self._wait(posted.what, posted.done.query, deadline_s, meanwhile, posted.expected_s)
         finally:
             posted.free()
 
@@ -162,6 +165,7 @@ class NcclChannel:
         is_done: Callable[[], bool],
         deadline_s: float,
         meanwhile: Callable[[], None] = lambda: None,
+        expected_s: float = 0.0,
     ) -> None:
         """Raises: TransferFailed: aborted, too late, or NCCL failed; the communicator is gone then."""
 
@@ -177,7 +181,7 @@ class NcclChannel:
             return False
 
         try:
-            wait_until(is_over)
+            wait_until(is_over, expected_s)
         except TransferFailed:
             self._give_up()
             raise
