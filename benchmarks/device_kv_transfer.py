@@ -36,6 +36,7 @@ from ..kv_transfer.identity import WorkerIdentity, current_host_id
 from ..kv_transfer.receiver import KvReceiver
 from ..kv_transfer.sender import KvSender
 from ..proto.rpc import SERVER_OPTIONS
+from ..proto.server import run as run_role
 from .decode_step import Stepping, StepTimes
 from .report import write_json
 
@@ -114,7 +115,7 @@ def run(plan: Plan, json_file: Path | None) -> Figures:
 
 
 def _sender(control: Connection, plan: Plan) -> None:
-    asyncio.run(_serve(control, plan))
+    run_role(_serve(control, plan))
 
 
 async def _serve(control: Connection, plan: Plan) -> None:
@@ -142,7 +143,7 @@ async def _serve(control: Connection, plan: Plan) -> None:
         else:
             assert channel is not None
             control.send("posted")
-            await asyncio.to_thread(channel.send, pool.rows.view(-1)[:asked])
+            await asyncio.to_thread(_move, channel, pool.rows.view(-1)[:asked], is_send=True)
     await sender.close()
     await server.stop(0)
     if channel is not None:
@@ -153,7 +154,7 @@ async def _serve(control: Connection, plan: Plan) -> None:
 
 
 def _receiver(control: Connection, plan: Plan) -> Figures:
-    return asyncio.run(_measure(control, plan))
+    return run_role(_measure(control, plan))
 
 
 class _Link:
@@ -275,11 +276,15 @@ async def _limits(control: Connection, plan: Plan, pool: KvPool) -> dict[str, di
             control.recv()
             await asyncio.sleep(0.002)  # posted there by now; if not, the figure only gets worse
             began_s = time.perf_counter()
-            await asyncio.to_thread(channel.recv, target[:size])
+            await asyncio.to_thread(_move, channel, target[:size], is_send=False)
             times.append(time.perf_counter() - began_s)
         found[message][size] = times[WARM_UP:]
     await asyncio.to_thread(channel.close)
     return found
+
+
+def _move(channel: Channel, data: torch.Tensor, *, is_send: bool) -> None:
+    channel.wait(channel.post(data, is_send=is_send))
 
 
 def _copy_s(source: torch.Tensor, target: torch.Tensor) -> float:

@@ -49,7 +49,10 @@ def main(
     shrink_after: Annotated[
         float, typer.Option(min=0, help="Seconds that a pool must need less before it shrinks, for all that scale.")
     ] = 120.0,
-    only: Annotated[str, typer.Option(help="Only cases whose name holds this.")] = "",
+    period: Annotated[float, typer.Option(min=0.1, help="Seconds between two decisions.")] = 5.0,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only cases whose name holds this; repeatable.", show_default="all")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of where each tenant begins in the trace.")] = 0,
     plot_dir: Annotated[Path | None, typer.Option(help="Write a PNG of each traffic here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
@@ -58,13 +61,14 @@ def main(
 
     $ python -m splitserve.benchmarks.scaling --trace azure --gpus 24 --plot-dir docs/images
 
-    $ python -m splitserve.benchmarks.scaling --trace azure --gpus 512 --minutes 0.75 --only splitserve
+    $ python -m splitserve.benchmarks.scaling --trace azure --gpus 512 --minutes 2 --period 1 --startup 5 \
+        --shrink-after 10 --only splitserve --only peak
     """
-    times = ScalingTimes(startup_s=startup, switch_s=switch)
+    times = ScalingTimes(period_s=period, startup_s=startup, switch_s=switch)
     report: list[dict[str, Any]] = []
     for one in trace or list(Traffic):
         found = scenario(one.value, max_gpus=gpus, duration_s=minutes * 60, seed=seed)
-        chosen = [case for case in cases(found, times, shrink_after) if only in case.name]
+        chosen = [case for case in cases(found, times, shrink_after) if any(part in case.name for part in only or [""])]
         outcomes = _run_all(found, chosen, times, seed)
         _print(found, outcomes)
         report.append(_figures(found, outcomes))

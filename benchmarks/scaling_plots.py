@@ -10,7 +10,7 @@ import numpy as np
 from ..planner.simulated_scaling import ScalingOutcome
 from .scaling_cases import Scenario
 
-_BIN_S = 10.0
+_NUM_BINS = 72
 
 
 def plot(found: Scenario, outcomes: Sequence[tuple[str, ScalingOutcome]], path: Path) -> None:
@@ -32,11 +32,11 @@ def plot(found: Scenario, outcomes: Sequence[tuple[str, ScalingOutcome]], path: 
     for column, (name, outcome) in enumerate(outcomes):
         rate, workers = axes[0][column], axes[1][column]
         arrival_s = outcome.result.arrival_s
-        bins = np.arange(0, float(arrival_s.max()) + _BIN_S, _BIN_S)
+        bins = np.linspace(0, float(arrival_s.max()), _NUM_BINS + 1)
         arrived, _ = np.histogram(arrival_s, bins)
         good, _ = np.histogram(arrival_s[outcome.result.met(found.slo)], bins)
-        rate.fill_between(bins[:-1], arrived / _BIN_S, color="lightgrey", step="post", label="arrived")
-        rate.fill_between(bins[:-1], good / _BIN_S, color="tab:green", step="post", alpha=0.6, label="met its limits")
+        rate.fill_between(bins[:-1], arrived / bins[1], color="lightgrey", step="post", label="arrived")
+        rate.fill_between(bins[:-1], good / bins[1], color="tab:green", step="post", alpha=0.6, label="met its limits")
         rate.set_title(name, fontsize=9)
         times = [sample[0] for sample in outcome.samples]
         for index, label in ((1, "prefill"), (2, "decode"), (3, "GPUs held")):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Protocol, TypeVar
@@ -12,9 +11,6 @@ import typer
 
 from ..core.errors import ConfigError, SplitserveError
 from ..deploy.process import report_ready
-
-# A step loop, transfers and an event loop share one interpreter; Python's 5 ms would be a whole decode step.
-_SWITCH_INTERVAL_S = 2e-4
 
 Host = Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
@@ -81,7 +77,6 @@ def run_role(
         gc.collect()
         gc.freeze()
 
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
         serve(options, ready)
     except SplitserveError as error:

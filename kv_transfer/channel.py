@@ -6,26 +6,37 @@ Control stays on the Fetch stream: a header there says that a payload is ready, 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..core.errors import KvCorrupted, TransferFailed
 
+_AHEAD = 2  # payloads posted to a channel at a time: between two of them, its link waits for no thread of ours
+
 
 class Channel(Protocol):
     """Bytes between two ranks, in the order in which both sides post them. Set up for one epoch and never reused.
 
-    `send` and `recv` block the thread of the lane, with a deadline of the channel's own.
+    `post` and `wait` block the thread of the lane, with a deadline of the channel's own.
     """
 
-    def send(self, data: Tensor) -> None:
-        """Return when `data` may be overwritten. Raises: TransferFailed: the peer is gone, silent, or aborted."""
+    def post(self, data: Tensor, *, is_send: bool, is_ahead: bool = False) -> Any:
+        """Begin to move `data`. Returns what to wait for; None if it may not be posted ahead of others just now.
 
-    def recv(self, data: Tensor) -> None:
-        """Fill all of `data`. Raises: TransferFailed: the peer is gone, silent, or aborted."""
+        Raises: TransferFailed: the peer is gone, or aborted.
+        """
+
+    def wait(self, posted: Any, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Return when what was sent may be overwritten, or what is received is all there; in the order of posting.
+
+        Args: meanwhile: called now and then; it may post.
+        Raises: TransferFailed: the peer is gone, silent, or aborted.
+        """
 
     def abort(self) -> None:
         """Any thread, any number of times: wake whoever is blocked, here and at the peer, with TransferFailed."""
@@ -54,6 +65,13 @@ class Rendezvous(Protocol):
         """Receiver: block until both are there. Raises: TransferFailed: not within the deadline."""
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Payload:
+    is_send: bool
+    data: Tensor
+    posted: Any = None
+
+
 class Lane:
     """A channel on the event loop, with a thread of its own: payloads move one after the other, by turn.
 
@@ -71,6 +89,7 @@ class Lane:
         self._channel: Channel | None = None  # set by the thread
         self._aborted = False
         self._num_posted = 0
+        self._payloads: deque[_Payload] = deque()  # appended by the event loop, taken by the thread, never iterated
         self._due: dict[int, asyncio.Future[None]] = {}  # receives whose turn has not come
         self._opening = self._loop.run_in_executor(self._thread, self._open, open_channel)
         self._opening.add_done_callback(self._opened)
@@ -113,7 +132,9 @@ class Lane:
 
     def _moving(self, is_send: bool, data: Tensor) -> asyncio.Future[None]:
         """In the thread. Its error may find nobody who waits: whoever posted was cancelled, or failed for another."""
-        moving = self._loop.run_in_executor(self._thread, self._move, is_send, data)
+        payload = _Payload(is_send=is_send, data=data)
+        self._payloads.append(payload)
+        moving = self._loop.run_in_executor(self._thread, self._move, payload)
         moving.add_done_callback(lambda done: done.cancelled() or done.exception())
         return moving
 
@@ -148,10 +169,20 @@ class Lane:
         if not opening.cancelled() and (error := opening.exception()) is not None:
             self.abort(f"it could not be set up: {error}")
 
-    def _move(self, is_send: bool, data: Tensor) -> None:
-        if self._channel is None or self._aborted:
-            raise TransferFailed(f"{self.name} was given up")
-        if is_send:
-            self._channel.send(data)
-        else:
-            self._channel.recv(data)
+    def _move(self, payload: _Payload) -> None:
+        """Payloads come here in their order."""
+        try:
+            if self._channel is None or self._aborted:
+                raise TransferFailed(f"{self.name} was given up")
+            payload.posted = payload.posted or self._channel.post(payload.data, is_send=payload.is_send)
+            self._channel.wait(payload.posted, self._post_ahead)
+        finally:
+            self._payloads.remove(payload)
+
+    def _post_ahead(self) -> None:
+        """The payload behind the one that is waited for."""
+        if self._channel is None or len(self._payloads) < _AHEAD or self._aborted:
+            return
+        following = self._payloads[_AHEAD - 1]
+        if following.posted is None:
+            following.posted = self._channel.post(following.data, is_send=following.is_send, is_ahead=True)

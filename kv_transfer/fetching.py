@@ -152,7 +152,7 @@ class Fetcher:
             round=transfer.round,
             num_kept=transfer.num_kept,
         )
-        transfer.was_open, transfer.is_link_lost = True, False
+        transfer.was_open, transfer.is_link_lost, transfer.is_over = True, False, False
         has_begun = False
         call = peer.fetch()
         try:

@@ -9,10 +9,10 @@ from ..proto import kv_transfer_pb2 as pb
 FRAME_BYTES = 2 << 20  # gRPC: 64 KiB costs three times the CPU, tens of MiB stall the stream
 SHARED_FRAME_BYTES = 8 << 20  # shared memory: only block numbers travel; this bounds what is copied in one go
 LANE_FRAME_BYTES = 8 << 20  # gloo: two of them are in flight
-DEVICE_FRAME_BYTES = 128 << 20  # CUDA IPC: a third of a millisecond
-NCCL_FRAME_BYTES = 64 << 20  # a fifth of a millisecond between GPUs of a host; smaller ones wait for their headers
+DEVICE_FRAME_BYTES = 256 << 20  # CUDA IPC: two thirds of a millisecond
+NCCL_FRAME_BYTES = 128 << 20  # less than half a millisecond between GPUs of a host; smaller ones wait for their headers
 MAX_LINK_BYTES, MAX_BYTES = 32 << 20, 256 << 20  # packed and not handed over, to one receiver and to all
-MAX_DEVICE_LINK_BYTES, MAX_DEVICE_BYTES = 192 << 20, 512 << 20  # the same, in a GPU's memory
+MAX_DEVICE_LINK_BYTES, MAX_DEVICE_BYTES = 384 << 20, 768 << 20  # the same, in a GPU's memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

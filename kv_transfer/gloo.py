@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -86,17 +87,19 @@ class GlooChannel:
         self._peer = 1 - rank
         self._abort_once = threading.Lock()
 
-    def send(self, data: Tensor) -> None:
+    def post(self, data: Tensor, *, is_send: bool, is_ahead: bool = False) -> Any:
         try:
-            self._group.send([data], self._peer, _PAYLOAD).wait()
+            begin = self._group.send if is_send else self._group.recv
+            return begin([data], self._peer, _PAYLOAD)
         except RuntimeError as error:
-            raise TransferFailed(f"the gloo group broke while sending: {error}") from error
+            raise TransferFailed(f"the gloo group broke: {error}") from error
 
-    def recv(self, data: Tensor) -> None:
+    def wait(self, posted: Any, meanwhile: Callable[[], None] = lambda: None) -> None:
+        meanwhile()
         try:
-            self._group.recv([data], self._peer, _PAYLOAD).wait()
+            posted.wait()
         except RuntimeError as error:
-            raise TransferFailed(f"the gloo group broke while receiving: {error}") from error
+            raise TransferFailed(f"the gloo group broke while sending or receiving: {error}") from error
 
     def abort(self) -> None:
         """gloo has no abort of its own, but a wait that runs out of time breaks every connection of its group."""

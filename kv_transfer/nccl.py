@@ -23,6 +23,7 @@ from .nccl_library import UNIQUE_ID_BYTES, nccl, sleep_precisely, wait_until
 
 _SENDER, _RECEIVER = 0, 1
 MAX_CTAS = 16
+_BYTES_PER_S = 400e9  # of the fastest link
 # Sends that wait for their receivers hold multiprocessors. With more of them than fit, one whose receiver is ready
 # could wait for one whose receiver waits in turn; receives need no bound, since their sends are running.
 _sends = threading.BoundedSemaphore(4)
@@ -67,6 +68,22 @@ class _NcclMeeting:
         self.join = join
 
 
+class _Posted:
+    """A payload that NCCL has queued."""
+
+    def __init__(self, num_bytes: int, *, is_send: bool) -> None:
+        self.what = "sending" if is_send else "receiving"
+        self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.expected_s = num_bytes / _BYTES_PER_S
+        self._holds_slot = is_send
+
+    def free(self) -> None:
+        """Its kernel holds no multiprocessors any more. Idempotent."""
+        if self._holds_slot:
+            self._holds_slot = False
+            _sends.release()
+
+
 class NcclChannel:
     """A communicator of two. The constructor blocks until a first byte has gone over it, or the deadline has passed.
 
@@ -80,24 +97,56 @@ class NcclChannel:
         self._stall_s = stall_s
         self._aborted = threading.Event()
         self._communicator: ctypes.c_void_p | None = None
-        self._deadline_s = time.monotonic() + set_up_s
+        deadline_s = time.monotonic() + set_up_s
         sleep_precisely()
         with torch.cuda.device(device):
             self._stream = torch.cuda.Stream(device, HIGH_PRIORITY)  # type: ignore[no-untyped-call]
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._communicator = nccl().begin(unique_id, rank, max_ctas)
-            self._wait("set up", self._is_ready)
+            self._wait("set up", self._is_ready, deadline_s)
             # The first bytes connect the two GPUs and load the kernels: not the first payload's business.
-            self._move(torch.empty(8, dtype=torch.uint8, device=device), "set up", is_send=rank == _SENDER)
+            first = self._post(
+                torch.empty(8, dtype=torch.uint8, device=device), _Posted(8, is_send=False), rank, deadline_s
+            )
+            self._wait("set up", first.done.query, deadline_s)
 
-    def send(self, data: Tensor) -> None:
-        with _sends:
-            self._deadline_s = time.monotonic() + self._stall_s
-            self._move(data, "sending", is_send=True)
+    def post(self, data: Tensor, *, is_send: bool, is_ahead: bool = False) -> _Posted | None:
+        if is_send and not _sends.acquire(blocking=not is_ahead):
+            return None
+        posted = _Posted(data.numel(), is_send=is_send)
+        try:
+            rank = _SENDER if is_send else _RECEIVER
+            return self._post(data, posted, rank, time.monotonic() + self._stall_s)
+        except TransferFailed:
+            posted.free()
+            raise
 
-    def recv(self, data: Tensor) -> None:
-        self._deadline_s = time.monotonic() + self._stall_s
-        self._move(data, "receiving", is_send=False)
+    def wait(self, posted: _Posted, meanwhile: Callable[[], None] = lambda: None) -> None:
+        try:
+            if self._communicator is None:
+                raise TransferFailed(f"the NCCL communicator was aborted while {posted.what}")
+            deadline_s = time.monotonic() + self._stall_s
+            self._wait(posted.what, posted.done.query, deadline_s, meanwhile, posted.expected_s)
+        finally:
+            posted.free()
+
+    def _post(self, data: Tensor, posted: _Posted, rank: int, deadline_s: float) -> _Posted:
+        if self._communicator is None:
+            raise TransferFailed("the NCCL communicator was aborted before")
+        with torch.cuda.device(self._device):
+            try:
+                nccl().post(
+                    self._communicator,
+                    is_send=rank == _SENDER,
+                    address=data.data_ptr(),
+                    size=data.numel(),
+                    stream=self._stream.cuda_stream,
+                )
+            except TransferFailed:
+                self._give_up()
+                raise
+            self._wait(posted.what, self._is_ready, deadline_s)  # only now its kernel is queued
+            posted.done.record(self._stream)
+        return posted
 
     def abort(self) -> None:
         """The thread that waits sees it; nobody else touches the communicator."""
@@ -106,30 +155,18 @@ class NcclChannel:
     def close(self) -> None:
         self._give_up()
 
-    def _move(self, data: Tensor, what: str, *, is_send: bool) -> None:
-        if self._communicator is None:
-            raise TransferFailed("the NCCL communicator was aborted before")
-        with torch.cuda.device(self._device):
-            try:
-                nccl().post(
-                    self._communicator,
-                    is_send=is_send,
-                    address=data.data_ptr(),
-                    size=data.numel(),
-                    stream=self._stream.cuda_stream,
-                )
-            except TransferFailed:
-                self._give_up()
-                raise
-            self._wait(what, self._is_ready)  # only now its kernel is queued
-            self._done.record(self._stream)
-            self._wait(what, self._done.query)
-
     def _is_ready(self) -> bool:
         assert self._communicator is not None
         return nccl().is_done(self._communicator)
 
-    def _wait(self, what: str, is_done: Callable[[], bool]) -> None:
+    def _wait(
+        self,
+        what: str,
+        is_done: Callable[[], bool],
+        deadline_s: float,
+        meanwhile: Callable[[], None] = lambda: None,
+        expected_s: float = 0.0,
+    ) -> None:
         """Raises: TransferFailed: aborted, too late, or NCCL failed; the communicator is gone then."""
 
         def is_over() -> bool:
@@ -137,13 +174,14 @@ class NcclChannel:
                 return True
             if self._aborted.is_set():
                 raise TransferFailed(f"NCCL was aborted while {what}")
-            if time.monotonic() > self._deadline_s:
+            if time.monotonic() > deadline_s:
                 raise TransferFailed(f"NCCL made no progress while {what}; the peer is gone or silent")
             self._is_ready()  # a peer on another host that is gone is told of here
+            meanwhile()
             return False
 
         try:
-            wait_until(is_over)
+            wait_until(is_over, expected_s)
         except TransferFailed:
             self._give_up()
             raise

@@ -22,8 +22,7 @@ _SUCCESS, _IN_PROGRESS = 0, 7
 _UINT8 = 1
 _UNDEFINED = -(2**31)
 _MAGIC = 0xCAFEBEEF
-_SPINS = 50  # looks at a communicator before the thread begins to sleep between them
-_PAUSE_S = 20e-6
+_PAUSE_S, _MAX_PAUSE_S = 20e-6, 1e-3  # between two looks at a communicator
 _SET_TIMER_SLACK = 29  # prctl(2)
 
 
@@ -64,7 +63,9 @@ class Nccl:
             ctypes.c_int,
             ctypes.POINTER(_Config),
         )
-        library.ncclCommGetAsyncError.argtypes = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))
+        # Asked again and again, and answered at once: giving the interpreter away each time would take far longer.
+        self._state = ctypes.PyDLL("libnccl.so.2").ncclCommGetAsyncError
+        self._state.argtypes = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))
         library.ncclCommAbort.argtypes = (ctypes.c_void_p,)
         transfer = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
         library.ncclSend.argtypes = library.ncclRecv.argtypes = transfer
@@ -112,7 +113,7 @@ class Nccl:
     def is_done(self, communicator: ctypes.c_void_p) -> bool:
         """Whether what was begun on the communicator is ready or queued. Raises: TransferFailed: it failed."""
         state = ctypes.c_int()
-        code = self._library.ncclCommGetAsyncError(communicator, ctypes.byref(state)) or state.value
+        code = self._state(communicator, ctypes.byref(state)) or state.value
         if code not in (_SUCCESS, _IN_PROGRESS):
             raise TransferFailed(f"NCCL failed: {self.error_text(code, communicator)}")
         return bool(code == _SUCCESS)
@@ -141,13 +142,16 @@ def is_available() -> bool:
         return False
 
 
-def wait_until(is_done: Callable[[], bool]) -> None:
-    """Look often: what is waited for takes tens of microseconds. The thread is a lane's own and sleeps in between."""
-    for _ in range(_SPINS):
-        if is_done():
-            return
+def wait_until(is_done: Callable[[], bool], expected_s: float = 0.0) -> None:
+    """Look often, not all the time: each look takes the interpreter from whoever packs the next payload.
+
+    Args: expected_s: what it takes at least.
+    """
+    began_s = time.monotonic()
+    pause_s = expected_s
     while not is_done():
-        time.sleep(_PAUSE_S)
+        time.sleep(max(_PAUSE_S, pause_s))
+        pause_s = min(_MAX_PAUSE_S, (time.monotonic() - began_s) / 16)
 
 
 def sleep_precisely() -> None:

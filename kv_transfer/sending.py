@@ -1,4 +1,4 @@
-"""One stream of an outgoing transfer: its frames in order, one packed ahead of the wire, then END."""
+"""One stream of an outgoing transfer: its frames in order, as far ahead of the wire as may be in flight, then END."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ class Sending:
                 if frame is not None:
                     began_s = time.monotonic()
                     if lane is not None and isinstance(frame, Apart):
-                        await _left(leaving)
+                        if leaving is not None and leaving.done():
+                            await _left(leaving)  # it may have failed
                         turn, leaving = _post(lane, frame)
                         leaving.add_done_callback(partial(_give, in_flight, link, held.popleft()))
                         frame = replace(frame.header, turn=turn).pack()
@@ -166,8 +167,9 @@ async def _left(leaving: asyncio.Future[None] | None) -> None:
     """Wait until the lane has moved its last payload. Raises: TransferInterrupted."""
     if leaving is None:
         return
+    await asyncio.wait({leaving})  # who is cancelled here must not take it out of the lane's order
     try:
-        await leaving
+        leaving.result()
     except TransferFailed as error:
         raise TransferInterrupted(error.message) from error
 

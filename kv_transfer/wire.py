@@ -26,7 +26,10 @@ def plane_shapes(geometry: KvGeometry, part: KvPart) -> list[PlaneShape]:
 
 def payload_bytes(geometry: KvGeometry, wire: WireFormat, part: KvPart) -> int:
     """Exact bytes of a part on the wire: the formula that moved bytes are checked against."""
-    return wire_bytes(wire, plane_shapes(geometry, part))
+    if wire.is_lossy:
+        return wire_bytes(wire, plane_shapes(geometry, part))
+    dims = sum(layer.key_dim + layer.value_dim for layer in geometry.layers[part.layer_start : part.layer_end])
+    return part.num_heads * part.num_tokens * dims * DTYPE_BYTES[wire.dtype]
 
 
 class WireBytes:

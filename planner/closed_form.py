@@ -84,11 +84,12 @@ def prompt_seconds(latency: StepLatency, isl: Array, cached: Array, chunk: int) 
     return np.array([latency.prompt_s(i, chunk, c) for i, c in zip(isl.tolist(), cached.tolist(), strict=True)])
 
 
-def _shared_seconds(latency: StepLatency, load: Load, alone: Array, chunk: int) -> Array:
+def _shared_seconds(latency: StepLatency, load: Load, alone: Array, worker: WorkerSpec) -> Array:
     """Prefill of each prompt on a busy worker: steps are full, so short prompts share what a step costs."""
     tokens = np.maximum(1.0, load.isl - load.cached)
+    full = min(worker.max_step_tokens, worker.max_packed_tokens or worker.max_step_tokens)
     base = latency.prefill_base_s + latency.prefill_expert_s
-    return np.maximum(alone - base * np.maximum(0.0, 1 - tokens / chunk), alone * 0.02)
+    return np.maximum(alone - base * np.maximum(0.0, 1 - tokens / full), alone * 0.02)
 
 
 def estimate_prefill(
@@ -97,7 +98,7 @@ def estimate_prefill(
     """Time to first token of a prefill pool."""
     latency = _linear(worker)
     alone = prompt_seconds(latency, load.isl, load.cached, worker.max_step_tokens)
-    shared = _shared_seconds(latency, load, alone, worker.max_step_tokens)
+    shared = _shared_seconds(latency, load, alone, worker)
     utilisation = load.rate * float(shared.mean()) / num_workers
     if utilisation >= _SATURATED:
         return _impossible("prefill", utilisation, "prefill throughput")
@@ -142,7 +143,7 @@ def estimate_colocated(
     if limit < 1:
         return _impossible("colocated", math.inf, "KV memory of a worker: one sequence does not fit")
     alone = prompt_seconds(latency, load.isl, load.cached, chunk)
-    shared = _shared_seconds(latency, load, alone, chunk)
+    shared = _shared_seconds(latency, load, alone, worker)
     prompt_tokens = np.maximum(1.0, load.isl - load.cached)
     # Of a prompt's time, what it adds to a step that decodes anyway.
     added = np.maximum(0.0, shared - latency.prefill_base_s * np.ceil(prompt_tokens / chunk))

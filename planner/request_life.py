@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..core.events import Event
 from ..core.request import Request
+from ..scheduling.dispatch_order import Awaited
 from ..scheduling.fair_queue import Ticket
 from .step_log import StepLog
 from .types import SimRequest
@@ -32,6 +33,7 @@ class RequestLife:
     ticket: Ticket  # its place in the router's queue
     predicted_ttft_s: float | None = None
     waits: bool = False  # in that queue
+    awaits: Awaited | None = None  # the worker that it waits for there
     marks: list[tuple[Event, float]] = field(default_factory=list)
     prefill: str | None = None  # workers of the live attempt
     decode: str = ""

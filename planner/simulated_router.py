@@ -16,6 +16,7 @@ from ..scheduling.dispatch_order import dispatch
 from ..scheduling.fair_queue import FairQueue
 from ..scheduling.prefix_feed import PrefixFeed, block_key
 from ..scheduling.prefix_index import PrefixIndex
+from ..scheduling.ranked_loads import DecodeLoads, PrefillLoads
 from ..scheduling.routing import ClusterView, DecodeLoad, Placement, PrefillLoad, RoutedRequest, RoutingPolicy, Snapshot
 from ..scheduling.step_times import MeasuredTimes
 from .event_queue import EventQueue
@@ -175,6 +176,10 @@ class SimulatedRouter:
         self._on_failed = on_failed
         self._prefills: dict[str, _PrefillMember] = {}
         self._decodes: dict[str, _DecodeMember] = {}
+        self._num_prefills = 0  # that are not retired
+        self._prefill_loads = PrefillLoads(prefill_bound_s)
+        self._decode_loads = DecodeLoads()
+        self._changed: dict[str, _PrefillMember | _DecodeMember] = {}  # since those were told
         self._tpot_target_s = tpot_target_s
         self._queue: FairQueue[RequestLife] = FairQueue(ageing_s)
         self._num_admitted = 0  # and not queued yet: on their way through the router
@@ -183,16 +188,21 @@ class SimulatedRouter:
     # --- workers ---
 
     def add_prefill(self, worker: SimulatedWorker) -> None:
-        self._prefills[worker.name] = _PrefillMember(worker)
+        self._prefills[worker.name] = self._changed[worker.name] = _PrefillMember(worker)
+        self._num_prefills += 1
         self.pump()
 
     def add_decode(self, worker: SimulatedWorker, *, colocated: bool) -> None:
-        self._decodes[worker.name] = _DecodeMember(worker, colocated=colocated, pace=DecodePace(self._tpot_target_s))
+        member = _DecodeMember(worker, colocated=colocated, pace=DecodePace(self._tpot_target_s))
+        self._decodes[worker.name] = self._changed[worker.name] = member
         self.pump()
 
     def retire(self, name: str) -> None:
         """Send nothing more there; what it runs goes on."""
-        (self._prefills.get(name) or self._decodes[name]).retired = True
+        member = self._prefills.get(name) or self._decodes[name]
+        member.retired = True
+        self._changed[name] = member
+        self._num_prefills -= name in self._prefills
 
     @property
     def num_queued(self) -> int:
@@ -209,7 +219,7 @@ class SimulatedRouter:
                 queue=self._queue,
                 num_arriving=self._num_admitted,
                 num_live=self.num_live,
-                prefills=self._prefill_loads(),
+                prefills=self._computing(),
             )
         except Overloaded as error:
             self._on_failed(life, error)
@@ -228,7 +238,7 @@ class SimulatedRouter:
         self._queue.push(life.ticket, life)
         self.pump()
         if life.waits and self._admission.ttft_target_s < math.inf:
-            at_s = self._admission.latest_start(life.ticket, deadline_at=math.inf, prefills=self._prefill_loads())
+            at_s = self._admission.latest_start(life.ticket, deadline_at=math.inf, prefills=self._computing())
             self._events.at(at_s, partial(self._too_late, life))
 
     def prefilled(self, life: RequestLife) -> None:
@@ -238,6 +248,7 @@ class SimulatedRouter:
         member: _PrefillMember | _DecodeMember
         member = self._prefills[life.prefill] if life.prefill is not None else self._decodes[life.decode]
         member.prefilled(life.num_uncached)
+        self._changed[member.worker.name] = member
         self._read_feed(member)
         self.pump()
 
@@ -245,6 +256,7 @@ class SimulatedRouter:
         """It let go of what it had on its decode worker."""
         member = self._decodes[life.decode]
         member.freed()
+        self._changed[life.decode] = member
         self._read_feed(member)
         self.pump()
 
@@ -257,9 +269,9 @@ class SimulatedRouter:
     def pump(self) -> None:
         """Send off what can be."""
         if len(self._queue):  # else most of a large simulation's time would go into views for nobody
-            dispatch(self._policy, self)
+            dispatch(self._policy, self, self._events.now_s)
 
-    def _prefill_loads(self) -> list[PrefillLoad]:
+    def _computing(self) -> list[PrefillLoad]:
         """Of everybody who computes prompts, whether or not it takes one more right now; none if nobody asks."""
         if self._admission.ttft_target_s == math.inf:
             return []
@@ -270,7 +282,7 @@ class SimulatedRouter:
         """Whether its work would still be worth something; ends it otherwise."""
         try:
             self._admission.check_start(
-                life.ticket, now=self._events.now_s, deadline_at=math.inf, prefills=self._prefill_loads()
+                life.ticket, now=self._events.now_s, deadline_at=math.inf, prefills=self._computing()
             )
         except Overloaded as error:
             self._refuse(life, error)
@@ -295,10 +307,16 @@ class SimulatedRouter:
         return self._queue.in_order()
 
     def view(self) -> ClusterView:
+        for name, member in self._changed.items():
+            if isinstance(member, _PrefillMember):
+                self._prefill_loads.put(name, member.load if member.takes_work else None)
+            else:
+                self._decode_loads.put(name, member.load if member.takes_work else None)
+        self._changed.clear()
         return ClusterView(
-            prefills=[member.load for member in self._prefills.values() if member.takes_work],
-            decodes=[member.load for member in self._decodes.values() if member.takes_work],
-            any_prefill_alive=any(not member.retired for member in self._prefills.values()),
+            prefills=self._prefill_loads,
+            decodes=self._decode_loads,
+            any_prefill_alive=self._num_prefills > 0,
             prefill_bound_s=self._prefill_bound_s,
             kv_bytes_per_token=self._kv_bytes_per_token,
             local_prefill_itl_s=self._local_prefill_itl_s,
@@ -349,8 +367,10 @@ class SimulatedRouter:
 
     def _begin(self, life: RequestLife, placement: Placement) -> bool:
         """Begin at the chosen pair; False: one of them has no room now."""
-        decode = self._decodes[placement.decode]
+        decode = self._changed[placement.decode] = self._decodes[placement.decode]
         prefill = self._prefills[placement.prefill] if placement.prefill is not None else None
+        if prefill is not None:
+            self._changed[prefill.worker.name] = prefill
         life.decode, life.prefill = placement.decode, placement.prefill
         computed_by = placement.prefill or placement.decode
         life.num_uncached = max(1, life.request.isl - self._cached_tokens(life).get(computed_by, 0))

@@ -49,7 +49,7 @@ class CountedTokens(MutableSequence[int]):
         self._count += 1
 
     def extend(self, values: Iterable[int]) -> None:
-        self._count += len(list(values))
+        self._count += len(values if isinstance(values, list) else list(values))
 
 
 class TraceContents:

@@ -35,7 +35,7 @@ from ..core.request import FinishReason, Request
 from ..proto import kv_transfer_pb2
 from ..scheduling.admission import Admission
 from ..scheduling.attempts import Answer, NewTokens, first_attempt
-from ..scheduling.dispatch_order import dispatch
+from ..scheduling.dispatch_order import Awaited, dispatch
 from ..scheduling.fair_queue import FairQueue, Ticket
 from ..scheduling.policies.prefix import prefix
 from ..scheduling.prefix_feed import PrefixChanges
@@ -83,6 +83,7 @@ class Job:
         self.draw = random.getrandbits(64)  # the policy's luck
         self.prefix = PrefixOfJob()
         self.phase = Phase.QUEUED
+        self.awaits: Awaited | None = None  # while it is queued
         self.queued_at = timeline.arrived_at
         self.prefill: PrefillLink | None = None
         self.decode: DecodeLink | None = None
@@ -431,7 +432,7 @@ class Dispatcher:
             return  # whoever ends a request below
         self._pumping = True
         try:
-            dispatch(self._policy, self)
+            dispatch(self._policy, self, time.monotonic())
         finally:
             self._pumping = False
         self._metrics.queued.set(self.num_queued)

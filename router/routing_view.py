@@ -17,6 +17,7 @@ from ..scheduling.pairing import groups_of, one_group
 from ..scheduling.prefix import prefix_hashes, prefix_namespace
 from ..scheduling.prefix_feed import block_key
 from ..scheduling.prefix_index import PrefixIndex
+from ..scheduling.ranked_loads import DecodeLoads, PrefillLoads
 from ..scheduling.routing import ClusterView, Placement, RoutedRequest, Snapshot
 from .membership import WorkerPool
 from .session import WorkerLink
@@ -80,13 +81,16 @@ class RoutingView:
         self._prefill_bound_s = prefill_bound_s
         self._local_prefill_itl_s = local_prefill_itl_s
         self._ttft_target_s = ttft_target_s
+        self._prefills = PrefillLoads(prefill_bound_s)
+        self._decodes = DecodeLoads()
         self.index = PrefixIndex()  # by address
         metrics.prefix_blocks.set_function(lambda: len(self.index))
 
     def view(self) -> ClusterView:
         pool = self._pool
-        prefills = [link.load for link in pool.prefills.values() if link.takes_work]
-        decodes = [link.load for link in pool.decodes.values() if link.takes_work]
+        prefills, decodes = self._prefills, self._decodes
+        prefills.put_all({link.address: link.load for link in pool.prefills.values() if link.takes_work})
+        decodes.put_all({link.address: link.load for link in pool.decodes.values() if link.takes_work})
         groups = groups_of(prefills, decodes)
         alive = {link.group for link in pool.prefills.values() if link.state == "ready"} if len(groups) > 1 else ()
         return ClusterView(

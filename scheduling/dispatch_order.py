@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol, TypeVar
 
-from .routing import ClusterView, Placement, RoutingPolicy, Snapshot
-
-J = TypeVar("J")
+from .ranked_loads import DecodeLoads, PrefillLoads
+from .routing import ClusterView, Placement, PrefillLoad, RoutingPolicy, Snapshot
 
 MAX_LOOKED_AT = 256  # requests from the head of the queue that one turn looks at
+RECONSIDER_S = 0.1  # after which a policy looks again at who waits for a worker, although none that is open got better
+
+
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """The busy worker that a queued request was found to wait for."""
+
+    worker: str
+    num_tokens: int  # of its prompt, that the worker would compute
+    improvements: tuple[int, int]  # of prefill and of decode workers, that were taken into account
+    until_s: float  # when it is looked at again in any case
+
+
+class QueuedJob(Protocol):
+    """A queued request. It leaves the queue, and comes into it, with `awaits` None."""
+
+    awaits: Awaited | None
+
+
+J = TypeVar("J", bound=QueuedJob)
 
 
 class Source(Protocol[J]):
@@ -36,27 +56,73 @@ class Source(Protocol[J]):
         ...
 
 
-def dispatch(policy: RoutingPolicy, source: Source[J]) -> None:
+def dispatch(policy: RoutingPolicy, source: Source[J], now_s: float) -> None:
     """Send off what can be, for the router and its simulation.
 
     A policy may want a prefill worker that has all the work it may have. Then the request stays queued, those behind it
-    may pass to other workers, and nobody passes it at its own. It is bound to nothing: the next call looks at it again.
+    may pass to other workers, and nobody passes it at its own. It is bound to nothing, but it is not looked at again
+    before some open worker has got better, or `RECONSIDER_S` have passed: else each prompt that ends somewhere would
+    have the whole queue looked through.
     """
-    while source.num_queued and (view := source.view()).can_start_any and _start_one(policy, source, view):
+    while source.num_queued and _can_start_any(view := source.view()) and _start_one(policy, source, view, now_s):
         pass
 
 
-def _start_one(policy: RoutingPolicy, source: Source[J], view: ClusterView) -> bool:
+def _start_one(policy: RoutingPolicy, source: Source[J], view: ClusterView, now_s: float) -> bool:
     """Start the first request that has an open worker; False: there is none."""
     held_tokens: dict[str, int] = {}  # of requests before the one looked at, by the worker that they wait for
+    newest = _newest_improvements(view)
     for job in islice(source.in_order(), MAX_LOOKED_AT):
-        snapshot = source.snapshot(job, view, held_tokens)
-        placement = policy(snapshot)
-        if placement is None:
-            return False
-        wanted = next((load for load in view.prefills if load.worker == placement.prefill), None)
-        if wanted is None or wanted.is_open(view.prefill_bound_s):
-            source.start(job, placement)
-            return True
-        held_tokens[wanted.worker] = held_tokens.get(wanted.worker, 0) + snapshot.uncached_tokens(wanted.worker)
+        awaited = job.awaits
+        if awaited is None or newest is None or _is_stale(awaited, view, newest, now_s):
+            job.awaits = None
+            snapshot = source.snapshot(job, view, held_tokens)
+            placement = policy(snapshot)
+            if placement is None:
+                return False
+            wanted = _prefill(view, placement.prefill) if placement.prefill is not None else None
+            if wanted is None or wanted.is_open(view.prefill_bound_s):
+                source.start(job, placement)
+                return True
+            job.awaits = awaited = Awaited(
+                worker=wanted.worker,
+                num_tokens=snapshot.uncached_tokens(wanted.worker),
+                improvements=newest or (0, 0),
+                until_s=now_s + RECONSIDER_S,
+            )
+        held_tokens[awaited.worker] = held_tokens.get(awaited.worker, 0) + awaited.num_tokens
     return False
+
+
+def _is_stale(awaited: Awaited, view: ClusterView, newest: tuple[int, int], now_s: float) -> bool:
+    """Whether a policy might choose otherwise by now."""
+    prefill, decode = awaited.improvements
+    return (
+        prefill < newest[0] or decode < newest[1] or awaited.until_s <= now_s or _prefill(view, awaited.worker) is None
+    )
+
+
+def _newest_improvements(view: ClusterView) -> tuple[int, int] | None:
+    """Of prefill workers that are open, and of decode workers where they may take a request from those.
+
+    None: nobody counts them, and every request has to be looked at.
+    """
+    if not (isinstance(view.prefills, PrefillLoads) and isinstance(view.decodes, DecodeLoads)):
+        return None
+    local = view.local_prefill_itl_s is not None
+    return view.prefills.last_improvement, view.decodes.last_improvement if local else 0
+
+
+def _can_start_any(view: ClusterView) -> bool:
+    """Whether any request at all can be sent off now."""
+    if view.local_prefill_itl_s is not None or not view.any_prefill_alive:
+        return True
+    if isinstance(view.prefills, PrefillLoads):
+        return view.prefills.any_open
+    return any(load.is_open(view.prefill_bound_s) for load in view.prefills)
+
+
+def _prefill(view: ClusterView, worker: str) -> PrefillLoad | None:
+    if isinstance(view.prefills, PrefillLoads):
+        return view.prefills.get(worker)
+    return next((load for load in view.prefills if load.worker == worker), None)

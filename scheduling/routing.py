@@ -30,9 +30,14 @@ class PrefillLoad:
         """Time until a new prompt would start."""
         return self.compute_s(self.outstanding_tokens)
 
+    @property
+    def speed(self) -> float:
+        """Prompt tokens a second, a guess while it is unknown."""
+        return self.tokens_per_s or UNKNOWN_PREFILL_TOKENS_PER_S
+
     def compute_s(self, num_tokens: int) -> float:
         """Time to compute so many prompt tokens."""
-        return num_tokens / (self.tokens_per_s or UNKNOWN_PREFILL_TOKENS_PER_S)
+        return num_tokens / self.speed
 
     def is_open(self, bound_s: float) -> bool:
         """Whether it may be sent another prompt.
@@ -89,13 +94,6 @@ class ClusterView:
     groups: Sequence[Group] = ()  # that the workers fall into
     alive_groups: Collection[Group] = ()  # with a prefill worker alive
     local_prefill_itl_s: float | None = None  # longest gap that a prompt prefilled on its decode worker may cause
-
-    @property
-    def can_start_any(self) -> bool:
-        """Whether any request at all can be sent off now."""
-        if self.local_prefill_itl_s is not None or not self.any_prefill_alive:
-            return True
-        return any(load.is_open(self.prefill_bound_s) for load in self.prefills)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,6 +42,10 @@ class Sequence:
     complete: bool = False  # a planned step yields its last token here
     released: bool = False  # over, but a planned step still uses its blocks
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # those known, from the second prompt token on
+    max_num_tokens: int = field(init=False)  # prompt and the longest output
+
+    def __post_init__(self) -> None:
+        self.max_num_tokens = self.request.num_prompt_tokens + self.request.max_tokens
 
     @property
     def request_id(self) -> str:

@@ -324,12 +324,12 @@ class StepScheduler:
         num_steps = num_context_tokens = 0
         started: list[Sequence] = []
         for sequence in self._running:
-            request, num_tokens = sequence.request, sequence.num_tokens
-            num_output = num_tokens - request.num_prompt_tokens
-            if num_tokens - sequence.num_computed != 1 or not num_output or request.stop_token_ids:
+            request, num_tokens = sequence.request, len(sequence.token_ids)
+            left = sequence.max_num_tokens - num_tokens
+            if num_tokens - sequence.num_computed != 1 or left == request.max_tokens or request.stop_token_ids:
                 return None  # a prefill, a first token, or an end that nobody can foresee
-            if not num_steps or request.max_tokens - num_output < num_steps:
-                num_steps = request.max_tokens - num_output
+            if not num_steps or left < num_steps:
+                num_steps = left
             num_context_tokens += num_tokens
             if not sequence.started:
                 started.append(sequence)
@@ -353,16 +353,18 @@ class StepScheduler:
         """Account for the first steps of a run in which every token is `token_id`; returns the sequences that ended."""
         ended: list[Sequence] = []
         token_ids = [token_id] * num_steps
-        for sequence in tuple(self._running):
+        size, publishes = self.blocks.block_size, self.blocks.has_prefix_cache
+        for sequence in tuple(self._running):  # what a simulator spends most of its time with
             num_computed = sequence.num_computed + num_steps
-            needed = blocks_for(num_computed, self.blocks.block_size) - len(sequence.block_table)
+            needed = -(-num_computed // size) - len(sequence.block_table)
             if needed > 0:
                 sequence.block_table += self.blocks.allocate(needed)
             sequence.token_ids.extend(token_ids)
             sequence.num_computed = num_computed
             sequence.started = True
-            self._publish(sequence, num_computed)
-            if num_computed + 1 - sequence.request.num_prompt_tokens >= sequence.request.max_tokens:
+            if publishes:
+                self._publish(sequence, num_computed)
+            if num_computed + 1 >= sequence.max_num_tokens:
                 self._finish(sequence)
                 ended.append(sequence)
         return ended

@@ -29,8 +29,8 @@ from ..kv_transfer.receiver import KvReceiver
 from ..kv_transfer.sender import KvSender
 from ..kv_transfer.source_ranks import RankSender
 from ..proto import kv_transfer_pb2
-from ..proto.server import RpcServer
-from .rank_links import LINE_LIMIT, SWITCH_INTERVAL_S, RankSettings, received_from_json
+from ..proto.server import SWITCH_INTERVAL_S, RpcServer
+from .rank_links import LINE_LIMIT, RankSettings, received_from_json
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,6 @@ from ..kv_transfer.ranks import Endpoint
 from ..proto.tls import Tls
 
 LINE_LIMIT = 1 << 26  # bytes of a line: a million token ids
-SWITCH_INTERVAL_S = 2e-4  # steps and transfers share an interpreter; Python's 5 ms would be a whole decode step
 ENTRY = "splitserve.worker.rank_agent"
 
 

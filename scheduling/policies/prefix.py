@@ -12,17 +12,17 @@ use. docs/routing.md explains the terms.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ...core.kv_geometry import blocks_for
+from ..decode_cost import decode_cost_s, joined_step_s, least_cost_s
 from ..links import link_between
 from ..local_prefill import local_decode
+from ..ranked_loads import DecodeLoads, PrefillLoads
 from ..routing import DecodeLoad, Placement, PrefillLoad, Snapshot
 from .candidates import decode_candidates, pair, prefill_candidates
 
-FIRST_TOKENS = 32  # of the answer, that a slow decode step counts for
-FULL_S = 1.0  # a full decode worker: whoever is preempted there computes its context again
 PREFILL_WEIGHT = 1.0  # work saved here is a shorter wait for those behind
 LATE_WEIGHT = 4.0
 
@@ -38,22 +38,21 @@ class _Decode:
 
 def prefix(snapshot: Snapshot) -> Placement | None:
     """Prefill and decode worker chosen together. May be a prefill worker that is not open yet: worth waiting for."""
-    decodes = _with_room(snapshot, decode_candidates(snapshot))
+    decodes = decode_candidates(snapshot)
     if not decodes:
         return None
     if not snapshot.view.any_prefill_alive:
-        return pair(snapshot, None, min(decodes, key=lambda load: _alone_s(snapshot, load)))
-    if (local := local_decode(snapshot, decodes)) is not None:
-        return Placement(prefill=None, decode=local.worker)
-    best: tuple[float, PrefillLoad, DecodeLoad] | None = None
-    steps_s = [_step_s(snapshot, load) for load in decodes]
-    # As a free one, a worker that has not decoded yet would draw everybody.
-    unknown_s = min(filter(None, steps_s), default=0.0)
-    weighed = [_weigh(snapshot, load, step_s or unknown_s) for load, step_s in zip(decodes, steps_s, strict=True)]
-    if all(load.place is None for load in decodes):  # every link is the same, so one of them is best for all
-        weighed = [min(weighed, key=lambda decode: (decode.cost_s, decode.load.num_sequences))]
+        return pair(snapshot, None, min(_with_room(snapshot, decodes), key=lambda load: _alone_s(snapshot, load)))
+    if snapshot.view.local_prefill_itl_s is not None:
+        local = local_decode(snapshot, _with_room(snapshot, decodes))
+        if local is not None:
+            return Placement(prefill=None, decode=local.worker)
+    weighed = _weighed(snapshot, decodes)
     cheapest_s = min(decode.cost_s for decode in weighed)
-    for prefill in prefill_candidates(snapshot):
+    best: tuple[float, PrefillLoad, DecodeLoad] | None = None
+    for prefill, least_s in _by_promise(snapshot):
+        if best is not None and least_s + cheapest_s >= best[0]:
+            break
         prefill_s = prefill.compute_s(snapshot.uncached_tokens(prefill.worker))
         ttft_s = snapshot.wait_s(prefill) + prefill_s
         slack_s = snapshot.request.ttft_slack_s
@@ -69,29 +68,71 @@ def prefix(snapshot: Snapshot) -> Placement | None:
     return Placement(prefill=best[1].worker, decode=best[2].worker) if best is not None else None
 
 
+def _by_promise(snapshot: Snapshot) -> Iterator[tuple[PrefillLoad, float]]:
+    """Prefill workers, each with what going there costs at least; of those behind, none costs less than that."""
+    loads, cached = prefill_candidates(snapshot), snapshot.cached_tokens
+    if not isinstance(loads, PrefillLoads):
+        yield from ((load, 0.0) for load in loads)
+        return
+    if not loads:
+        return
+    for worker in cached:
+        if (load := loads.get(worker)) is not None:
+            yield load, 0.0
+    prompt_s = (1 + PREFILL_WEIGHT) * snapshot.request.num_tokens / loads.fastest
+    yield from ((load, load.wait_s + prompt_s) for load in loads.by_rank() if load.worker not in cached)
+
+
 def _with_room(snapshot: Snapshot, decodes: Sequence[DecodeLoad]) -> Sequence[DecodeLoad]:
     """Those that have the blocks; all if nobody has, for blocks may be freed before the request gets there."""
-    return [
-        load
-        for load in decodes
-        if blocks_for(snapshot.uncached_tokens(load.worker), load.block_size) <= load.available_blocks
-    ] or decodes
+    return [load for load in decodes if _has_room(snapshot, load)] or decodes
 
 
-def _step_s(snapshot: Snapshot, load: DecodeLoad) -> float:
-    """Of the worker with one sequence more; 0 when unknown."""
-    if load.times is None:
-        return 0.0
-    return load.times.decode_step_s(load.num_sequences + 1, load.context_tokens + snapshot.request.num_tokens)
+def _has_room(snapshot: Snapshot, load: DecodeLoad) -> bool:
+    return blocks_for(snapshot.uncached_tokens(load.worker), load.block_size) <= load.available_blocks
+
+
+def _weighed(snapshot: Snapshot, decodes: Sequence[DecodeLoad]) -> Sequence[_Decode]:
+    """Those that may be the best of a pair: one, where every link is the same."""
+    num_tokens = snapshot.request.num_tokens
+    if isinstance(decodes, DecodeLoads) and not decodes.num_placed and (best := _cheapest(snapshot, decodes)):
+        return [best]
+    decodes = _with_room(snapshot, decodes)
+    steps_s = [joined_step_s(load, num_tokens) for load in decodes]
+    # As a free one, a worker that has not decoded yet would draw everybody.
+    unknown_s = min(filter(None, steps_s), default=0.0)
+    weighed = [_weigh(snapshot, load, step_s or unknown_s) for load, step_s in zip(decodes, steps_s, strict=True)]
+    if all(load.place is None for load in decodes):
+        return [min(weighed, key=_rank)]
+    return weighed
+
+
+def _cheapest(snapshot: Snapshot, decodes: DecodeLoads) -> _Decode | None:
+    """Of those with room, by the rank of the loads; None: nobody has, or how long somebody's step takes is unknown."""
+    best: _Decode | None = None
+    for load in decodes.by_rank():
+        if best is not None and least_cost_s(load) > best.cost_s:
+            break
+        if not _has_room(snapshot, load):
+            continue
+        step_s = joined_step_s(load, snapshot.request.num_tokens)
+        if not step_s:
+            return None
+        decode = _weigh(snapshot, load, step_s)
+        if best is None or _rank(decode) < _rank(best):
+            best = decode
+    return best
+
+
+def _rank(decode: _Decode) -> tuple[float, int]:
+    return decode.cost_s, decode.load.num_sequences
 
 
 def _weigh(snapshot: Snapshot, load: DecodeLoad, step_s: float) -> _Decode:
     moved = snapshot.uncached_tokens(load.worker)
-    left = load.available_blocks - blocks_for(moved, load.block_size)
-    fill = min(1.0, max(0.0, 1 - left / load.num_blocks)) if load.num_blocks else 1.0
     return _Decode(
         load=load,
-        cost_s=FIRST_TOKENS * step_s + FULL_S * fill**4,
+        cost_s=decode_cost_s(load, step_s, blocks_for(moved, load.block_size)),
         moved_bytes=moved * snapshot.view.kv_bytes_per_token,
     )
 
@@ -100,4 +141,5 @@ def _alone_s(snapshot: Snapshot, load: DecodeLoad) -> float:
     """Score of a worker that computes the prompt and answers by itself."""
     uncached = load.local_prefill_tokens + snapshot.uncached_tokens(load.worker)
     prefill_s = load.times.prefill_step_s([(uncached, 0)]) if load.times is not None else 0.0
-    return (1 + PREFILL_WEIGHT) * prefill_s + _weigh(snapshot, load, _step_s(snapshot, load)).cost_s
+    step_s = joined_step_s(load, snapshot.request.num_tokens)
+    return (1 + PREFILL_WEIGHT) * prefill_s + _weigh(snapshot, load, step_s).cost_s

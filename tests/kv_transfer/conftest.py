@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from splitserve.core.request import Request
 from splitserve.kv_transfer.codecs import CodecName
 from splitserve.kv_transfer.fetching import Received
 from splitserve.kv_transfer.frames import SERVICE
+from splitserve.kv_transfer.gloo import GlooRendezvous
 from splitserve.kv_transfer.grants import Grant, KvSource
 from splitserve.kv_transfer.identity import WorkerIdentity, current_host_id
 from splitserve.kv_transfer.receiver import KvReceiver
@@ -273,6 +275,13 @@ def same_pool() -> Iterator[TinyPool]:
         pool = TinyPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def impatient_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo gives up within half a second: a set-up that nobody joins, and a payload that nobody takes."""
+    impatient = partial(GlooRendezvous, set_up_s=0.5, stall_s=0.5)
+    monkeypatch.setattr("splitserve.kv_transfer.channels.GlooRendezvous", impatient)
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ async def test_a_silent_peer_is_given_up_within_the_time_of_one_payload() -> Non
 
 
 async def test_a_set_up_that_nobody_joins_ends_at_its_deadline() -> None:
-    rendezvous = GlooRendezvous(set_up_s=0.2)
+    rendezvous = GlooRendezvous(set_up_s=0.2, stall_s=0.2)
     lonely = rendezvous.invite()
     lanes = [Lane("the sender's lane", lonely.join), Lane("late", lambda: rendezvous.accept("127.0.0.1", b"1"))]
     for lane in lanes:

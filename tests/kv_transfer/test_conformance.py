@@ -270,6 +270,7 @@ class FlippingLane:
         return self._lane.send(data)
 
 
+@pytest.mark.usefixtures("impatient_gloo")
 @every_transport
 @pytest.mark.parametrize("how", ["duplicate", "reordered", "checksum", "payload"])
 async def test_edited_frames_never_become_kv(pair, monkeypatch, transport: str, how: str) -> None:

@@ -86,10 +86,10 @@ class Breaking(KvSender):
                 self.cut()
                 await asyncio.Event().wait()  # until gRPC sees that nobody is there
             if number == at and how == "damage":
-                if header.kind is FrameKind.DATA and header.payload_bytes > 100:
-                    frame = frame[:-1] + bytes([frame[-1] ^ 1])
-                else:
+                if header.kind is FrameKind.APART:
                     frame = replace(header, checksum=header.checksum ^ 1).pack() + frame[HEADER_BYTES:]
+                else:  # KV, or the number of a block
+                    frame = frame[:-4] + bytes([frame[-4] ^ 1]) + frame[-3:]
             if number == at and how == "lane" and way.lane is not None:
                 way.lane.abort("the test says so")
             number += 1

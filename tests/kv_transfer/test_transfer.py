@@ -245,6 +245,7 @@ class WrongInvitations(KvSender):
         return response
 
 
+@pytest.mark.usefixtures("impatient_gloo")
 @pytest.mark.parametrize("others", [(), ("grpc",)])
 async def test_a_channel_that_cannot_be_set_up_leaves_its_kv_to_grpc_if_it_may(pair, others: tuple) -> None:
     async with pair("gloo", *others, sender_type=WrongInvitations) as p:

@@ -3,27 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
-from splitserve.scheduling.dispatch_order import MAX_LOOKED_AT, dispatch
+from splitserve.scheduling.dispatch_order import MAX_LOOKED_AT, RECONSIDER_S, Awaited, dispatch
+from splitserve.scheduling.ranked_loads import DecodeLoads, PrefillLoads
 from splitserve.scheduling.routing import ClusterView, Placement, RoutedRequest, Snapshot
 
 from .snapshots import decode, prefill
 
 
 @dataclass
+class Job:
+    name: str
+    awaits: Awaited | None = None
+
+
+@dataclass
 class Cluster:
     """Two prefill workers and a queue of requests that each name the one they want ("1" wants what nobody has)."""
 
-    queue: list[str]
+    names: InitVar[list[str]]
     closed: set[str] = field(default_factory=set)
     refuse: set[str] = field(default_factory=set)  # workers that do, once
     full: set[str] = field(default_factory=set)
     started: list[str] = field(default_factory=list)
     seen: list[tuple[str, dict[str, int]]] = field(default_factory=list)  # by the policy: request, tokens held
 
-    def run(self) -> None:
-        dispatch(self.choose, self)
+    now_s: float = 0.0
+    closes: bool = False  # a worker has room for one
+    ranked: bool = True  # else the view holds plain lists
+
+    def __post_init__(self, names: list[str]) -> None:
+        self.jobs = [Job(name) for name in names]
+        self.prefills, self.decodes = PrefillLoads(0.2), DecodeLoads()
+        self.decodes.put("d", decode("d"))
+
+    @property
+    def queue(self) -> list[str]:
+        return [job.name for job in self.jobs]
+
+    def join(self, name: str) -> None:
+        self.jobs.append(Job(name))
+
+    def run(self) -> list[str]:
+        """Dispatch; whom the policy looked at."""
+        before = len(self.seen)
+        dispatch(self.choose, self, self.now_s)
+        return [name for name, _ in self.seen[before:]]
 
     def choose(self, snapshot: Snapshot) -> Placement | None:
         job = snapshot.request.session.decode()
@@ -34,31 +60,36 @@ class Cluster:
 
     @property
     def num_queued(self) -> int:
-        return len(self.queue)
+        return len(self.jobs)
 
-    def in_order(self) -> Iterator[str]:
-        return iter(self.queue)
+    def in_order(self) -> Iterator[Job]:
+        return iter(self.jobs)
 
     def view(self) -> ClusterView:
+        for name in "ab":
+            load = prefill(name, 10_000 if name in self.closed else 0)
+            self.prefills.put(name, load if name not in self.full else None)
         return ClusterView(
-            prefills=[prefill(name, 10_000 if name in self.closed else 0) for name in "ab" if name not in self.full],
-            decodes=[decode("d")],
+            prefills=self.prefills if self.ranked else list(self.prefills),
+            decodes=self.decodes if self.ranked else list(self.decodes),
             any_prefill_alive=True,
             prefill_bound_s=0.2,
         )
 
-    def snapshot(self, job: str, view: ClusterView, held_tokens: Mapping[str, int]) -> Snapshot:
+    def snapshot(self, job: Job, view: ClusterView, held_tokens: Mapping[str, int]) -> Snapshot:
         return Snapshot(
-            request=RoutedRequest(num_tokens=100, session=job.encode()), view=view, held_tokens=dict(held_tokens)
+            request=RoutedRequest(num_tokens=100, session=job.name.encode()), view=view, held_tokens=dict(held_tokens)
         )
 
-    def start(self, job: str, placement: Placement) -> None:
+    def start(self, job: Job, placement: Placement) -> None:
         assert placement.prefill is not None
         if placement.prefill in self.refuse:
             self.full.add(placement.prefill)
             return
-        self.queue.remove(job)
-        self.started.append(f"{job} at {placement.prefill}")
+        self.jobs.remove(job)
+        self.started.append(f"{job.name} at {placement.prefill}")
+        if self.closes:
+            self.closed.add(placement.prefill)
 
 
 def test_who_waits_for_a_busy_worker_lets_others_pass_but_nobody_who_wants_the_same() -> None:
@@ -67,7 +98,7 @@ def test_who_waits_for_a_busy_worker_lets_others_pass_but_nobody_who_wants_the_s
     assert cluster.started == ["b1 at b", "b2 at b"]
     assert cluster.queue == ["a1", "a2"]
     assert cluster.seen[:3] == [("a1", {}), ("a2", {"a": 100}), ("b1", {"a": 200})]
-    cluster.queue.append("a3")
+    cluster.join("a3")
     cluster.closed.clear()
     cluster.run()
     assert cluster.started[2:] == ["a1 at a", "a2 at a", "a3 at a"]
@@ -99,3 +130,36 @@ def test_no_more_than_a_bounded_part_of_the_queue_is_looked_at() -> None:
     cluster.run()
     assert cluster.started == []
     assert len(cluster.seen) == MAX_LOOKED_AT
+
+
+def test_who_waits_is_looked_at_again_once_a_worker_got_better_or_some_time_has_passed() -> None:
+    cluster = Cluster(["a1", "a2"], closed={"a"})
+    assert cluster.run() == ["a1", "a2"]
+    assert cluster.run() == []
+    cluster.join("a3")
+    assert cluster.run() == ["a3"]
+    assert cluster.seen[-1] == ("a3", {"a": 200})  # those before it count, looked at or not
+    cluster.join("b1")
+    assert cluster.run() == ["b1"]
+    assert cluster.started == ["b1 at b"]
+    cluster.closed.add("b")
+    assert cluster.run() == []
+    cluster.closed.remove("b")
+    assert cluster.run() == ["a1", "a2", "a3"]
+    cluster.now_s += RECONSIDER_S
+    assert cluster.run() == ["a1", "a2", "a3"]
+    cluster.full.add("a")  # who waited for it goes elsewhere
+    cluster.run()
+    assert cluster.started == ["b1 at b", "a1 at b", "a2 at b", "a3 at b"]
+
+
+def test_a_worker_with_room_for_one_costs_one_look_however_many_wait() -> None:
+    cluster = Cluster([f"a{i}" for i in range(100)], closed={"a", "b"}, closes=True)
+    assert cluster.run() == []
+    cluster.closed.remove("a")
+    assert cluster.run() == ["a0"]
+
+
+def test_with_plain_lists_everybody_is_looked_at_each_time() -> None:
+    cluster = Cluster(["a1", "a2"], closed={"a"}, ranked=False)
+    assert cluster.run() == cluster.run() == ["a1", "a2"]

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,10 +44,27 @@ class Worker:
     address: str
 
     @property
+    def other_ranks(self) -> list[int]:
+        """Process ids of all but rank 0."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(child) for child in children.split()]
+
+    @property
     def other_rank(self) -> int:
-        """Process id of rank 1."""
-        (child,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(child)
+        (rank,) = self.other_ranks
+        return rank
+
+    def ends_with_its_ranks(self, number: signal.Signals) -> int:
+        """Its exit code after this signal; no rank outlives it."""
+        ranks = [os.pidfd_open(rank) for rank in self.other_ranks]
+        try:
+            self.process.send_signal(number)
+            code = self.process.wait(timeout=WAIT_S)
+            assert all(map(ended, ranks))
+            return code
+        finally:
+            for rank in ranks:
+                os.close(rank)
 
 
 StartWorker = Callable[..., Worker]
@@ -165,18 +183,12 @@ def test_a_slow_rank_makes_slow_tokens_and_the_same_ones(start_worker: StartWork
     assert worker.process.poll() is None
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.gpu
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)])
-def test_no_rank_outlives_its_worker(device: str, number: signal.Signals, code: int, start_worker: StartWorker) -> None:
-    worker = start_worker(device)
+def test_no_rank_outlives_its_worker_on_gpus(number: signal.Signals, code: int, start_worker: StartWorker) -> None:
+    worker = start_worker("cuda")
     assert asyncio.run(answer(worker.address))  # so it has come to where it waits for signals
-    other = os.pidfd_open(worker.other_rank)
-    try:
-        worker.process.send_signal(number)
-        assert worker.process.wait(timeout=WAIT_S) == code
-        assert ended(other)
-    finally:
-        os.close(other)
+    assert worker.ends_with_its_ranks(number) == code
 
 
 @asynccontextmanager
@@ -251,8 +263,11 @@ MIXED = [pytest.param(2, 1, marks=pytest.mark.verify), pytest.param(1, 2, marks=
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("p", "d"), [*MIXED, (2, 2)])
-def test_kv_moves_between_workers_of_any_ranks(p: int, d: int, start_worker: StartWorker, model_dir: Path) -> None:
-    prefill, decode = start_worker("cpu", "prefill", p), start_worker("cpu", "decode", d)
+def test_kv_moves_between_workers_of_any_ranks_and_no_rank_outlives_its_worker(
+    p: int, d: int, start_worker: StartWorker, model_dir: Path
+) -> None:
+    with ThreadPoolExecutor() as threads:  # most of a start is imports, one rank after the other
+        prefill, decode = threads.map(start_worker, ("cpu", "cpu"), ("prefill", "decode"), (p, d))
     request = Request(request_id="r", prompt_token_ids=PROMPT, max_tokens=NEW_TOKENS)
     geometry = load_model(EngineOptions(model=str(model_dir), self_check=False)).geometry
     wanted = alone(model_dir)
@@ -262,6 +277,9 @@ def test_kv_moves_between_workers_of_any_ranks(p: int, d: int, start_worker: Sta
         assert tokens == wanted
         cached = 0 if name == "first" else len(PROMPT) // 16 * 16
         assert done.num_bytes == geometry.bytes_per_token * (len(PROMPT) - cached)
+    assert (len(prefill.other_ranks), len(decode.other_ranks)) == (p - 1, d - 1)
+    assert decode.ends_with_its_ranks(signal.SIGKILL) == -signal.SIGKILL
+    assert prefill.ends_with_its_ranks(signal.SIGTERM) == 0
 
 
 @pytest.mark.verify
