@@ -65,9 +65,10 @@ class Peer:
         self.pool = pool
         self.lane: Lane | None = None
         self.link_epoch = 0
-        self.fetch: Any = channel.unary_stream(
+        self._fetch: Any = channel.stream_stream(
             f"/{SERVICE}/Fetch", request_serializer=pb.FetchRequest.SerializeToString, response_deserializer=None
         )
+        self._standing_by: Any = None  # a Fetch that has asked for nothing yet
         self.commit: Any = channel.unary_unary(
             f"/{SERVICE}/Commit",
             request_serializer=pb.CommitRequest.SerializeToString,
@@ -78,6 +79,17 @@ class Peer:
         self.retired = False
         self.unused = asyncio.Event()
         self.watch: asyncio.Task[None] | None = None
+
+    def fetch(self) -> Any:
+        """A Fetch that has yet to ask: the one that stands by, if it still lives, or a new one."""
+        call, self._standing_by = self._standing_by, None
+        return self._fetch() if call is None or call.done() else call
+
+    def stand_by(self) -> None:
+        """Open a Fetch for the next transfer, now that nobody waits: accepting a call takes the prefill worker twice as
+        long as reading a message, and there it would take the interpreter from the thread that computes the prompt."""
+        if not self.retired and (self._standing_by is None or self._standing_by.done()):
+            self._standing_by = self._fetch()
 
 
 class Peers:
