@@ -32,8 +32,9 @@ from ..proto.mount import ServiceMount
 from ..proto.rpc import abort
 from ..proto.server import Ready, RpcServer
 from ..proto.tls import probes_context
-from .device import THROTTLE_REASONS, DeviceReader, DeviceState, open_devices
+from .device import DeviceReader, DeviceState, open_devices
 from .holdings import list_holdings
+from .measured import Measured
 from .options import Role, WorkerOptions
 from .rank_links import ENTRY as RANK_ENTRY
 from .rank_links import RankLink, RankSettings
@@ -53,24 +54,6 @@ _ADMIN = "splitserve.v1.WorkerAdmin"
 SERVICES = ("splitserve.v1.PrefillWorker", "splitserve.v1.DecodeWorker", "splitserve.v1.KvTransfer", _ADMIN)
 _HEALTH_PERIOD_S = 1.0
 _HAND_OVER_S = 2.0  # for what was handed over to be let go of, and for sessions to end
-_RATE_WEIGHT = 0.2  # of the newest step in the moving averages
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Counts:
-    """The engine's counters as of the last step that the metrics know of."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    recomputed_prompt_tokens: int = 0
-
-    @classmethod
-    def of(cls, engine: Engine) -> _Counts:
-        return cls(
-            prompt_tokens=engine.prompt_tokens,
-            cached_tokens=engine.cached_tokens,
-            recomputed_prompt_tokens=engine.recomputed_prompt_tokens,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,15 +135,12 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self._no_sessions = asyncio.Event()
         self._stop = asyncio.Event()  # the first signal
         self._hurry = asyncio.Event()  # the second
-        self._prefill_tokens_per_s = 0.0
-        self._decode_step_s = self._decode_batch = 0.0
         self._loop = asyncio.get_running_loop()
         self._device = DeviceLoop(self.engine, self._step_done)
         self._pulse = Pulse(options.stall_bound_s)
         self._tasks: list[asyncio.Task[None]] = []
         self._device_states: Sequence[DeviceState] = ()
-        self._told = _Counts()
-        self._publish_gauges()
+        self.measured = Measured(self.engine, self.metrics)
         worker_pb2_grpc.add_WorkerAdminServicer_to_server(self, self.rpc.server)
 
     async def start(self) -> Ready:
@@ -204,8 +184,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self.identity = dataclasses.replace(self.identity, boot_id=secrets.token_hex(8))
         self.registry = new_registry()
         self.metrics = WorkerMetrics(self.registry, successor, self.metrics.links)
-        self._told = _Counts.of(self.engine)
-        self._publish_gauges()
+        self.measured.publish_in(self.metrics)
 
     async def _end_sessions(self) -> None:
         for session in self.sessions:
@@ -376,9 +355,9 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             num_waiting=usage.num_waiting,
             num_held=usage.num_held,
             num_outstanding_prefill_tokens=usage.outstanding_prefill_tokens,
-            prefill_tokens_per_s=self._prefill_tokens_per_s,
-            decode_step_s=self._decode_step_s,
-            decode_batch=self._decode_batch,
+            prefill_tokens_per_s=self.measured.prefill_tokens_per_s,
+            decode_step_s=self.measured.decode_step_s,
+            decode_batch=self.measured.decode_batch,
             num_steps=self.engine.num_steps,
             draining=self.draining,
             stalled=self._device.stalled(self.options.stall_bound_s),
@@ -438,29 +417,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self._loop.call_soon_threadsafe(self._deliver, output)
 
     def _deliver(self, output: StepOutput) -> None:
-        record = output.record
-        metrics = self.metrics
-        metrics.steps.inc()
-        metrics.step_seconds.observe(record.total_s)
-        metrics.output_tokens.inc(record.num_new_tokens)
-        metrics.preemptions.inc(len(output.preempted))
-        engine, told = self.engine, self._told
-        metrics.prompt_tokens.inc(engine.prompt_tokens - told.prompt_tokens)
-        metrics.cached_tokens.inc(engine.cached_tokens - told.cached_tokens)
-        metrics.recomputed_prompt_tokens.inc(engine.recomputed_prompt_tokens - told.recomputed_prompt_tokens)
-        self._told = _Counts.of(engine)
-        if record.kind == "prefill":
-            self._prefill_tokens_per_s = _average(
-                self._prefill_tokens_per_s, record.num_prefill_tokens / record.total_s
-            )
-        elif record.kind == "decode":
-            self._decode_step_s = _average(self._decode_step_s, record.total_s)
-            self._decode_batch = _average(self._decode_batch, record.num_sequences)
-        elif self.options.role == "decode" and self._decode_step_s:
-            # What a prompt adds to a decode step: a busy decode worker never computes one alone. Below a tenth of
-            # the step the difference is noise.
-            prefill_s = max(record.total_s - self._decode_step_s, 0.1 * self._decode_step_s)
-            self._prefill_tokens_per_s = _average(self._prefill_tokens_per_s, record.num_prefill_tokens / prefill_s)
+        self.measured.step(output, self.options.role)
         if self._role is not None:
             self._role.on_step(output)
 
@@ -481,25 +438,12 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
     async def _read_devices(self) -> None:
         self._device_states = await asyncio.to_thread(self.devices.read)
         for state in self._device_states:
-            _publish_device(self.metrics, state)
+            self.measured.device(state)
             if state.fault and not self.fault:
                 self.fault = state.fault
                 logger.error("out of service: %s", state.fault)
                 for session in self.sessions:
                     session.status_changed()
-
-    def _publish_gauges(self) -> None:
-        """Gauges are read when they are scraped, so they are never stale."""
-        engine, metrics = self.engine, self.metrics
-        metrics.blocks_total.set_function(lambda: engine.usage().blocks_total)
-        metrics.blocks_free.set_function(lambda: engine.usage().blocks_free)
-        metrics.blocks_cached.set_function(lambda: engine.usage().blocks_cached)
-        metrics.blocks_live.set_function(lambda: engine.usage().blocks_live)
-        metrics.blocks_granted.set_function(lambda: engine.usage().blocks_granted)
-        metrics.blocks_orphaned.set_function(engine.num_orphaned_blocks)
-        metrics.running.set_function(lambda: engine.usage().num_running)
-        metrics.waiting.set_function(lambda: engine.usage().num_waiting)
-        metrics.held.set_function(lambda: engine.usage().num_held)
 
 
 async def _within(timeout_s: float, event: asyncio.Event) -> bool:
@@ -512,22 +456,5 @@ async def _within(timeout_s: float, event: asyncio.Event) -> bool:
     return True
 
 
-def _average(old: float, new: float) -> float:
-    return new if old == 0.0 else old + _RATE_WEIGHT * (new - old)
-
-
 def _device_status(state: DeviceState) -> worker_pb2.DeviceStatus:
     return worker_pb2.DeviceStatus(**dataclasses.asdict(state))
-
-
-def _publish_device(metrics: WorkerMetrics, state: DeviceState) -> None:
-    metrics.gpu_memory_used.labels(state.uuid).set(state.memory_used_bytes)
-    metrics.gpu_memory_total.labels(state.uuid).set(state.memory_total_bytes)
-    metrics.gpu_temperature.labels(state.uuid).set(state.temperature_c)
-    metrics.gpu_power.labels(state.uuid).set(state.power_w)
-    metrics.gpu_sm_clock.labels(state.uuid).set(state.sm_clock_mhz * 1e6)
-    metrics.gpu_ecc_errors.labels(state.uuid, "corrected").set(state.corrected_errors)
-    metrics.gpu_ecc_errors.labels(state.uuid, "uncorrected").set(state.uncorrected_errors)
-    metrics.gpu_nvlinks_up.labels(state.uuid).set(state.nvlinks_up)
-    for reason in THROTTLE_REASONS.values():
-        metrics.gpu_throttled.labels(state.uuid, reason).set(reason in state.throttle_reasons)
