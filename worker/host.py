@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import grpc.aio
-
-from ..core.errors import Draining, InvalidRequest, ModelUnsupported, SplitserveError, Unavailable
+from ..core.errors import Draining, ModelUnsupported, Unavailable
 from ..core.events import Recorder
 from ..core.metrics import WorkerMetrics, new_registry
 from ..core.probes import serve_probes
@@ -29,26 +27,19 @@ from ..kv_transfer.ranges import KvLayout
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.convert import PROTOCOL_VERSION
 from ..proto.mount import ServiceMount
-from ..proto.rpc import abort
 from ..proto.server import Ready, RpcServer
 from ..proto.tls import probes_context
+from .admin import ROLES, WorkerAdmin
 from .device import DeviceReader, DeviceState, open_devices
-from .holdings import list_holdings
 from .measured import Measured
 from .options import Role, WorkerOptions
 from .rank_links import ENTRY as RANK_ENTRY
 from .rank_links import RankLink, RankSettings
-from .role import RoleHooks, RoleSwitch
+from .role import Holder, RoleHooks, RoleSwitch
 from .session import Session
 
 logger = logging.getLogger(__name__)
 
-_ROLES: dict[Role, worker_pb2.Role.ValueType] = {
-    "prefill": worker_pb2.ROLE_PREFILL,
-    "decode": worker_pb2.ROLE_DECODE,
-    "colocated": worker_pb2.ROLE_COLOCATED,
-}
-_ROLE_NAMES: dict[int, Role] = {value: name for name, value in _ROLES.items()}
 _ADMIN = "splitserve.v1.WorkerAdmin"
 # Whatever its role is or becomes: what reflection tells of.
 SERVICES = ("splitserve.v1.PrefillWorker", "splitserve.v1.DecodeWorker", "splitserve.v1.KvTransfer", _ADMIN)
@@ -64,7 +55,7 @@ class Drained:
     num_left: int  # that could not be let go of
 
 
-class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
+class WorkerHost:
     """Everything about a worker that does not depend on its role.
 
     It has one role at a time: `take_role`. The role registers its services on `mount`, and counts its requests in
@@ -141,7 +132,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self._tasks: list[asyncio.Task[None]] = []
         self._device_states: Sequence[DeviceState] = ()
         self.measured = Measured(self.engine, self.metrics)
-        worker_pb2_grpc.add_WorkerAdminServicer_to_server(self, self.rpc.server)
+        worker_pb2_grpc.add_WorkerAdminServicer_to_server(WorkerAdmin(self), self.rpc.server)
 
     async def start(self) -> Ready:
         """Start serving; the address is reachable when this returns."""
@@ -322,7 +313,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             protocol_version=PROTOCOL_VERSION,
             worker_id=self.identity.worker_id,
             boot_id=self.identity.boot_id,
-            role=_ROLES[self.options.role],
+            role=ROLES[self.options.role],
             model=self.options.model_name or self.options.engine.model,
             # Another digest keeps those apart whose KV does not move.
             geometry_digest=self.layout.geometry.digest() + ("" if self._moves_kv else "-stays"),
@@ -342,6 +333,10 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             labels=self.options.labels,
             local_prefill=self.options.local_prefill,
         )
+
+    def holders(self) -> list[Holder]:
+        """Who holds blocks for what."""
+        return list(self._role.holders()) if self._role is not None else []
 
     def status(self, session: Session[Any, Any] | None = None) -> worker_pb2.WorkerStatus:
         """How it fares; for a router's session also what changed in the prefix cache since it was told last."""
@@ -373,42 +368,6 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             session.status_changed()
         return worker_pb2.PrefixBlocks(
             number=changes.number, restarts=changes.restarts, added=changes.added, removed=changes.removed
-        )
-
-    async def GetWorkerStatus(
-        self, request: worker_pb2.GetWorkerStatusRequest, context: object
-    ) -> worker_pb2.GetWorkerStatusResponse:
-        return worker_pb2.GetWorkerStatusResponse(info=self.info(), status=self.status())
-
-    async def Drain(self, request: worker_pb2.DrainRequest, context: object) -> worker_pb2.DrainResponse:
-        drained = await self.drain(max(0.0, request.timeout_s))
-        return worker_pb2.DrainResponse(num_left=drained.num_left, num_handed_over=drained.num_handed_over)
-
-    async def ListHoldings(
-        self, request: worker_pb2.ListHoldingsRequest, context: object
-    ) -> worker_pb2.ListHoldingsResponse:
-        holders = list(self._role.holders()) if self._role is not None else []
-        return list_holdings(self.engine, holders, request)
-
-    async def Undrain(self, request: worker_pb2.UndrainRequest, context: object) -> worker_pb2.UndrainResponse:
-        await self.undrain()
-        return worker_pb2.UndrainResponse()
-
-    async def SwitchRole(
-        self, request: worker_pb2.SwitchRoleRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> worker_pb2.SwitchRoleResponse:
-        try:
-            if self.switch is None or request.role not in _ROLE_NAMES:
-                raise InvalidRequest(
-                    f"worker {self.identity.worker_id} cannot take role {request.role}: it has its role for life, or "
-                    "there is no such role",
-                    field="role",
-                )
-            switched = await self.switch.to(_ROLE_NAMES[request.role], max(0.0, request.timeout_s))
-        except SplitserveError as error:
-            await abort(context, error)
-        return worker_pb2.SwitchRoleResponse(
-            info=self.info(), switch_s=switched.switch_s, num_handed_over=switched.num_handed_over
         )
 
     # -- after each step --
