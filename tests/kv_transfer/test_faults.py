@@ -211,6 +211,20 @@ async def test_a_peer_that_never_answers_is_a_failed_transfer(pair, monkeypatch)
             await p.receiver.receive(p.grant(request), address, request.prompt_token_ids, p.target_table)
 
 
+async def test_those_who_wait_for_a_peer_that_never_answers_fail_together(pair, monkeypatch) -> None:
+    """One after the other, the last of them would wait for minutes."""
+    monkeypatch.setattr("splitserve.kv_transfer.peer.CONNECT_TRIES_S", (0.1, 0.2))
+    async with pair() as p, deaf_to_the_first(p.address, 1_000) as address:
+        requests = [p.request(40, f"r{number}") for number in range(30)]
+        receiving = [
+            p.receiver.receive(p.grant(request), address, request.prompt_token_ids, p.target_table)
+            for request in requests
+        ]
+        failed = await asyncio.gather(*receiving, return_exceptions=True)
+        assert [type(error) for error in failed if not isinstance(error, TransferFailed)] == []
+        assert p.receiver._peers._link_epochs[address] < 10  # tries; each for itself it would be 60
+
+
 def is_mapped(inode: str) -> bool:
     """Whether this process maps the file, told by its inode."""
     return any(line.split()[4] == inode for line in Path("/proc/self/maps").read_text().splitlines())
