@@ -14,6 +14,7 @@ from splitserve.core.errors import KvCorrupted, StaleMessage, TransferFailed
 from splitserve.kv_transfer.frames import HEADER_BYTES, SERVICE, FrameHeader, checksum
 from splitserve.kv_transfer.grants import Grant
 from splitserve.proto import kv_transfer_pb2 as pb
+from splitserve.proto.rpc import MAX_MESSAGE_BYTES
 
 Edit = Callable[[list[bytes]], Sequence[bytes]]
 
@@ -209,6 +210,16 @@ async def test_a_peer_that_never_answers_is_a_failed_transfer(pair, monkeypatch)
         request = p.request(40)
         with pytest.raises(TransferFailed, match="did not answer within"):
             await p.receiver.receive(p.grant(request), address, request.prompt_token_ids, p.target_table)
+
+
+async def test_a_message_that_grpc_itself_refuses_is_a_broken_link_and_worth_another_attempt(pair) -> None:
+    """So it is with one whose length was damaged on its way."""
+    async with pair() as p, replaying([bytes(MAX_MESSAGE_BYTES + 1)]) as address:
+        request = p.request(40)
+        with pytest.raises(TransferFailed, match="larger than max") as failed:
+            await p.receiver.receive(p.grant(request), address, request.prompt_token_ids, p.target_table)
+        assert failed.value.retryable
+        assert p.receiver_metrics.transfer_resumes._value.get() == 2
 
 
 async def test_those_who_wait_for_a_peer_that_never_answers_fail_together(pair, monkeypatch) -> None:
