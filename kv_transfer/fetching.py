@@ -348,4 +348,4 @@ def _said(error: grpc.aio.AioRpcError) -> SplitserveError | None:
         return from_rpc_error(error)
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
         return TransferFailed("what was a prefill worker is none any more; prefill it elsewhere")
-    return None if error.code() is grpc.StatusCode.UNAVAILABLE else from_rpc_error(error)
+    return None  # a lost connection, or bytes that gRPC itself cannot read, such as a length with a flipped bit

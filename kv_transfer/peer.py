@@ -136,7 +136,7 @@ class Peers:
 
         Raises: StaleMessage: another boot runs there now. TransferFailed: nobody answers.
         """
-        async with self._connecting[address]:
+        async with self._setting_up(address):
             peer = self._peers.get(address)
             if peer is None or peer.boot_id != boot_id:
                 peer = await self._replace(address, peer)
@@ -151,6 +151,20 @@ class Peers:
             peer.users -= 1
             if peer.users == 0:
                 peer.unused.set()
+
+    @asynccontextmanager
+    async def _setting_up(self, address: str) -> AsyncIterator[None]:
+        """One at a time sets a link up, and has as long as that takes, its turn included: if nobody answers, those who
+        wait fail with the first of them, and not one after the other.
+
+        Raises: LinkTimeout.
+        """
+        limit_s = sum(CONNECT_TRIES_S) + 0.5  # a set-up's own errors say more
+        try:
+            async with asyncio.timeout(limit_s), self._connecting[address]:
+                yield
+        except TimeoutError:
+            raise LinkTimeout(f"there was no link to the prefill worker at {address} within {limit_s:g} s") from None
 
     def may_use(self, transport: pb.Transport.ValueType) -> bool:
         return transport in self._transports
@@ -269,7 +283,7 @@ class Peers:
         A set-up that fails once fails again, and takes its whole time-out: from then on KV goes by gRPC, if it may.
         Raises: TransferFailed: it may not.
         """
-        async with self._connecting[address]:
+        async with self._setting_up(address):
             if peer.lane is not None and peer.lane.error is not None:
                 response = await self._introduce(address, peer.channel, [peer.transport], sum(CONNECT_TRIES_S))
                 self._open_lane(address, peer, response)

@@ -18,7 +18,6 @@ from ..core.errors import (
     CapabilityRefused,
     Draining,
     GeometryMismatch,
-    InvalidRequest,
     KvCorrupted,
     LeaseExpired,
     Overloaded,
@@ -304,7 +303,7 @@ class KvSender:
             data = await context.read()
             return None if data is grpc.aio.EOF else pb.FetchRequest.FromString(data)
         except DecodeError as error:
-            await abort(context, InvalidRequest(f"the request cannot be read: {error}; send a FetchRequest"))
+            await abort(context, TransferInterrupted(f"the Fetch came damaged: {error}; send it again"))
         except asyncio.CancelledError:
             if not self._closed:
                 raise

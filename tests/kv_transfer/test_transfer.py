@@ -16,10 +16,10 @@ from splitserve.core.errors import (
     ConfigError,
     Draining,
     GeometryMismatch,
-    InvalidRequest,
     LeaseExpired,
     StaleMessage,
     TransferFailed,
+    TransferInterrupted,
     Unavailable,
 )
 from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
@@ -107,7 +107,7 @@ async def test_a_fetch_that_cannot_be_read_is_a_typed_error_and_one_that_asks_no
         await garbled.write(b"\xff\xff\xff")
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await garbled.read()
-        assert isinstance(from_rpc_error(refused.value), InvalidRequest)
+        assert isinstance(from_rpc_error(refused.value), TransferInterrupted)  # the receiver asks again
         silent = fetch()
         await silent.done_writing()
         assert await silent.read() is grpc.aio.EOF
