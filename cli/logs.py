@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..core.errors import Unavailable
+from ..core.errors import ConfigError, Unavailable
 from .attached import Namespace, RayAddress, run
 
 if TYPE_CHECKING:  # Ray must not be imported before its environment is prepared
@@ -39,10 +39,12 @@ def command(
     async def show(handle: ClusterHandle) -> None:
         from ..deploy.controller_actor import NAME
 
+        names = [NAME, *(member.name for member in (await handle.view()).members)]
         if name is not None:
+            if name not in names:
+                raise ConfigError(f"there is no {name!r}; the cluster has {', '.join(sorted(names))}")
             await _show(handle, name, "", tail, follow)
             return
-        names = [NAME, *(member.name for member in (await handle.view()).members)]
         width = max(map(len, names))
         async with asyncio.TaskGroup() as group:
             for each in names:

@@ -17,6 +17,7 @@ from ..deploy.changes import NOTHING_CHANGES
 from ..deploy.claim import claim_local_cluster
 from ..deploy.process import report_ready
 from ..deploy.ray_environment import prepare_ray_environment
+from ..engine.model_files import check_local_model
 from .attached import attached, cluster_state, remember_routers, running_state
 from .background import continue_in_background, continue_in_own_session
 from .screen import REFRESH_S, Screen, follow
@@ -114,6 +115,8 @@ def command(
         "startup_timeout_s": timeout,
     }
     config = load_config(config_file or file, overrides)
+    if config.ray.address is None:  # elsewhere, only the nodes know
+        check_local_model(config.model)
     if running_state() is not None:
         _change(config, dry_run=dry_run)
         return

@@ -360,9 +360,22 @@ def _validate(tree: Mapping[str, Any], where: str) -> ClusterConfig:
         raise ConfigError(where + "; ".join(_explain(row) for row in error.errors())) from error
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML would let the last one of equal keys win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} stands there twice", node.value[place][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -378,7 +391,9 @@ def _explain(row: Mapping[str, Any]) -> str:
     """One pydantic error as: key path, what was got, what was wanted."""
     key = ".".join(str(part) for part in row["loc"])
     if row["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, [name for name, _ in fields()], n=1)
+        names = [name for name, _ in fields()]
+        sections = {name.rpartition(".")[0] for name in names if "." in name}
+        near = difflib.get_close_matches(key, [*sections, *names], n=1)
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "; see docs/configuration.md")
     wanted = row["msg"].removeprefix("Value error, ")
     if not key:

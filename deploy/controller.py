@@ -278,9 +278,31 @@ class Controller:
                 for name, reason in problems.items():
                     if name in self._keepers:
                         self._keepers[name].replace(reason)
+                self._follow_switches(members)
                 await asyncio.sleep(_WATCH_PERIOD_S)
         finally:
             await self._watch.close()
+
+    def _follow_switches(self, asked: Sequence[Member]) -> None:
+        """A worker that an operator gave another role counts in that pool, and is missing in none.
+
+        Args: asked: as they were before they were asked; who has changed since is asked again first.
+        """
+        for keeper in self._keepers.values():
+            member, serving = keeper.member, keeper.member.serving
+            role = self._watch.roles.get(serving.address) if serving else None
+            if role is None or role == member.role or member.role == "router" or keeper.ordered or member not in asked:
+                continue
+            logger.info("%s was made a %s worker by hand", member.name, role)
+            try:
+                sizes = {member.role: self.config.replicas(member.role) - 1, role: self.config.replicas(role) + 1}
+                self.config = self.config.scaled(sizes)
+            except ConfigError as error:
+                logger.warning("the pools keep their sizes, and a worker is started in its place: %s", error.message)
+            keeper.switch(role)
+            self.apply(self.config)
+            self.resized.set()
+            return  # the next one at the next look
 
     async def _scale(self) -> None:
         """Let the policy change the size of the pools, while `scaling` is enabled."""

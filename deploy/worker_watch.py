@@ -9,11 +9,13 @@ from collections.abc import Iterable, Mapping
 import grpc
 import grpc.aio
 
+from ..core.config import WorkerRole
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.tls import PeerRole, Tls, open_channel
 from .members import Member
 
 _TIMEOUT_S = 2.0
+_ROLES: Mapping[int, WorkerRole] = {worker_pb2.ROLE_PREFILL: "prefill", worker_pb2.ROLE_DECODE: "decode"}
 _SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
@@ -25,6 +27,7 @@ class WorkerWatch:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._silent_since: dict[str, float] = {}  # address -> when it was first not heard
         self._statuses: dict[str, worker_pb2.GetWorkerStatusResponse] = {}
+        self.roles: dict[str, WorkerRole] = {}  # that workers said they have, at the last look, by address
 
     @property
     def statuses(self) -> Mapping[str, worker_pb2.GetWorkerStatusResponse]:
@@ -42,6 +45,7 @@ class WorkerWatch:
             await self._channels.pop(gone).close()
             self._silent_since.pop(gone, None)
             self._statuses.pop(gone, None)
+        self.roles = {}
         found = await asyncio.gather(*(self._ask(address, unhealthy_s) for address in addresses))
         problems = dict(zip(addresses, found, strict=True))
         return {m.name: problems[m.serving.address] for m in workers if m.serving and problems[m.serving.address]}
@@ -67,6 +71,8 @@ class WorkerWatch:
             return f"it did not answer for {silent_s:.0f} s" if silent_s >= unhealthy_s else ""
         self._silent_since.pop(address, None)
         self._statuses[address], status = answer, answer.status
+        if answer.info.role in _ROLES:
+            self.roles[address] = _ROLES[answer.info.role]
         if status.stalled:
             return "it has work and makes no progress"
         return f"it is out of service: {status.fault}" if status.fault else ""

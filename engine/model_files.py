@@ -36,8 +36,7 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
         return _converted(_embedded_gguf(), EMBEDDED)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelLoadFailed(f"the model file {path} does not exist; check --model")
+        check_local_model(name)
         return _converted(path, path.stem)
     if path.is_dir():
         for needed, pattern in (("config.json", "config.json"), ("weights (*.safetensors)", _WEIGHTS)):
@@ -46,12 +45,28 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
         if weights:
             _check_shards(path)
         return path
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not _may_be_hub_id(name):
         raise ModelLoadFailed(
             f"the model directory {name} does not exist; give an existing directory, a .gguf file, a hub id such as "
             f"org/name, or {EMBEDDED}"
         )
     return _from_hub(name, (*_HUB_FILES, _WEIGHTS) if weights else _HUB_FILES)
+
+
+def check_local_model(name: str) -> None:
+    """Raises: ModelLoadFailed: this machine lacks the model; of a hub id nothing is known before it is fetched."""
+    path = Path(name).expanduser()
+    if name == EMBEDDED:
+        _embedded_gguf()
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelLoadFailed(f"the model file {path} does not exist; check --model")
+    elif path.is_dir() or not _may_be_hub_id(name):
+        resolve_model(name)
+
+
+def _may_be_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def _check_shards(path: Path) -> None:

@@ -54,20 +54,24 @@ class Router(inference_pb2_grpc.RouterAdminServicer):
 class Worker(worker_pb2_grpc.WorkerAdminServicer):
     """Tells the speed of a worker that computes 1,000 prompt tokens a second, and is ready for any role."""
 
-    def __init__(self) -> None:
+    def __init__(self, role: str) -> None:
         self.boot_id = secrets.token_hex(8)
+        self.role = worker_pb2.ROLE_PREFILL if role == "prefill" else worker_pb2.ROLE_DECODE
 
     async def GetWorkerStatus(self, request: object, context: object) -> worker_pb2.GetWorkerStatusResponse:
         status = worker_pb2.WorkerStatus(num_blocks=100, num_free_blocks=100, prefill_tokens_per_s=1000.0)
         status.num_running, status.decode_step_s = 1, 0.01
-        return worker_pb2.GetWorkerStatusResponse(info=worker_pb2.WorkerInfo(block_size=16), status=status)
+        return worker_pb2.GetWorkerStatusResponse(
+            info=worker_pb2.WorkerInfo(block_size=16, role=self.role), status=status
+        )
 
     async def SwitchRole(
         self, request: worker_pb2.SwitchRoleRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.SwitchRoleResponse:
         if "KEEPS_ITS_ROLE" in os.environ:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "it still holds a request")
-        self.boot_id = secrets.token_hex(8)
+        if request.role != self.role:
+            self.role, self.boot_id = request.role, secrets.token_hex(8)
         return worker_pb2.SwitchRoleResponse(info=worker_pb2.WorkerInfo(boot_id=self.boot_id))
 
     async def Drain(self, request: object, context: object) -> worker_pb2.DrainResponse:
@@ -77,7 +81,7 @@ class Worker(worker_pb2_grpc.WorkerAdminServicer):
 async def serve(role: str, host: str, port: int, ready_file: Path, load_file: Path | None) -> None:
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
-    server, worker = grpc.aio.server(), Worker()
+    server, worker = grpc.aio.server(), Worker(role)
     if role == "router":
         inference_pb2_grpc.add_RouterAdminServicer_to_server(Router(load_file), server)
     else:

@@ -14,6 +14,7 @@ from splitserve.core.errors import ConfigError, SplitserveError
 from splitserve.deploy.controller import Controller
 from splitserve.deploy.members import ClusterView, MemberFailed, Phase
 from splitserve.deploy.scaler import replay_log
+from splitserve.deploy.worker_admin import switch_worker
 
 from .stand_in_roles import config, endpoints, running, scaled_config, scaling_log, stand_in, until, workers_of
 
@@ -149,6 +150,7 @@ async def test_a_worker_that_hangs_is_killed_and_started_again(tmp_path: Path) -
         assert next(m for m in view.members if m.name == "decode-0").num_restarts == 1
 
 
+@pytest.mark.verify  # test_load_step.py has it with real workers
 async def test_a_pool_grows_with_its_load_and_shrinks_after_it(tmp_path: Path) -> None:
     load = tmp_path / "load"
     cluster = scaled_config(load, scaling={"role_switch": False})
@@ -185,3 +187,19 @@ async def test_a_worker_that_its_pool_can_spare_changes_its_role_rather_than_tha
         assert (endpoints(view)[name].pid == before[name].pid) is not refused
         assert controller.roles[name] == "prefill"
     assert replay_log(scaling_log(tmp_path), controller.config)[1] == []
+
+
+async def test_a_worker_that_was_switched_by_hand_counts_in_its_new_pool(tmp_path: Path) -> None:
+    async with running(config(prefill__replicas=2), tmp_path) as controller:
+        before = endpoints(controller.view())
+        assert await switch_worker(before["prefill-1"].address, "decode", 1.0) is not None
+        view = await until(controller, lambda view: view.settled and size_of(view, "decode") == 2)
+        assert size_of(view, "prefill") == 1
+        assert controller.roles["prefill-1"] == "decode"
+        assert {name: endpoint.pid for name, endpoint in endpoints(view).items()} == {
+            name: endpoint.pid for name, endpoint in before.items()
+        }
+        # The last one of its pool: another is started there, and decode, which has one too many, loses it.
+        assert await switch_worker(before["prefill-0"].address, "decode", 1.0) is not None
+        view = await until(controller, lambda view: view.settled and controller.roles.get("prefill-0") != "prefill")
+        assert (size_of(view, "prefill"), size_of(view, "decode")) == (1, 2)

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,12 +112,27 @@ def test_a_detached_cluster_serves_until_it_is_taken_down(environment: dict[str,
     with urllib.request.urlopen(f"{http[1]}/v1/models") as answer:
         assert json.load(answer)["data"][0]["id"] == str(model)
 
+    unknown = splitserve(environment, "logs", "decode-7")
+    assert unknown.returncode == 2
+    assert "there is no 'decode-7'; the cluster has controller, decode-0, prefill-0, router-0" in unknown.stderr
+
     again = splitserve(environment, "up", *flags)
     assert (again.returncode, again.stdout) == (0, "nothing changes\n"), again.stderr
 
     down = splitserve(environment, "down")
     assert (down.returncode, down.stdout) == (0, "the cluster has stopped\n")
     assert splitserve(environment, "down").stdout == "no cluster is running\n"
+
+
+def test_a_model_that_is_not_there_is_refused_at_once(environment: dict[str, str], tmp_path: Path) -> None:
+    for model in (str(tmp_path / "none"), "./none", str(tmp_path / "none.gguf")):
+        for flag in ("--dry-run", "--detach"):
+            up = splitserve(environment, "up", "--model", model, flag)
+            assert (up.returncode, up.stdout) == (2, "")
+            assert f"{model} does not exist" in up.stderr
+    nobody_knows = splitserve(environment, "up", "--model", "some/model", "--dry-run")  # before it is fetched
+    assert nobody_knows.returncode == 0
+    assert "would serve some/model" in nobody_knows.stdout
 
 
 def test_ctrl_c_while_starting_stops_everything(environment: dict[str, str], model: Path) -> None:
@@ -129,11 +145,15 @@ def test_ctrl_c_while_starting_stops_everything(environment: dict[str, str], mod
 
 
 @pytest.mark.verify
-def test_a_failing_worker_ends_the_start_with_its_reason(environment: dict[str, str], tmp_path: Path) -> None:
-    up = splitserve(environment, "up", "--port", "0", "--model", str(tmp_path / "missing"))
+def test_a_failing_worker_ends_the_start_with_its_reason(
+    environment: dict[str, str], model: Path, tmp_path: Path
+) -> None:
+    damaged = shutil.copytree(model, tmp_path / "model")
+    for file in damaged.glob("*.safetensors"):
+        file.write_bytes(b"{}")
+    up = splitserve(environment, "up", "--port", "0", "--model", str(damaged))
     assert up.returncode == 2
-    assert "did not start" in up.stderr
-    assert "missing does not exist" in up.stderr
+    assert re.search(r"(prefill|decode)-0 did not start: cannot load the weights", up.stderr), up.stderr
 
 
 @pytest.mark.verify
