@@ -244,7 +244,7 @@ class Dispatcher:
         job.timeline.granted_at = now
         job.timeline.mark(Event.GRANTED, now, grant.attempt, worker=worker.worker_id)
         job.timeline.mark(Event.PREFILL_QUEUED, now, grant.attempt, worker=job.prefill.worker_id)
-        job.prefill.run(job.request, job.deadline_at - now, grant)
+        job.prefill.run(job.request, job.deadline_at - now, now - job.timeline.arrived_at, grant)
         self._admission.ttft.dispatched(now, job.ticket.cost, self.num_queued)
 
     def first_token(self, worker: WorkerLink, tokens: NewTokens, report: PrefillReport) -> None:
@@ -436,17 +436,18 @@ class Dispatcher:
         job.prefill = prefill = self._pool.prefills[placement.prefill] if placement.prefill is not None else None
         job.timeline.dispatched(now, prefill.worker_id if prefill is not None else "", decode.worker_id)
         self._routing.placed(job, placement)
+        timeout_s, waited_s = job.deadline_at - now, now - job.timeline.arrived_at
         decode.attach(request.request_id, blocks_for(request.num_tokens, decode.block_size))
         if prefill is None:
             job.phase = Phase.DECODING
             job.timeline.mark(Event.PREFILL_QUEUED, now, request.attempt, worker=decode.worker_id)
             num_tokens = self._routing.uncached_tokens(job, decode.address)
-            decode.run_local(request, job.deadline_at - now, num_tokens)
+            decode.run_local(request, timeout_s, waited_s, num_tokens)
             self._admission.ttft.dispatched(now, job.ticket.cost, self.num_queued)
         else:
             job.phase = Phase.GRANTING
             prefill.attach(request.request_id, self._routing.uncached_tokens(job, prefill.address), request.num_tokens)
-            decode.request_grant(request, job.deadline_at - now, prefill)
+            decode.request_grant(request, timeout_s, waited_s, prefill)
 
     def _mind_the_queue(self) -> None:
         """While nobody can serve, each queued request has `no_worker_wait_s`, then it is told."""
