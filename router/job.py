@@ -12,9 +12,11 @@ from ..scheduling.attempts import Answer
 from ..scheduling.dispatch_order import Awaited
 from ..scheduling.fair_queue import Ticket
 from ..scheduling.retries import Failures
+from .decode_link import DecodeLink
+from .prefill_link import PrefillLink
 from .reading import Reading
 from .routing_view import PrefixOfJob
-from .session import DecodeLink, PrefillLink, WorkerLink
+from .session import WorkerLink
 from .timeline import Timeline
 
 

@@ -13,8 +13,10 @@ from ..proto import worker_pb2
 from ..proto.tls import Tls
 from ..scheduling.admission import ModelLimits
 from ..scheduling.decode_pace import DecodePace
+from .decode_link import DecodeLink
 from .departed import Departed, DepartedWorker
-from .session import DecodeLink, PrefillLink, WorkerEvents, WorkerKind, WorkerLink
+from .prefill_link import PrefillLink
+from .session import WorkerEvents, WorkerKind, WorkerLink
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ from splitserve.engine.engine import Engine
 from splitserve.engine.options import EngineOptions
 from splitserve.prefill_worker.server import PrefillServer
 from splitserve.proto import inference_pb2, kv_transfer_pb2, worker_pb2
+from splitserve.router.prefill_link import PrefillLink
 from splitserve.router.server import Router, RouterOptions
-from splitserve.router.session import PrefillLink, WorkerLink
+from splitserve.router.session import WorkerLink
 from splitserve.worker.options import Role, WorkerOptions
 from splitserve.worker.session import Session
 
