@@ -73,7 +73,7 @@ async def _main(
                 "router, HTTP, split": http,
             }
             prompts = await visible_prompts(one_client, num_requests + WARMUP, prompt_tokens, random.Random(seed))
-            times = await measure(calls, prompts, output_tokens)
+            times = await measure(calls, prompts, output_tokens, random.Random(seed))
     ttft = {name: [first for first, _ in rows] for name, rows in times.items()}
     per_token = {name: [(last - first) / (output_tokens - 1) for first, last in rows] for name, rows in times.items()}
     Console().print(_table(ttft, per_token, prompt_tokens, output_tokens))
@@ -95,13 +95,16 @@ async def visible_prompts(client: AsyncClient, count: int, prompt_tokens: int, r
 
 
 async def measure(
-    calls: dict[str, Call], prompts: list[list[int]], output_tokens: int
+    calls: dict[str, Call], prompts: list[list[int]], output_tokens: int, rng: random.Random
 ) -> dict[str, list[tuple[float, float]]]:
-    """Each call in turn with the same prompt, so that what else the machine does hits all alike."""
+    """Every call with each prompt, so that what else the machine does hits all alike.
+
+    In random order: processes that served the call before have their code in the CPU's caches, and take less.
+    """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for number, prompt in enumerate(track(prompts, "requests")):
-        for name, call in calls.items():
-            pair = await call(prompt, output_tokens)
+        for name in rng.sample(list(calls), len(calls)):
+            pair = await calls[name](prompt, output_tokens)
             if number >= WARMUP:
                 times[name].append(pair)
     return times

@@ -141,6 +141,7 @@ class Request:
     attempt: int = 1
     priority: int = 0  # higher goes first
     timeout_s: float = 600.0  # from the receiver's now to the deadline
+    waited_s: float = 0.0  # from its arrival to the receiver's now
     tenant: str = ""  # prefix-cache name space
     session: bytes = b""  # hash of a conversation or user, for routing that goes by it; workers are not told
     min_tokens: int = 0  # output tokens that must be there before stop_token_ids may come

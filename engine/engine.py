@@ -171,7 +171,7 @@ class Engine:
         request.validate(max_model_len=limit, vocab_size=self.vocab_size)
         self._check_fits(request)
         with self._lock:
-            self._scheduler.add(request, prefill_only=prefill_only)
+            self._scheduler.add(request, prefill_only=prefill_only, arrived_at=_arrived_at(request))
 
     def reserve(self, request: Request, kv_history: str = "none") -> Reservation:
         """Take blocks for a request whose KV comes by transfer; what the prefix cache holds of it is pinned.
@@ -181,7 +181,9 @@ class Engine:
         """
         request.validate(max_model_len=self.max_model_len, vocab_size=self.vocab_size)
         with self._lock:
-            sequence = self._scheduler.reserve(request, self.options.decode_headroom_tokens, kv_history)
+            sequence = self._scheduler.reserve(
+                request, self.options.decode_headroom_tokens, kv_history, _arrived_at(request)
+            )
             return Reservation(
                 request_id=request.request_id,
                 block_ids=tuple(sequence.block_table),
@@ -475,6 +477,11 @@ class Engine:
                 f"{self.pool.num_blocks:,}; shorten it or raise kv_memory_bytes",
                 field="prompt",
             )
+
+
+def _arrived_at(request: Request) -> float:
+    """When the request came to a router, by this process's clock."""
+    return time.monotonic() - request.waited_s
 
 
 def _token_output(token: SampledToken, result: StepResult) -> TokenOutput:

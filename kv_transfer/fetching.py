@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -143,7 +144,7 @@ class Fetcher:
         wire_bytes = WireBytes(self._bytes, self._pool.geometry, wire)
         late = transport == pb.TRANSPORT_CUDA_IPC
         incoming.begin(transfer.round, wire, num_kept=transfer.num_kept, late_checksums=late)
-        request = pb.FetchRequest(
+        request: pb.FetchRequest | None = pb.FetchRequest(
             grant=grant.to_peer(),
             transport=transport,
             link_epoch=peer.link_epoch,
@@ -153,10 +154,11 @@ class Fetcher:
         )
         transfer.was_open, transfer.is_link_lost, transfer.is_over = True, False, False
         has_begun = False
-        call = peer.fetch(request)
+        call = peer.fetch()
         try:
             while True:
-                frame = await self._next_frame(call, transfer, self._stall_s if has_begun else self._silence_s)
+                frame = await self._next_frame(call, transfer, self._stall_s if has_begun else self._silence_s, request)
+                request = None
                 header = FrameHeader.unpack(frame)
                 if incoming.is_stale(header):
                     self._count_stale()
@@ -226,9 +228,15 @@ class Fetcher:
             raise
         return end
 
-    async def _next_frame(self, call: Any, transfer: Transfer, timeout_s: float) -> bytes:
+    async def _next_frame(
+        self, call: Any, transfer: Transfer, timeout_s: float, request: pb.FetchRequest | None
+    ) -> bytes:
+        """Args: request: to be sent first."""
         try:
             async with asyncio.timeout(timeout_s):
+                if request is not None:
+                    with suppress(asyncio.InvalidStateError):  # the call is over: reading tells why
+                        await call.write(request)
                 frame = await call.read()
         except TimeoutError:
             raise TransferFailed(
@@ -340,4 +348,4 @@ def _said(error: grpc.aio.AioRpcError) -> SplitserveError | None:
         return from_rpc_error(error)
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
         return TransferFailed("what was a prefill worker is none any more; prefill it elsewhere")
-    return None if error.code() is grpc.StatusCode.UNAVAILABLE else from_rpc_error(error)
+    return None  # a lost connection, or bytes that gRPC itself cannot read, such as a length with a flipped bit

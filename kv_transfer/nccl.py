@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core.errors import TransferFailed
 from .channel import Channel, Meeting
 from .device_layout import HIGH_PRIORITY
-from .nccl_library import UNIQUE_ID_BYTES, nccl, sleep_precisely, wait_until
+from .nccl_library import UNIQUE_ID_BYTES, nccl, wait_until
 
 _SENDER, _RECEIVER = 0, 1
 MAX_CTAS = 16
@@ -98,7 +98,6 @@ class NcclChannel:
         self._aborted = threading.Event()
         self._communicator: ctypes.c_void_p | None = None
         deadline_s = time.monotonic() + set_up_s
-        sleep_precisely()
         with torch.cuda.device(device):
             self._stream = torch.cuda.Stream(device, HIGH_PRIORITY)  # type: ignore[no-untyped-call]
             self._communicator = nccl().begin(unique_id, rank, max_ctas)

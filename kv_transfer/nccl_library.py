@@ -23,7 +23,6 @@ _UINT8 = 1
 _UNDEFINED = -(2**31)
 _MAGIC = 0xCAFEBEEF
 _PAUSE_S, _MAX_PAUSE_S = 20e-6, 1e-3  # between two looks at a communicator
-_SET_TIMER_SLACK = 29  # prctl(2)
 
 
 class _UniqueId(ctypes.Structure):
@@ -152,8 +151,3 @@ def wait_until(is_done: Callable[[], bool], expected_s: float = 0.0) -> None:
     while not is_done():
         time.sleep(max(_PAUSE_S, pause_s))
         pause_s = min(_MAX_PAUSE_S, (time.monotonic() - began_s) / 16)
-
-
-def sleep_precisely() -> None:
-    """Let short sleeps of this thread be short: Linux adds 50 us to each unless told otherwise."""
-    ctypes.CDLL(None).prctl(_SET_TIMER_SLACK, 1000, 0, 0, 0)

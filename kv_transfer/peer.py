@@ -65,9 +65,10 @@ class Peer:
         self.pool = pool
         self.lane: Lane | None = None
         self.link_epoch = 0
-        self.fetch: Any = channel.unary_stream(
+        self._fetch: Any = channel.stream_stream(
             f"/{SERVICE}/Fetch", request_serializer=pb.FetchRequest.SerializeToString, response_deserializer=None
         )
+        self._standing_by: Any = None  # a Fetch that has asked for nothing yet
         self.commit: Any = channel.unary_unary(
             f"/{SERVICE}/Commit",
             request_serializer=pb.CommitRequest.SerializeToString,
@@ -78,6 +79,17 @@ class Peer:
         self.retired = False
         self.unused = asyncio.Event()
         self.watch: asyncio.Task[None] | None = None
+
+    def fetch(self) -> Any:
+        """A Fetch that has yet to ask: the one that stands by, if it still lives, or a new one."""
+        call, self._standing_by = self._standing_by, None
+        return self._fetch() if call is None or call.done() else call
+
+    def stand_by(self) -> None:
+        """Open a Fetch for the next transfer, now that nobody waits: accepting a call takes the prefill worker twice as
+        long as reading a message, and there it would take the interpreter from the thread that computes the prompt."""
+        if not self.retired and (self._standing_by is None or self._standing_by.done()):
+            self._standing_by = self._fetch()
 
 
 class Peers:
@@ -124,7 +136,7 @@ class Peers:
 
         Raises: StaleMessage: another boot runs there now. TransferFailed: nobody answers.
         """
-        async with self._connecting[address]:
+        async with self._setting_up(address):
             peer = self._peers.get(address)
             if peer is None or peer.boot_id != boot_id:
                 peer = await self._replace(address, peer)
@@ -139,6 +151,20 @@ class Peers:
             peer.users -= 1
             if peer.users == 0:
                 peer.unused.set()
+
+    @asynccontextmanager
+    async def _setting_up(self, address: str) -> AsyncIterator[None]:
+        """One at a time sets a link up, and has as long as that takes, its turn included: if nobody answers, those who
+        wait fail with the first of them, and not one after the other.
+
+        Raises: LinkTimeout.
+        """
+        limit_s = sum(CONNECT_TRIES_S) + 0.5  # a set-up's own errors say more
+        try:
+            async with asyncio.timeout(limit_s), self._connecting[address]:
+                yield
+        except TimeoutError:
+            raise LinkTimeout(f"there was no link to the prefill worker at {address} within {limit_s:g} s") from None
 
     def may_use(self, transport: pb.Transport.ValueType) -> bool:
         return transport in self._transports
@@ -257,7 +283,7 @@ class Peers:
         A set-up that fails once fails again, and takes its whole time-out: from then on KV goes by gRPC, if it may.
         Raises: TransferFailed: it may not.
         """
-        async with self._connecting[address]:
+        async with self._setting_up(address):
             if peer.lane is not None and peer.lane.error is not None:
                 response = await self._introduce(address, peer.channel, [peer.transport], sum(CONNECT_TRIES_S))
                 self._open_lane(address, peer, response)

@@ -193,6 +193,8 @@ class ReceiverGroup:
 
 async def _all_or_none(coroutines: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
     """Results of all, or the first error once the others, cancelled, are quiet."""
+    if len(coroutines) == 1:  # no task, no turn of the event loop: a prompt is computed while its transfer opens
+        return [await coroutines[0]]
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return list(await asyncio.gather(*tasks))

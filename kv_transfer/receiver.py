@@ -190,6 +190,7 @@ class KvReceiver:
                     pb.CommitRequest(grant=grant.to_peer(), digest=received.digest, proof=self._granter.proof(grant)),
                     timeout=COMMIT_TIMEOUT_S,
                 )
+                peer.stand_by()
         except (grpc.aio.AioRpcError, SplitserveError) as error:
             logger.warning("commit of %s was not taken: %s", grant, error)
 

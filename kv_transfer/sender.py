@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from ..core.errors import (
     CapabilityRefused,
@@ -109,6 +110,8 @@ class KvSender:
         self._by_grant: dict[str, Outgoing] = {}
         self._parked: dict[str, asyncio.Event] = {}  # grant id -> its request was offered
         self._ended: OrderedDict[str, tuple[Grant, SplitserveError | None]] = OrderedDict()  # bounded
+        self._standing_by: set[asyncio.Task[Any]] = set()  # a Fetch each that has not asked for anything yet
+        self._closed = False
 
     def register(self, server: grpc.aio.Server | ServiceMount) -> None:
         """Add the service. By hand, since the frames of Fetch are bytes and not protobuf."""
@@ -118,9 +121,7 @@ class KvSender:
                 request_deserializer=pb.ConnectRequest.FromString,
                 response_serializer=pb.ConnectResponse.SerializeToString,
             ),
-            "Fetch": grpc.unary_stream_rpc_method_handler(
-                self._fetch, request_deserializer=pb.FetchRequest.FromString, response_serializer=None
-            ),
+            "Fetch": grpc.stream_stream_rpc_method_handler(self._fetch),
             "Commit": grpc.unary_unary_rpc_method_handler(
                 self._commit,
                 request_deserializer=pb.CommitRequest.FromString,
@@ -219,8 +220,11 @@ class KvSender:
 
     async def close(self) -> None:
         """Fail what is left."""
+        self._closed = True
+        for fetch in self._standing_by:
+            fetch.cancel()
         for out in list(self._by_request.values()):
-            self._end(out, Draining(f"prefill worker {self._identity.worker_id} is stopping"), report=True)
+            self._end(out, self._stopping(), report=True)
         for lanes, _ in self._channels.values():
             lanes.close()
         self._sending.close()
@@ -288,7 +292,29 @@ class KvSender:
 
         return export_pool(self._bytes)
 
-    async def _fetch(self, request: pb.FetchRequest, context: Context) -> None:
+    async def _asked(self, context: Context) -> pb.FetchRequest | None:
+        """What a Fetch is for, which may come long after the call; None: the receiver left without a word."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._standing_by.add(task)
+        try:
+            if self._closed:
+                await abort(context, self._stopping())
+            data = await context.read()
+            return None if data is grpc.aio.EOF else pb.FetchRequest.FromString(data)
+        except DecodeError as error:
+            await abort(context, TransferInterrupted(f"the Fetch came damaged: {error}; send it again"))
+        except asyncio.CancelledError:
+            if not self._closed:
+                raise
+            task.uncancel()
+            await abort(context, self._stopping())
+        finally:
+            self._standing_by.discard(task)
+
+    async def _fetch(self, _: object, context: Context) -> None:
+        if (request := await self._asked(context)) is None:
+            return
         grant = Grant.from_proto(request.grant)
         out: Outgoing | None = None
         stream = object()
@@ -483,6 +509,9 @@ class KvSender:
             if self._metrics is not None:
                 self._metrics.links.refused.labels("capability").inc()
             raise
+
+    def _stopping(self) -> Draining:
+        return Draining(f"prefill worker {self._identity.worker_id} is stopping")
 
     def _stale(self, message: str) -> StaleMessage:
         if self._metrics is not None:

@@ -104,8 +104,8 @@ def transport_name(transport: int) -> str:
     return name.removeprefix("TRANSPORT_").lower()
 
 
-def request_to_proto(request: Request, timeout_s: float) -> worker_pb2.WorkRequest:
-    """`timeout_s`: seconds left until the deadline, as of now."""
+def request_to_proto(request: Request, timeout_s: float, waited_s: float = 0.0) -> worker_pb2.WorkRequest:
+    """Args: timeout_s, waited_s: seconds left until the deadline, and since its arrival, as of now."""
     return worker_pb2.WorkRequest(
         request_id=request.request_id,
         attempt=request.attempt,
@@ -116,6 +116,7 @@ def request_to_proto(request: Request, timeout_s: float) -> worker_pb2.WorkReque
         stop_token_ids=sorted(request.stop_token_ids),
         priority=request.priority,
         timeout_s=timeout_s,
+        waited_s=waited_s,
         tenant=request.tenant,
         min_tokens=request.min_tokens,
         logprobs=request.logprobs,
@@ -128,8 +129,9 @@ def request_from_proto(message: worker_pb2.WorkRequest, request_id: str = "") ->
     """`request_id`: under another name. Raises: InvalidRequest: it names no request or a value is out of range."""
     if not message.request_id or message.attempt < 1:
         raise InvalidRequest("a work request needs a request_id and an attempt from 1")
-    if math.isnan(message.timeout_s):
-        raise InvalidRequest("timeout_s is NaN; it must be a number of seconds", field="timeout_s")
+    for field in ("timeout_s", "waited_s"):
+        if math.isnan(getattr(message, field)):
+            raise InvalidRequest(f"{field} is NaN; it must be a number of seconds", field=field)
     return Request(
         request_id=request_id or message.request_id,
         attempt=message.attempt,
@@ -140,6 +142,7 @@ def request_from_proto(message: worker_pb2.WorkRequest, request_id: str = "") ->
         stop_token_ids=frozenset(message.stop_token_ids),
         priority=message.priority,
         timeout_s=message.timeout_s,
+        waited_s=max(0.0, message.waited_s),
         tenant=message.tenant,
         min_tokens=message.min_tokens,
         logprobs=message.logprobs if message.HasField("logprobs") else None,

@@ -40,7 +40,7 @@ class KvTransferStub:
                 request_serializer=splitserve_dot_proto_dot_kv__transfer__pb2.ConnectRequest.SerializeToString,
                 response_deserializer=splitserve_dot_proto_dot_kv__transfer__pb2.ConnectResponse.FromString,
                 _registered_method=True)
-        self.Fetch = channel.unary_stream(
+        self.Fetch = channel.stream_stream(
                 '/splitserve.v1.KvTransfer/Fetch',
                 request_serializer=splitserve_dot_proto_dot_kv__transfer__pb2.FetchRequest.SerializeToString,
                 response_deserializer=splitserve_dot_proto_dot_kv__transfer__pb2.FetchResponse.FromString,
@@ -64,9 +64,10 @@ class KvTransferServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Fetch(self, request, context):
+    def Fetch(self, request_iterator, context):
         """Fetch streams one grant's KV as it is computed. The response messages are raw binary frames (header and payload,
-        docs/kv_transfer.md), not protobuf: FetchResponse only gives the method a legal signature.
+        docs/kv_transfer.md), not protobuf: FetchResponse only gives the method a legal signature. One request is read; a
+        receiver may open the call before it has one, so that a transfer finds its stream open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,7 +88,7 @@ def add_KvTransferServicer_to_server(servicer, server):
                     request_deserializer=splitserve_dot_proto_dot_kv__transfer__pb2.ConnectRequest.FromString,
                     response_serializer=splitserve_dot_proto_dot_kv__transfer__pb2.ConnectResponse.SerializeToString,
             ),
-            'Fetch': grpc.unary_stream_rpc_method_handler(
+            'Fetch': grpc.stream_stream_rpc_method_handler(
                     servicer.Fetch,
                     request_deserializer=splitserve_dot_proto_dot_kv__transfer__pb2.FetchRequest.FromString,
                     response_serializer=splitserve_dot_proto_dot_kv__transfer__pb2.FetchResponse.SerializeToString,
@@ -137,7 +138,7 @@ class KvTransfer:
             _registered_method=True)
 
     @staticmethod
-    def Fetch(request,
+    def Fetch(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -147,8 +148,8 @@ class KvTransfer:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/splitserve.v1.KvTransfer/Fetch',
             splitserve_dot_proto_dot_kv__transfer__pb2.FetchRequest.SerializeToString,

@@ -37,9 +37,10 @@ class KvTransferStub:
     """Connect pairs two workers once: they compare protocol, model and geometry, and choose a transport. An impossible
     pair is refused here, with the reason.
     """
-    Fetch: _grpc.UnaryStreamMultiCallable[_kv_transfer_pb2.FetchRequest, _kv_transfer_pb2.FetchResponse]
+    Fetch: _grpc.StreamStreamMultiCallable[_kv_transfer_pb2.FetchRequest, _kv_transfer_pb2.FetchResponse]
     """Fetch streams one grant's KV as it is computed. The response messages are raw binary frames (header and payload,
-    docs/kv_transfer.md), not protobuf: FetchResponse only gives the method a legal signature.
+    docs/kv_transfer.md), not protobuf: FetchResponse only gives the method a legal signature. One request is read; a
+    receiver may open the call before it has one, so that a transfer finds its stream open.
     """
     Commit: _grpc.UnaryUnaryMultiCallable[_kv_transfer_pb2.CommitRequest, _kv_transfer_pb2.CommitResponse]
     """Commit tells that the KV arrived, was verified and belongs to a decoding sequence; the sender frees its hold."""
@@ -53,9 +54,10 @@ class KvTransferAsyncStub(KvTransferStub):
     """Connect pairs two workers once: they compare protocol, model and geometry, and choose a transport. An impossible
     pair is refused here, with the reason.
     """
-    Fetch: _aio.UnaryStreamMultiCallable[_kv_transfer_pb2.FetchRequest, _kv_transfer_pb2.FetchResponse]  # type: ignore[assignment]
+    Fetch: _aio.StreamStreamMultiCallable[_kv_transfer_pb2.FetchRequest, _kv_transfer_pb2.FetchResponse]  # type: ignore[assignment]
     """Fetch streams one grant's KV as it is computed. The response messages are raw binary frames (header and payload,
-    docs/kv_transfer.md), not protobuf: FetchResponse only gives the method a legal signature.
+    docs/kv_transfer.md), not protobuf: FetchResponse only gives the method a legal signature. One request is read; a
+    receiver may open the call before it has one, so that a transfer finds its stream open.
     """
     Commit: _aio.UnaryUnaryMultiCallable[_kv_transfer_pb2.CommitRequest, _kv_transfer_pb2.CommitResponse]  # type: ignore[assignment]
     """Commit tells that the KV arrived, was verified and belongs to a decoding sequence; the sender frees its hold."""
@@ -76,11 +78,12 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def Fetch(
         self,
-        request: _kv_transfer_pb2.FetchRequest,
+        request_iterator: _MaybeAsyncIterator[_kv_transfer_pb2.FetchRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kv_transfer_pb2.FetchResponse], _abc.AsyncIterator[_kv_transfer_pb2.FetchResponse]]:
         """Fetch streams one grant's KV as it is computed. The response messages are raw binary frames (header and payload,
-        docs/kv_transfer.md), not protobuf: FetchResponse only gives the method a legal signature.
+        docs/kv_transfer.md), not protobuf: FetchResponse only gives the method a legal signature. One request is read; a
+        receiver may open the call before it has one, so that a transfer finds its stream open.
         """
 
     @_abc_1.abstractmethod

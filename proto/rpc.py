@@ -51,11 +51,12 @@ SERVER_OPTIONS: Sequence[tuple[str, int]] = (
 )
 
 # Of a router towards its clients: one that hangs, or is cut off, is noticed within 2 s, and what it asked for is freed.
+# Asked often and with patience, so that one on a busy machine, which answers a second late, is not taken for lost.
 CLIENT_FACING_OPTIONS: Sequence[tuple[str, int]] = (
     *(row for row in SERVER_OPTIONS if row[0] not in _PACE),
-    ("grpc.keepalive_time_ms", 900),
-    ("grpc.keepalive_timeout_ms", 900),
-    ("grpc.http2.ping_timeout_ms", 900),
+    ("grpc.keepalive_time_ms", 300),
+    ("grpc.keepalive_timeout_ms", 1_600),
+    ("grpc.http2.ping_timeout_ms", 1_600),
 )
 
 _FROM_STATUS: dict[grpc.StatusCode, type[SplitserveError]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -17,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from ..core.errors import AddressInUse, InvalidRequest
 from ..core.metrics import LinkMetrics
+from ..core.threads import share_interpreter
 from .peers import RequireRole
 from .rpc import SERVER_OPTIONS, abort
 from .tls import ServerCertificates, Tls
@@ -24,9 +24,6 @@ from .tls import ServerCertificates, Tls
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # subscriptable in the stubs only
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 T = TypeVar("T")
-
-# A step loop, transfers and an event loop share one interpreter; Python's 5 ms would be a whole decode step.
-SWITCH_INTERVAL_S = 2e-4
 
 
 class RefuseUnreadable(grpc.aio.ServerInterceptor):
@@ -146,7 +143,7 @@ class RpcServer:
 def run(main: Coroutine[Any, Any, T]) -> T:
     """asyncio.run as every role's process does: on uvloop, which a process that sends thousands of messages a second
     feels, and with threads that take turns."""
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    share_interpreter()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main)
 

@@ -1,19 +1,17 @@
 """The life of a request in the router: queue, place, grant, prefill, stream, retry, and exactly one end.
 
 Everything here runs on the event loop and never awaits, so a message is handled whole before the next: the only task of
-a request is the one that reads its answer (`Job.read`).
+a request is the one that reads its answer (`Reading`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from enum import Enum
 
 from ..core.api_key import ANYBODY, ApiKey, Scope
 from ..core.errors import (
@@ -34,86 +32,24 @@ from ..core.metrics import RouterMetrics
 from ..core.request import FinishReason, Request
 from ..proto import kv_transfer_pb2
 from ..scheduling.admission import Admission
-from ..scheduling.attempts import Answer, NewTokens, first_attempt
-from ..scheduling.dispatch_order import Awaited, dispatch
+from ..scheduling.attempts import NewTokens, first_attempt
+from ..scheduling.dispatch_order import dispatch
 from ..scheduling.fair_queue import FairQueue, Ticket
 from ..scheduling.policies.prefix import prefix
 from ..scheduling.prefix_feed import PrefixChanges
 from ..scheduling.quotas import Quotas
-from ..scheduling.retries import Failures, RetryRules
+from ..scheduling.retries import RetryRules
 from ..scheduling.routing import ClusterView, Placement, PrefillLoad, RoutingPolicy, Snapshot
 from .idempotency import EndedRequests, can_read, check_same
+from .job import Job, Phase
 from .membership import WorkerPool
 from .reading import Reading
-from .routing_view import PrefixOfJob, RoutingView
-from .session import DecodeLink, DecodeReport, PrefillLink, PrefillReport, TransferReport, WorkerLink
+from .routing_view import RoutingView
+from .session import DecodeReport, PrefillReport, TransferReport, WorkerLink
 from .timeline import Timeline
 from .traffic import Traffic
 
 logger = logging.getLogger(__name__)
-
-
-class Phase(Enum):
-    """What a request that has not ended waits for."""
-
-    QUEUED = "waiting for a worker"
-    BACKING_OFF = "waiting to be tried again"
-    GRANTING = "waiting for a grant of KV blocks"
-    PREFILLING = "being prefilled"
-    DECODING = "being decoded"
-
-
-class Job:
-    """One request from submission to its end. Made by `Dispatcher.open`."""
-
-    def __init__(
-        self, request: Request, timeline: Timeline, deadline_at: float, ticket: Ticket, digest: bytes = b""
-    ) -> None:
-        self.asked = request  # as the first call sent it
-        self.request = request  # as the live attempt sends it
-        self.digest = digest  # of all that makes it this request
-        self.answer = Answer(request.output_token_ids, request.attempt)
-        self.reading = Reading(self, len(request.output_token_ids))  # of the newest call
-        self.called_at = timeline.arrived_at  # of the newest call
-        self.timeline = timeline
-        self.deadline_at = deadline_at
-        self.ticket = ticket
-        self.predicted_ttft_s: float | None = None
-        self.begun_by = ""  # weights of the last attempt
-        self.draw = random.getrandbits(64)  # the policy's luck
-        self.prefix = PrefixOfJob()
-        self.phase = Phase.QUEUED
-        self.awaits: Awaited | None = None  # while it is queued
-        self.queued_at = timeline.arrived_at
-        self.prefill: PrefillLink | None = None
-        self.decode: DecodeLink | None = None
-        self.avoid: set[str] = set()  # addresses of workers that failed it
-        self.failures = Failures()
-        self.error: SplitserveError | None = None
-        self.deadline_timer: asyncio.TimerHandle | None = None
-        self.queue_timer: asyncio.TimerHandle | None = None  # runs while it is queued and has had no attempt
-        self.retry_timer: asyncio.TimerHandle | None = None
-        self.num_given = len(request.output_token_ids)  # tokens that the client brought
-
-    @property
-    def weights(self) -> str:
-        """What computed the tokens that its client has; "" while it has none of ours."""
-        return self.begun_by if len(self.answer.token_ids) > self.num_given else ""
-
-    @property
-    def untouched(self) -> bool:
-        """Nobody has worked for it yet, and its client has nothing."""
-        return self.failures.num == 0 and not self.answer.token_ids
-
-    @property
-    def wants_logprobs(self) -> bool:
-        return self.request.logprobs is not None or self.request.prompt_logprobs is not None
-
-    def is_computed_by(self, worker: WorkerLink) -> bool:
-        """Whether the worker computes it, as far as can be known here, rather than only holding something for it."""
-        if worker is self.decode:
-            return self.phase is Phase.DECODING
-        return worker is self.prefill and self.phase is Phase.PREFILLING and self.timeline.prefill is None
 
 
 class Dispatcher:
@@ -308,7 +244,7 @@ class Dispatcher:
         job.timeline.granted_at = now
         job.timeline.mark(Event.GRANTED, now, grant.attempt, worker=worker.worker_id)
         job.timeline.mark(Event.PREFILL_QUEUED, now, grant.attempt, worker=job.prefill.worker_id)
-        job.prefill.run(job.request, job.deadline_at - now, grant)
+        job.prefill.run(job.request, job.deadline_at - now, now - job.timeline.arrived_at, grant)
         self._admission.ttft.dispatched(now, job.ticket.cost, self.num_queued)
 
     def first_token(self, worker: WorkerLink, tokens: NewTokens, report: PrefillReport) -> None:
@@ -500,17 +436,18 @@ class Dispatcher:
         job.prefill = prefill = self._pool.prefills[placement.prefill] if placement.prefill is not None else None
         job.timeline.dispatched(now, prefill.worker_id if prefill is not None else "", decode.worker_id)
         self._routing.placed(job, placement)
+        timeout_s, waited_s = job.deadline_at - now, now - job.timeline.arrived_at
         decode.attach(request.request_id, blocks_for(request.num_tokens, decode.block_size))
         if prefill is None:
             job.phase = Phase.DECODING
             job.timeline.mark(Event.PREFILL_QUEUED, now, request.attempt, worker=decode.worker_id)
             num_tokens = self._routing.uncached_tokens(job, decode.address)
-            decode.run_local(request, job.deadline_at - now, num_tokens)
+            decode.run_local(request, timeout_s, waited_s, num_tokens)
             self._admission.ttft.dispatched(now, job.ticket.cost, self.num_queued)
         else:
             job.phase = Phase.GRANTING
             prefill.attach(request.request_id, self._routing.uncached_tokens(job, prefill.address), request.num_tokens)
-            decode.request_grant(request, job.deadline_at - now, prefill)
+            decode.request_grant(request, timeout_s, waited_s, prefill)
 
     def _mind_the_queue(self) -> None:
         """While nobody can serve, each queued request has `no_worker_wait_s`, then it is told."""

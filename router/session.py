@@ -405,8 +405,8 @@ class PrefillLink(WorkerLink):
         self._own_tokens -= load
         self._own_prompts -= load > 0
 
-    def run(self, request: Request, timeout_s: float, grant: kv_transfer_pb2.Grant) -> None:
-        work = request_to_proto(request, timeout_s)
+    def run(self, request: Request, timeout_s: float, waited_s: float, grant: kv_transfer_pb2.Grant) -> None:
+        work = request_to_proto(request, timeout_s, waited_s)
         self._send(run=worker_pb2.RunPrefill(request=work, grant=grant))
 
     def _send(self, **message: Any) -> None:
@@ -514,9 +514,9 @@ class DecodeLink(WorkerLink):
             tokens_per_s=self.status.prefill_tokens_per_s,
         )
 
-    def request_grant(self, request: Request, timeout_s: float, prefill: PrefillLink) -> None:
+    def request_grant(self, request: Request, timeout_s: float, waited_s: float, prefill: PrefillLink) -> None:
         grant = worker_pb2.RequestGrant(
-            request=request_to_proto(request, timeout_s),
+            request=request_to_proto(request, timeout_s, waited_s),
             kv_address=prefill.kv_address,
             kv_rank_addresses=prefill.info.kv_rank_addresses if prefill.info is not None else (),
             prefill_boot_id=prefill.boot_id,
@@ -524,10 +524,10 @@ class DecodeLink(WorkerLink):
         )
         self._send(grant=grant)
 
-    def run_local(self, request: Request, timeout_s: float, num_tokens: int) -> None:
+    def run_local(self, request: Request, timeout_s: float, waited_s: float, num_tokens: int) -> None:
         """Have it compute the prompt, of which its cache lacks `num_tokens`, and answer."""
         self._local_tokens[request.request_id] = num_tokens
-        self._send(run=worker_pb2.RunLocal(request=request_to_proto(request, timeout_s)))
+        self._send(run=worker_pb2.RunLocal(request=request_to_proto(request, timeout_s, waited_s)))
 
     def _send(self, **message: Any) -> None:
         self._outbox.put_nowait(worker_pb2.DecodeSessionRequest(**message))

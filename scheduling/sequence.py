@@ -25,7 +25,8 @@ class Sequence:
     """Mutable state of one request inside an engine."""
 
     request: Request
-    arrival: int  # order of arrival; a preempted sequence keeps its own
+    arrival: int  # order in which they came here; a preempted sequence keeps its own
+    arrived_at: float = 0.0  # when they came to a router; equal for all if nobody says
     prefill_only: bool = False
     arrived_by_transfer: bool = False
     kv_history: str = "none"  # what its KV may have lost on the way here; only sequences that accept that share it
@@ -76,9 +77,9 @@ class Sequence:
         return self.num_uncomputed == 1 and self.num_computed > 0
 
     @property
-    def queue_key(self) -> tuple[int, int]:
+    def queue_key(self) -> tuple[int, float, int]:
         """Who goes first: higher priority, then earlier arrival."""
-        return (-self.request.priority, self.arrival)
+        return (-self.request.priority, self.arrived_at, self.arrival)
 
     @property
     def can_run(self) -> bool:

@@ -146,9 +146,10 @@ class StepScheduler:
         """Raises: KeyError: no such live sequence."""
         return self._sequences[request_id]
 
-    def add(self, request: Request, *, prefill_only: bool = False) -> None:
+    def add(self, request: Request, *, prefill_only: bool = False, arrived_at: float = 0.0) -> None:
         """Queue a request.
 
+        Args: arrived_at: of equal priority the earliest goes first; in the order of these calls where nobody says.
         Raises: Overloaded: the queue is at its bound. InvalidRequest: its id is in use.
         """
         if len(self._waiting) >= self._max_waiting:
@@ -157,12 +158,17 @@ class StepScheduler:
                 retry_after_s=_RETRY_AFTER_S,
             )
         sequence = self._new_sequence(request, self._contents.token_ids(request), prefill_only=prefill_only)
+        sequence.arrived_at = arrived_at
         insort(self._waiting, sequence, key=_waiting_key)
 
-    def reserve(self, request: Request, headroom_tokens: int, kv_history: str = "none") -> Sequence:
+    def reserve(
+        self, request: Request, headroom_tokens: int, kv_history: str = "none", arrived_at: float = 0.0
+    ) -> Sequence:
         """Take blocks for the KV that a transfer will bring, and for the first output tokens.
 
-        Args: kv_history: the codec, or the narrower dtype, that the KV goes through; "none" if it comes as it is.
+        Args:
+            kv_history: the codec, or the narrower dtype, that the KV goes through; "none" if it comes as it is.
+            arrived_at: as of `add`.
         Raises: Overloaded: the batch or the pool is full, or a preempted sequence is waiting; nothing was taken.
         """
         busy = len(self._running) + len(self._waiting) + self.num_in(SequenceState.RESERVED)
@@ -187,7 +193,7 @@ class StepScheduler:
                 retry_after_s=_RETRY_AFTER_S,
             )
         sequence = self._new_sequence(request, tokens, arrived_by_transfer=True)
-        sequence.kv_history = kv_history
+        sequence.arrived_at, sequence.kv_history = arrived_at, kv_history
         sequence.state = SequenceState.RESERVED
         sequence.prefix_hashes = hashes
         self.blocks.share(hits, granted=True)
@@ -522,11 +528,11 @@ class StepScheduler:
         self._contents.extend_hashes(sequence.prefix_hashes, token_ids, sequence.request, sequence.kv_history)
 
 
-def _queue_key(sequence: Sequence) -> tuple[int, int]:
+def _queue_key(sequence: Sequence) -> tuple[int, float, int]:
     return sequence.queue_key
 
 
-def _waiting_key(sequence: Sequence) -> tuple[bool, tuple[int, int]]:
+def _waiting_key(sequence: Sequence) -> tuple[bool, tuple[int, float, int]]:
     """Who has been preempted comes back before anybody begins, or a stream of more important ones would starve it."""
     return not sequence.preempted, sequence.queue_key
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import grpc.aio
 
-from ..core.errors import ProtocolMismatch, SplitserveError
+from ..core.errors import InvalidRequest, ProtocolMismatch, SplitserveError
 from ..core.request import Request
 from ..proto import worker_pb2
 from ..proto.convert import check_protocol, request_from_proto
@@ -52,4 +52,10 @@ def sequence_id(request_id: str, attempt: int) -> str:
 
 def sequence_from_proto(message: worker_pb2.WorkRequest) -> Request:
     """The request as the engine sees it: its id is the attempt's `sequence_id`. Raises: InvalidRequest."""
+    if 0 < message.max_tokens <= len(message.output_token_ids):
+        raise InvalidRequest(
+            f"output_token_ids holds {len(message.output_token_ids)} tokens already, max_tokens is "
+            f"{message.max_tokens}: there is none left to compute",
+            field="output_token_ids",
+        )
     return request_from_proto(message, sequence_id(message.request_id, message.attempt))

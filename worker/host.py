@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import grpc.aio
-
-from ..core.errors import Draining, InvalidRequest, ModelUnsupported, SplitserveError, Unavailable
+from ..core.errors import Draining, ModelUnsupported, Unavailable
 from ..core.events import Recorder
 from ..core.metrics import WorkerMetrics, new_registry
 from ..core.probes import serve_probes
@@ -29,48 +27,24 @@ from ..kv_transfer.ranges import KvLayout
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.convert import PROTOCOL_VERSION
 from ..proto.mount import ServiceMount
-from ..proto.rpc import abort
 from ..proto.server import Ready, RpcServer
 from ..proto.tls import probes_context
-from .device import THROTTLE_REASONS, DeviceReader, DeviceState, open_devices
-from .holdings import list_holdings
+from .admin import ROLES, WorkerAdmin
+from .device import DeviceReader, DeviceState, open_devices
+from .measured import Measured
 from .options import Role, WorkerOptions
 from .rank_links import ENTRY as RANK_ENTRY
 from .rank_links import RankLink, RankSettings
-from .role import RoleHooks, RoleSwitch
+from .role import Holder, RoleHooks, RoleSwitch
 from .session import Session
 
 logger = logging.getLogger(__name__)
 
-_ROLES: dict[Role, worker_pb2.Role.ValueType] = {
-    "prefill": worker_pb2.ROLE_PREFILL,
-    "decode": worker_pb2.ROLE_DECODE,
-    "colocated": worker_pb2.ROLE_COLOCATED,
-}
-_ROLE_NAMES: dict[int, Role] = {value: name for name, value in _ROLES.items()}
 _ADMIN = "splitserve.v1.WorkerAdmin"
 # Whatever its role is or becomes: what reflection tells of.
 SERVICES = ("splitserve.v1.PrefillWorker", "splitserve.v1.DecodeWorker", "splitserve.v1.KvTransfer", _ADMIN)
 _HEALTH_PERIOD_S = 1.0
 _HAND_OVER_S = 2.0  # for what was handed over to be let go of, and for sessions to end
-_RATE_WEIGHT = 0.2  # of the newest step in the moving averages
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Counts:
-    """The engine's counters as of the last step that the metrics know of."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    recomputed_prompt_tokens: int = 0
-
-    @classmethod
-    def of(cls, engine: Engine) -> _Counts:
-        return cls(
-            prompt_tokens=engine.prompt_tokens,
-            cached_tokens=engine.cached_tokens,
-            recomputed_prompt_tokens=engine.recomputed_prompt_tokens,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +55,7 @@ class Drained:
     num_left: int  # that could not be let go of
 
 
-class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
+class WorkerHost:
     """Everything about a worker that does not depend on its role.
 
     It has one role at a time: `take_role`. The role registers its services on `mount`, and counts its requests in
@@ -152,16 +126,13 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self._no_sessions = asyncio.Event()
         self._stop = asyncio.Event()  # the first signal
         self._hurry = asyncio.Event()  # the second
-        self._prefill_tokens_per_s = 0.0
-        self._decode_step_s = self._decode_batch = 0.0
         self._loop = asyncio.get_running_loop()
         self._device = DeviceLoop(self.engine, self._step_done)
         self._pulse = Pulse(options.stall_bound_s)
         self._tasks: list[asyncio.Task[None]] = []
         self._device_states: Sequence[DeviceState] = ()
-        self._told = _Counts()
-        self._publish_gauges()
-        worker_pb2_grpc.add_WorkerAdminServicer_to_server(self, self.rpc.server)
+        self.measured = Measured(self.engine, self.metrics)
+        worker_pb2_grpc.add_WorkerAdminServicer_to_server(WorkerAdmin(self), self.rpc.server)
 
     async def start(self) -> Ready:
         """Start serving; the address is reachable when this returns."""
@@ -204,8 +175,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
         self.identity = dataclasses.replace(self.identity, boot_id=secrets.token_hex(8))
         self.registry = new_registry()
         self.metrics = WorkerMetrics(self.registry, successor, self.metrics.links)
-        self._told = _Counts.of(self.engine)
-        self._publish_gauges()
+        self.measured.publish_in(self.metrics)
 
     async def _end_sessions(self) -> None:
         for session in self.sessions:
@@ -343,7 +313,7 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             protocol_version=PROTOCOL_VERSION,
             worker_id=self.identity.worker_id,
             boot_id=self.identity.boot_id,
-            role=_ROLES[self.options.role],
+            role=ROLES[self.options.role],
             model=self.options.model_name or self.options.engine.model,
             # Another digest keeps those apart whose KV does not move.
             geometry_digest=self.layout.geometry.digest() + ("" if self._moves_kv else "-stays"),
@@ -364,6 +334,10 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             local_prefill=self.options.local_prefill,
         )
 
+    def holders(self) -> list[Holder]:
+        """Who holds blocks for what."""
+        return list(self._role.holders()) if self._role is not None else []
+
     def status(self, session: Session[Any, Any] | None = None) -> worker_pb2.WorkerStatus:
         """How it fares; for a router's session also what changed in the prefix cache since it was told last."""
         usage = self.engine.usage()
@@ -376,9 +350,9 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             num_waiting=usage.num_waiting,
             num_held=usage.num_held,
             num_outstanding_prefill_tokens=usage.outstanding_prefill_tokens,
-            prefill_tokens_per_s=self._prefill_tokens_per_s,
-            decode_step_s=self._decode_step_s,
-            decode_batch=self._decode_batch,
+            prefill_tokens_per_s=self.measured.prefill_tokens_per_s,
+            decode_step_s=self.measured.decode_step_s,
+            decode_batch=self.measured.decode_batch,
             num_steps=self.engine.num_steps,
             draining=self.draining,
             stalled=self._device.stalled(self.options.stall_bound_s),
@@ -396,71 +370,13 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
             number=changes.number, restarts=changes.restarts, added=changes.added, removed=changes.removed
         )
 
-    async def GetWorkerStatus(
-        self, request: worker_pb2.GetWorkerStatusRequest, context: object
-    ) -> worker_pb2.GetWorkerStatusResponse:
-        return worker_pb2.GetWorkerStatusResponse(info=self.info(), status=self.status())
-
-    async def Drain(self, request: worker_pb2.DrainRequest, context: object) -> worker_pb2.DrainResponse:
-        drained = await self.drain(max(0.0, request.timeout_s))
-        return worker_pb2.DrainResponse(num_left=drained.num_left, num_handed_over=drained.num_handed_over)
-
-    async def ListHoldings(
-        self, request: worker_pb2.ListHoldingsRequest, context: object
-    ) -> worker_pb2.ListHoldingsResponse:
-        holders = list(self._role.holders()) if self._role is not None else []
-        return list_holdings(self.engine, holders, request)
-
-    async def Undrain(self, request: worker_pb2.UndrainRequest, context: object) -> worker_pb2.UndrainResponse:
-        await self.undrain()
-        return worker_pb2.UndrainResponse()
-
-    async def SwitchRole(
-        self, request: worker_pb2.SwitchRoleRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> worker_pb2.SwitchRoleResponse:
-        try:
-            if self.switch is None or request.role not in _ROLE_NAMES:
-                raise InvalidRequest(
-                    f"worker {self.identity.worker_id} cannot take role {request.role}: it has its role for life, or "
-                    "there is no such role",
-                    field="role",
-                )
-            switched = await self.switch.to(_ROLE_NAMES[request.role], max(0.0, request.timeout_s))
-        except SplitserveError as error:
-            await abort(context, error)
-        return worker_pb2.SwitchRoleResponse(
-            info=self.info(), switch_s=switched.switch_s, num_handed_over=switched.num_handed_over
-        )
-
     # -- after each step --
 
     def _step_done(self, output: StepOutput) -> None:  # device thread
         self._loop.call_soon_threadsafe(self._deliver, output)
 
     def _deliver(self, output: StepOutput) -> None:
-        record = output.record
-        metrics = self.metrics
-        metrics.steps.inc()
-        metrics.step_seconds.observe(record.total_s)
-        metrics.output_tokens.inc(record.num_new_tokens)
-        metrics.preemptions.inc(len(output.preempted))
-        engine, told = self.engine, self._told
-        metrics.prompt_tokens.inc(engine.prompt_tokens - told.prompt_tokens)
-        metrics.cached_tokens.inc(engine.cached_tokens - told.cached_tokens)
-        metrics.recomputed_prompt_tokens.inc(engine.recomputed_prompt_tokens - told.recomputed_prompt_tokens)
-        self._told = _Counts.of(engine)
-        if record.kind == "prefill":
-            self._prefill_tokens_per_s = _average(
-                self._prefill_tokens_per_s, record.num_prefill_tokens / record.total_s
-            )
-        elif record.kind == "decode":
-            self._decode_step_s = _average(self._decode_step_s, record.total_s)
-            self._decode_batch = _average(self._decode_batch, record.num_sequences)
-        elif self.options.role == "decode" and self._decode_step_s:
-            # What a prompt adds to a decode step: a busy decode worker never computes one alone. Below a tenth of
-            # the step the difference is noise.
-            prefill_s = max(record.total_s - self._decode_step_s, 0.1 * self._decode_step_s)
-            self._prefill_tokens_per_s = _average(self._prefill_tokens_per_s, record.num_prefill_tokens / prefill_s)
+        self.measured.step(output, self.options.role)
         if self._role is not None:
             self._role.on_step(output)
 
@@ -481,25 +397,12 @@ class WorkerHost(worker_pb2_grpc.WorkerAdminServicer):
     async def _read_devices(self) -> None:
         self._device_states = await asyncio.to_thread(self.devices.read)
         for state in self._device_states:
-            _publish_device(self.metrics, state)
+            self.measured.device(state)
             if state.fault and not self.fault:
                 self.fault = state.fault
                 logger.error("out of service: %s", state.fault)
                 for session in self.sessions:
                     session.status_changed()
-
-    def _publish_gauges(self) -> None:
-        """Gauges are read when they are scraped, so they are never stale."""
-        engine, metrics = self.engine, self.metrics
-        metrics.blocks_total.set_function(lambda: engine.usage().blocks_total)
-        metrics.blocks_free.set_function(lambda: engine.usage().blocks_free)
-        metrics.blocks_cached.set_function(lambda: engine.usage().blocks_cached)
-        metrics.blocks_live.set_function(lambda: engine.usage().blocks_live)
-        metrics.blocks_granted.set_function(lambda: engine.usage().blocks_granted)
-        metrics.blocks_orphaned.set_function(engine.num_orphaned_blocks)
-        metrics.running.set_function(lambda: engine.usage().num_running)
-        metrics.waiting.set_function(lambda: engine.usage().num_waiting)
-        metrics.held.set_function(lambda: engine.usage().num_held)
 
 
 async def _within(timeout_s: float, event: asyncio.Event) -> bool:
@@ -512,22 +415,5 @@ async def _within(timeout_s: float, event: asyncio.Event) -> bool:
     return True
 
 
-def _average(old: float, new: float) -> float:
-    return new if old == 0.0 else old + _RATE_WEIGHT * (new - old)
-
-
 def _device_status(state: DeviceState) -> worker_pb2.DeviceStatus:
     return worker_pb2.DeviceStatus(**dataclasses.asdict(state))
-
-
-def _publish_device(metrics: WorkerMetrics, state: DeviceState) -> None:
-    metrics.gpu_memory_used.labels(state.uuid).set(state.memory_used_bytes)
-    metrics.gpu_memory_total.labels(state.uuid).set(state.memory_total_bytes)
-    metrics.gpu_temperature.labels(state.uuid).set(state.temperature_c)
-    metrics.gpu_power.labels(state.uuid).set(state.power_w)
-    metrics.gpu_sm_clock.labels(state.uuid).set(state.sm_clock_mhz * 1e6)
-    metrics.gpu_ecc_errors.labels(state.uuid, "corrected").set(state.corrected_errors)
-    metrics.gpu_ecc_errors.labels(state.uuid, "uncorrected").set(state.uncorrected_errors)
-    metrics.gpu_nvlinks_up.labels(state.uuid).set(state.nvlinks_up)
-    for reason in THROTTLE_REASONS.values():
-        metrics.gpu_throttled.labels(state.uuid, reason).set(reason in state.throttle_reasons)

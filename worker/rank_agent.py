@@ -9,7 +9,6 @@ import asyncio
 import json
 import logging
 import socket
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Coroutine, Mapping, Sequence
@@ -18,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from ..core.errors import Cancelled, EngineFailed, SplitserveError, from_code
+from ..core.threads import share_interpreter
 from ..engine.parallel import follower
 from ..engine.pool import KvPool
 from ..kv_transfer.capability import Granter
@@ -29,7 +29,7 @@ from ..kv_transfer.receiver import KvReceiver
 from ..kv_transfer.sender import KvSender
 from ..kv_transfer.source_ranks import RankSender
 from ..proto import kv_transfer_pb2
-from ..proto.server import SWITCH_INTERVAL_S, RpcServer
+from ..proto.server import RpcServer
 from .rank_links import LINE_LIMIT, RankSettings, received_from_json
 
 logger = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ def _grant(written: str) -> Grant:
 
 def main() -> None:
     """Be a rank whose KV moves between workers; see the follower's `main`."""
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    share_interpreter()
 
     def make(settings: Mapping[str, Any], rank: int, link: int) -> RankAgent:
         return RankAgent(RankSettings.from_json(settings), rank, socket.socket(fileno=link))

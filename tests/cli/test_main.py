@@ -145,7 +145,7 @@ def test_a_missing_extra_is_named_with_the_command_that_brings_it(missing: str) 
         "sys.argv = ['splitserve', *sys.argv[1:]]\n"
         "main()"
     )
-    command = {"torch": ["decode-worker"], "ray": ["up", "--model", "m"]}[missing]
+    command = {"torch": ["decode-worker"], "ray": ["up", "--model", "org/name"]}[missing]
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [

@@ -150,6 +150,7 @@ async def test_a_worker_that_hangs_is_killed_and_started_again(tmp_path: Path) -
         assert next(m for m in view.members if m.name == "decode-0").num_restarts == 1
 
 
+@pytest.mark.verify  # test_load_step.py has it with real workers
 async def test_a_pool_grows_with_its_load_and_shrinks_after_it(tmp_path: Path) -> None:
     load = tmp_path / "load"
     cluster = scaled_config(load, scaling={"role_switch": False})

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import mmap
 import os
+import select
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -219,31 +223,57 @@ def tiny() -> KvGeometry:
 class ChildProcess:
     """One side in a process of its own; its script says what it does."""
 
-    def __init__(self, script: str, *arguments: str) -> None:
-        command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.pid = self._process.pid
+    def __init__(self, forking: socket.socket, script: str, *arguments: str) -> None:
+        stdin, own_end = os.pipe()
+        own_start, stdout = os.pipe()
+        command = [str(Path(__file__).with_name(script)), *arguments]
+        socket.send_fds(forking, [json.dumps(command).encode()], [stdin, stdout])
+        os.close(stdin)
+        os.close(stdout)
+        self._stdin, self._stdout = os.fdopen(own_end, "w"), os.fdopen(own_start)
+        self.pid = int(forking.recv(64))
+        self._pid_fd = os.pidfd_open(self.pid)
         self.address = ""
 
     def say(self, line: str) -> str:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-        return self._process.stdout.readline().strip()
+        self._stdin.write(line + "\n")
+        self._stdin.flush()
+        return self._stdout.readline().strip()
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+        """Returns when it is dead. Idempotent."""
+        if self._stdout.closed:
+            return
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pid_fd, signal.SIGKILL)
+        select.select([self._pid_fd], [], [])
+        os.close(self._pid_fd)
+        self._stdin.close()
+        self._stdout.close()
+
+
+@pytest.fixture(scope="session")
+def forking() -> Iterator[socket.socket]:
+    """Where processes are asked for; see forking.py."""
+    own, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    script = str(Path(__file__).with_name("forking.py"))
+    process = subprocess.Popen([sys.executable, script, str(its.fileno())], pass_fds=(its.fileno(),))
+    its.close()
+    try:
+        yield own
+    finally:
+        own.close()
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
-def sender_process() -> Iterator[Callable[..., ChildProcess]]:
+def sender_process(forking: socket.socket) -> Iterator[Callable[..., ChildProcess]]:
     """`sender_process(boot_id)` starts a prefill side that can be killed."""
     started = []
 
     def start(boot_id: str, port: int = 0, transport: str = "grpc") -> ChildProcess:
-        process = ChildProcess("sender_process.py", boot_id, str(port), devices(transport)[0])
+        process = ChildProcess(forking, "sender_process.py", boot_id, str(port), devices(transport)[0])
         started.append(process)
         process.address = process.say("address")
         return process
@@ -254,12 +284,12 @@ def sender_process() -> Iterator[Callable[..., ChildProcess]]:
 
 
 @pytest.fixture
-def receiver_process() -> Iterator[Callable[..., ChildProcess]]:
+def receiver_process(forking: socket.socket) -> Iterator[Callable[..., ChildProcess]]:
     """`receiver_process(address, transport, num_tokens)` starts a decode side that can be killed."""
     started = []
 
     def start(address: str, transport: str, num_tokens: int) -> ChildProcess:
-        started.append(ChildProcess("receiver_process.py", address, transport, str(num_tokens)))
+        started.append(ChildProcess(forking, "receiver_process.py", address, transport, str(num_tokens)))
         return started[-1]
 
     yield start

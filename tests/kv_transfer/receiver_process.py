@@ -1,6 +1,6 @@
 """A decode side in a process of its own, for tests that kill it: commands on stdin, one line of answer to each.
 
-python receiver_process.py ADDRESS TRANSPORT NUM_TOKENS
+receiver_process.py ADDRESS TRANSPORT NUM_TOKENS
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A prefill side in a process of its own, for tests that kill it: commands on stdin, one line of answer to each.
 
-python sender_process.py BOOT_ID PORT DEVICE
+sender_process.py BOOT_ID PORT DEVICE
 """
 
 from __future__ import annotations

@@ -26,19 +26,11 @@ two_gpus = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, r
 ON_GPUS = [pytest.param(name, marks=two_gpus) for name in ("cuda_ipc", "nccl")]
 TRANSPORTS = ["shared_memory", "grpc", "gloo"]
 every_transport = pytest.mark.parametrize("transport", [*TRANSPORTS, *ON_GPUS])
-# A child process costs two seconds of a core: `make test` starts a few, `make chaos` and `make verify` all.
-exhaustive = pytest.mark.verify
+# These wait for time-outs to run out: the others are for `make verify`.
 one_transport_in_make_test = pytest.mark.parametrize(
     "transport",
-    [*(name if name == "grpc" else pytest.param(name, marks=exhaustive) for name in TRANSPORTS), *ON_GPUS],
+    [*(name if name == "grpc" else pytest.param(name, marks=pytest.mark.verify) for name in TRANSPORTS), *ON_GPUS],
 )
-
-
-def edges(*names: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(
-        "edge", [name if name == "half" else pytest.param(name, marks=exhaustive) for name in names]
-    )
-
 
 NUM_TOKENS = 100
 NUM_ABORTS = 50
@@ -68,7 +60,7 @@ async def next_transfer_works(p: Any, request_id: str = "next") -> None:
 
 @pytest.mark.chaos
 @every_transport
-@edges("parked", "offer", "half", "all")
+@pytest.mark.parametrize("edge", ["parked", "offer", "half", "all"])
 async def test_killed_sender_at_every_edge(pair, sender_process, same_pool, transport: str, edge: str) -> None:
     """Killed while the fetch is parked, before any KV, amid it, and before the commit."""
     async with pair(transport) as p:
@@ -97,7 +89,7 @@ async def test_killed_sender_at_every_edge(pair, sender_process, same_pool, tran
 
 @pytest.mark.chaos
 @every_transport
-@edges("granted", "half", "received")
+@pytest.mark.parametrize("edge", ["granted", "half", "received"])
 async def test_killed_receiver_at_every_edge(pair, receiver_process, transport: str, edge: str) -> None:
     """Killed before it fetches, amid the KV, and with all of it but uncommitted."""
     async with pair(transport, sender_options={"lease_s": 0.5}) as p:

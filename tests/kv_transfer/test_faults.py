@@ -14,6 +14,7 @@ from splitserve.core.errors import KvCorrupted, StaleMessage, TransferFailed
 from splitserve.kv_transfer.frames import HEADER_BYTES, SERVICE, FrameHeader, checksum
 from splitserve.kv_transfer.grants import Grant
 from splitserve.proto import kv_transfer_pb2 as pb
+from splitserve.proto.rpc import MAX_MESSAGE_BYTES
 
 Edit = Callable[[list[bytes]], Sequence[bytes]]
 
@@ -209,6 +210,30 @@ async def test_a_peer_that_never_answers_is_a_failed_transfer(pair, monkeypatch)
         request = p.request(40)
         with pytest.raises(TransferFailed, match="did not answer within"):
             await p.receiver.receive(p.grant(request), address, request.prompt_token_ids, p.target_table)
+
+
+async def test_a_message_that_grpc_itself_refuses_is_a_broken_link_and_worth_another_attempt(pair) -> None:
+    """So it is with one whose length was damaged on its way."""
+    async with pair() as p, replaying([bytes(MAX_MESSAGE_BYTES + 1)]) as address:
+        request = p.request(40)
+        with pytest.raises(TransferFailed, match="larger than max") as failed:
+            await p.receiver.receive(p.grant(request), address, request.prompt_token_ids, p.target_table)
+        assert failed.value.retryable
+        assert p.receiver_metrics.transfer_resumes._value.get() == 2
+
+
+async def test_those_who_wait_for_a_peer_that_never_answers_fail_together(pair, monkeypatch) -> None:
+    """One after the other, the last of them would wait for minutes."""
+    monkeypatch.setattr("splitserve.kv_transfer.peer.CONNECT_TRIES_S", (0.1, 0.2))
+    async with pair() as p, deaf_to_the_first(p.address, 1_000) as address:
+        requests = [p.request(40, f"r{number}") for number in range(30)]
+        receiving = [
+            p.receiver.receive(p.grant(request), address, request.prompt_token_ids, p.target_table)
+            for request in requests
+        ]
+        failed = await asyncio.gather(*receiving, return_exceptions=True)
+        assert [type(error) for error in failed if not isinstance(error, TransferFailed)] == []
+        assert p.receiver._peers._link_epochs[address] < 10  # tries; each for itself it would be 60
 
 
 def is_mapped(inode: str) -> bool:

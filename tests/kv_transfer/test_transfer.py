@@ -14,15 +14,19 @@ from hypothesis import strategies as st
 from splitserve.core.errors import (
     Cancelled,
     ConfigError,
+    Draining,
     GeometryMismatch,
     LeaseExpired,
     StaleMessage,
     TransferFailed,
+    TransferInterrupted,
     Unavailable,
 )
 from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
 from splitserve.kv_transfer import sending
+from splitserve.kv_transfer.frames import SERVICE
 from splitserve.kv_transfer.sender import KvSender
+from splitserve.proto.rpc import from_rpc_error
 
 two_gpus = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 ON_GPUS = [pytest.param(name, marks=two_gpus) for name in ("cuda_ipc", "nccl")]
@@ -66,6 +70,48 @@ async def test_kv_arrives_bit_exact_and_commit_frees_the_sender(pair, transport:
         assert count(p.sender_metrics.transfers) == 1
         assert count(p.sender_metrics.transfer_bytes) == received.num_bytes
         assert count(p.receiver_metrics.transfer_bytes) == received.num_bytes
+
+
+async def test_a_transfer_takes_the_stream_that_stands_by_and_a_stopping_sender_ends_it(pair) -> None:
+    opened: asyncio.Queue[None] = asyncio.Queue()
+
+    class Watched(KvSender):
+        async def _asked(self, context):
+            opened.put_nowait(None)
+            return await super()._asked(context)
+
+    async with pair("grpc", sender_type=Watched) as p:
+        for number in range(2):
+            request = p.request(100, f"r{number}")
+            grant = p.grant(request)
+            p.complete(grant, request)
+            received = await p.receive(grant, request)
+            p.assert_arrived(grant)
+            if number == 0:
+                await opened.get()
+            assert opened.empty()  # the second one opened none
+            await p.receiver.commit(grant, p.address, received)
+            await opened.get()  # the next one's
+        request = p.request(100, "r2")
+        grant = p.grant(request)
+        await p.sender.close()
+        with pytest.raises(Draining, match="is stopping"):  # by the stream that stood by, or one opened since
+            await p.receive(grant, request)
+        assert not p.sender._standing_by
+
+
+async def test_a_fetch_that_cannot_be_read_is_a_typed_error_and_one_that_asks_nothing_ends(pair) -> None:
+    async with pair("grpc") as p, grpc.aio.insecure_channel(p.address) as channel:
+        fetch = channel.stream_stream(f"/{SERVICE}/Fetch")
+        garbled = fetch()
+        await garbled.write(b"\xff\xff\xff")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await garbled.read()
+        assert isinstance(from_rpc_error(refused.value), TransferInterrupted)  # the receiver asks again
+        silent = fetch()
+        await silent.done_writing()
+        assert await silent.read() is grpc.aio.EOF
+        assert await silent.code() is grpc.StatusCode.OK
 
 
 async def test_kv_that_is_told_of_behind_the_first_token_leaves_at_once(pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,7 @@ requests = st.builds(
     attempt=st.integers(1, 100),
     priority=st.integers(-(2**31), 2**31 - 1),
     timeout_s=st.floats(0, 1e6),
+    waited_s=st.floats(0, 1e6),
     tenant=st.text(max_size=8),
     min_tokens=st.integers(0, 2**31),
     logprobs=counts,
@@ -65,7 +66,7 @@ requests = st.builds(
 
 @given(requests)
 def test_a_request_crosses_the_wire_whole(request: Request) -> None:
-    data = request_to_proto(request, request.timeout_s).SerializeToString()
+    data = request_to_proto(request, request.timeout_s, request.waited_s).SerializeToString()
     assert request_from_proto(worker_pb2.WorkRequest.FromString(data)) == request
 
 

@@ -146,8 +146,11 @@ async def test_05_a_failed_prefill_frees_the_decode_worker_without_any_time_out(
     await cluster.idle()
 
 
-async def test_06_a_worker_that_makes_no_progress_is_not_healthy(start_cluster: StartCluster) -> None:
+async def test_06_a_worker_that_makes_no_progress_is_not_healthy(
+    start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Others' health checks said 200 while nothing moved."""
+    monkeypatch.setattr("splitserve.worker.host._HEALTH_PERIOD_S", 0.05)
     cluster = await start_cluster(prefill=0, decode=0, colocated=1)
     server = cluster.workers["colocated-0"]
     host = server.worker.host

@@ -46,7 +46,7 @@ async def client_process(scene: Scene) -> AsyncIterator[asyncio.subprocess.Proce
 @pytest.mark.chaos
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
 async def test_a_lost_client_is_noticed_and_its_request_freed(start_scene: StartScene, blow: signal.Signals) -> None:
-    """A hanging one answers no ping: its connection is given up after 1.8 s, though it stays open."""
+    """A hanging one answers no ping: its connection is given up after 1.9 s, though it stays open."""
     scene = await start_scene()
     async with client_process(scene) as process:
         process.send_signal(blow)

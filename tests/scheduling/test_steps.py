@@ -208,6 +208,14 @@ def test_higher_priority_is_prefilled_first_and_equals_in_order_of_arrival() -> 
     assert order == ["c", "a", "b"]
 
 
+def test_who_came_to_its_router_first_is_prefilled_first_whichever_router_brings_it_sooner() -> None:
+    scheduler = make_scheduler(max_running=1)
+    for name, arrived_at in (("c", 3.0), ("a", 1.0), ("d", 3.0), ("b", 2.0)):
+        scheduler.add(make_request(name, max_tokens=1, seed=ord(name)), arrived_at=arrived_at)
+    order = [run_step(scheduler)[1][0].sequence.request_id for _ in range(4)]
+    assert order == ["a", "b", "c", "d"]
+
+
 def test_stop_tokens_and_max_tokens_end_a_request() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("a", stop_token_ids=frozenset({END})))

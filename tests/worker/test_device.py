@@ -47,7 +47,10 @@ class ScriptedDevices:
         return self.states
 
 
-async def test_uncorrectable_errors_take_a_worker_out_of_service(stack: AsyncExitStack, model_dir: Path) -> None:
+async def test_uncorrectable_errors_take_a_worker_out_of_service(
+    stack: AsyncExitStack, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitserve.worker.host._HEALTH_PERIOD_S", 0.05)
     engine = EngineOptions(
         model=str(model_dir), dtype="float32", num_threads=1, num_kv_blocks=64, self_check=False, shared_pool=True
     )

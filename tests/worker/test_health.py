@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 
 import grpc.aio
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from splitserve.core.pulse import Pulse
 from splitserve.core.request import Request
@@ -45,7 +46,10 @@ async def grpc_health(pair: Pair, service: str, wanted: int) -> None:
                 return
 
 
-async def test_a_step_that_hangs_turns_its_worker_unhealthy_until_it_goes_on(open_pair: OpenPair) -> None:
+async def test_a_step_that_hangs_turns_its_worker_unhealthy_until_it_goes_on(
+    open_pair: OpenPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitserve.worker.host._HEALTH_PERIOD_S", 0.05)
     pair = await open_pair(stall_bound_s=0.3)
     host = pair.prefill.worker.host
     await pair.serve(Request(request_id="warm", prompt_token_ids=PROMPT, max_tokens=2, timeout_s=60.0))

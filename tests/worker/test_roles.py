@@ -15,7 +15,7 @@ from splitserve.engine.engine import Engine
 from splitserve.engine.loading import load_model
 from splitserve.engine.options import EngineOptions
 from splitserve.engine.testing import make_tiny_model
-from splitserve.proto import inference_pb2, worker_pb2
+from splitserve.proto import inference_pb2, kv_transfer_pb2, worker_pb2
 from splitserve.proto.convert import PROTOCOL_VERSION, request_to_proto
 from splitserve.proto.rpc import from_rpc_error
 
@@ -294,3 +294,17 @@ async def test_a_session_must_open_with_a_hello(pair: Pair, stack: AsyncExitStac
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await end.call.read()
     assert isinstance(from_rpc_error(caught.value), ProtocolMismatch)
+
+
+async def test_an_answer_that_is_complete_already_costs_no_step(pair: Pair) -> None:
+    done = request("done", max_tokens=3, output_token_ids=(5, 6, 7))
+    await pair.ask_grant(done)
+    refused = [await pair.decode_end.next("failed")]
+    await pair.decode_end.send(run=worker_pb2.RunLocal(request=request_to_proto(done, 60.0)))
+    refused.append(await pair.decode_end.next("failed"))
+    await pair.prefill_run(done, kv_transfer_pb2.Grant())
+    refused.append(await pair.prefill_end.next("failed"))
+    assert {(failed.failure.code, failed.failure.field) for failed in refused} == {
+        ("invalid_request", "output_token_ids")
+    }
+    await pair.idle()
