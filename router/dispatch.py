@@ -1,19 +1,17 @@
 """The life of a request in the router: queue, place, grant, prefill, stream, retry, and exactly one end.
 
 Everything here runs on the event loop and never awaits, so a message is handled whole before the next: the only task of
-a request is the one that reads its answer (`Job.read`).
+a request is the one that reads its answer (`Reading`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from enum import Enum
 
 from ..core.api_key import ANYBODY, ApiKey, Scope
 from ..core.errors import (
@@ -34,86 +32,24 @@ from ..core.metrics import RouterMetrics
 from ..core.request import FinishReason, Request
 from ..proto import kv_transfer_pb2
 from ..scheduling.admission import Admission
-from ..scheduling.attempts import Answer, NewTokens, first_attempt
-from ..scheduling.dispatch_order import Awaited, dispatch
+from ..scheduling.attempts import NewTokens, first_attempt
+from ..scheduling.dispatch_order import dispatch
 from ..scheduling.fair_queue import FairQueue, Ticket
 from ..scheduling.policies.prefix import prefix
 from ..scheduling.prefix_feed import PrefixChanges
 from ..scheduling.quotas import Quotas
-from ..scheduling.retries import Failures, RetryRules
+from ..scheduling.retries import RetryRules
 from ..scheduling.routing import ClusterView, Placement, PrefillLoad, RoutingPolicy, Snapshot
 from .idempotency import EndedRequests, can_read, check_same
+from .job import Job, Phase
 from .membership import WorkerPool
 from .reading import Reading
-from .routing_view import PrefixOfJob, RoutingView
-from .session import DecodeLink, DecodeReport, PrefillLink, PrefillReport, TransferReport, WorkerLink
+from .routing_view import RoutingView
+from .session import DecodeReport, PrefillReport, TransferReport, WorkerLink
 from .timeline import Timeline
 from .traffic import Traffic
 
 logger = logging.getLogger(__name__)
-
-
-class Phase(Enum):
-    """What a request that has not ended waits for."""
-
-    QUEUED = "waiting for a worker"
-    BACKING_OFF = "waiting to be tried again"
-    GRANTING = "waiting for a grant of KV blocks"
-    PREFILLING = "being prefilled"
-    DECODING = "being decoded"
-
-
-class Job:
-    """One request from submission to its end. Made by `Dispatcher.open`."""
-
-    def __init__(
-        self, request: Request, timeline: Timeline, deadline_at: float, ticket: Ticket, digest: bytes = b""
-    ) -> None:
-        self.asked = request  # as the first call sent it
-        self.request = request  # as the live attempt sends it
-        self.digest = digest  # of all that makes it this request
-        self.answer = Answer(request.output_token_ids, request.attempt)
-        self.reading = Reading(self, len(request.output_token_ids))  # of the newest call
-        self.called_at = timeline.arrived_at  # of the newest call
-        self.timeline = timeline
-        self.deadline_at = deadline_at
-        self.ticket = ticket
-        self.predicted_ttft_s: float | None = None
-        self.begun_by = ""  # weights of the last attempt
-        self.draw = random.getrandbits(64)  # the policy's luck
-        self.prefix = PrefixOfJob()
-        self.phase = Phase.QUEUED
-        self.awaits: Awaited | None = None  # while it is queued
-        self.queued_at = timeline.arrived_at
-        self.prefill: PrefillLink | None = None
-        self.decode: DecodeLink | None = None
-        self.avoid: set[str] = set()  # addresses of workers that failed it
-        self.failures = Failures()
-        self.error: SplitserveError | None = None
-        self.deadline_timer: asyncio.TimerHandle | None = None
-        self.queue_timer: asyncio.TimerHandle | None = None  # runs while it is queued and has had no attempt
-        self.retry_timer: asyncio.TimerHandle | None = None
-        self.num_given = len(request.output_token_ids)  # tokens that the client brought
-
-    @property
-    def weights(self) -> str:
-        """What computed the tokens that its client has; "" while it has none of ours."""
-        return self.begun_by if len(self.answer.token_ids) > self.num_given else ""
-
-    @property
-    def untouched(self) -> bool:
-        """Nobody has worked for it yet, and its client has nothing."""
-        return self.failures.num == 0 and not self.answer.token_ids
-
-    @property
-    def wants_logprobs(self) -> bool:
-        return self.request.logprobs is not None or self.request.prompt_logprobs is not None
-
-    def is_computed_by(self, worker: WorkerLink) -> bool:
-        """Whether the worker computes it, as far as can be known here, rather than only holding something for it."""
-        if worker is self.decode:
-            return self.phase is Phase.DECODING
-        return worker is self.prefill and self.phase is Phase.PREFILLING and self.timeline.prefill is None
 
 
 class Dispatcher:

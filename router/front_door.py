@@ -16,8 +16,9 @@ from ..proto import inference_pb2
 from ..proto.convert import check_protocol, format_from_proto, logprob_to_proto, reason_to_proto, sampling_from_proto
 from ..scheduling.admission import ModelLimits, check_model, make_request
 from .conversation import template_input
-from .dispatch import Dispatcher, Job
+from .dispatch import Dispatcher
 from .idempotency import digest_of
+from .job import Job
 from .keys import CALLER
 from .membership import WorkerPool
 from .text import AnswerText, ModelText

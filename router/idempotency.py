@@ -6,14 +6,11 @@ import hashlib
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..core.errors import IdempotencyConflict
 from ..core.request import Request
 from ..proto import inference_pb2
-
-if TYPE_CHECKING:
-    from .dispatch import Job
+from .job import Job
 
 MAX_ENDED = 1_024
 MAX_KEPT_TOKENS = 1_000_000  # of prompts and answers that are kept

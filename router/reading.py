@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..core.errors import Superseded
 
 if TYPE_CHECKING:
-    from .dispatch import Job
+    from .job import Job
 
 
 class Reading:
