@@ -55,6 +55,7 @@ class RankedLoads(Sequence[L], Generic[L]):
         old = self._loads.get(worker)
         if load is old or load == old:
             return
+        self._replace(old, load)
         number = self._numbers.setdefault(worker, len(self._numbers))
         if old is not None:
             del self._by_rank[bisect_left(self._by_rank, (self._rank(old), number))]
@@ -74,6 +75,11 @@ class RankedLoads(Sequence[L], Generic[L]):
             self.num_improvements += 1
             self._improved.pop(worker, None)
             self._improved[worker] = self.num_improvements
+
+    @abstractmethod
+    def _replace(self, old: L | None, load: L | None) -> None:
+        """Count one load for another; None is none."""
+        ...
 
     @abstractmethod
     def _rank(self, load: L) -> float: ...
@@ -118,13 +124,11 @@ class PrefillLoads(RankedLoads[PrefillLoad]):
         """Prompt tokens a second of the fastest worker. Raises: IndexError: there is none."""
         return self._speeds[-1]
 
-    def put(self, worker: str, load: PrefillLoad | None) -> None:
-        old = self._loads.get(worker)
+    def _replace(self, old: PrefillLoad | None, load: PrefillLoad | None) -> None:
         if old is not None:
             del self._speeds[bisect_left(self._speeds, old.speed)]
         if load is not None:
             insort(self._speeds, load.speed)
-        super().put(worker, load)
 
     def _rank(self, load: PrefillLoad) -> float:
         return load.wait_s
@@ -143,10 +147,8 @@ class DecodeLoads(RankedLoads[DecodeLoad]):
         super().__init__()
         self.num_placed = 0  # of whom is known where they stand
 
-    def put(self, worker: str, load: DecodeLoad | None) -> None:
-        old = self._loads.get(worker)
+    def _replace(self, old: DecodeLoad | None, load: DecodeLoad | None) -> None:
         self.num_placed += (load is not None and load.place is not None) - (old is not None and old.place is not None)
-        super().put(worker, load)
 
     def _rank(self, load: DecodeLoad) -> float:
         return least_cost_s(load)

@@ -107,6 +107,8 @@ class Link:
                 await self._passable.wait()
                 if self._fault is FaultKind.DELAY:
                     await asyncio.sleep(_DELAY_S)
+                if writer.is_closing():  # reset meanwhile
+                    return
                 writer.write(self._changed(data))
                 await writer.drain()
         except OSError:

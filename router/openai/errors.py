@@ -98,9 +98,11 @@ def invalid_body(error: ValidationError, model: type[BaseModel]) -> InvalidReque
         return InvalidRequest(f"unrecognized request argument: {field}{hint}", field=field)
     if kind == "missing":
         return InvalidRequest(f"{field} is missing", field=field)
-    if kind == "union_tag_invalid":
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
         said = row["ctx"]
         field += "." + said["discriminator"].strip("'")
+        if kind == "union_tag_not_found":
+            return InvalidRequest(f"{field} is missing", field=field)
         return InvalidRequest(f"{field}: got {_shown(said['tag'])}, wanted {said['expected_tags']}", field=field)
     for other in rows:
         if other["type"] in ("too_short", "too_long") and _path(other["loc"]) == field:
@@ -114,21 +116,22 @@ def invalid_body(error: ValidationError, model: type[BaseModel]) -> InvalidReque
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    """Without the names that pydantic gives to the members of a union."""
-    text = ""
+    """Without the names that pydantic gives to the members of a union; a member may have a field of its own name."""
+    text, is_member = "", False
     for part in location:
+        members = _FORMATS if text == "response_format" else _UNION_MEMBERS
+        is_member = bool(text) and part in members and not is_member
         if isinstance(part, int):
             text += f"[{part}]"
         elif not text:
             text = part[:_SHOWN_CHARS]
-        elif part.isidentifier() and part not in _UNION_MEMBERS:
+        elif part.isidentifier() and not is_member:
             text += f".{part}"
     return text
 
 
-_UNION_MEMBERS = {"str", "int", "float", "bool", "dict", "list", "system", "developer", "user", "assistant", "tool"} | {
-    "text", "json_object", "regex", "grammar"
-}  # fmt: skip
+_UNION_MEMBERS = {"str", "int", "float", "bool", "dict", "list", "system", "developer", "user", "assistant", "tool"}
+_FORMATS = {"text", "json_object", "json_schema", "regex", "grammar"}
 
 
 def _shown(value: object) -> str:
