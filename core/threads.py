@@ -6,8 +6,8 @@ import ctypes
 import sys
 
 # A step loop, transfers and an event loop share one interpreter. Whoever comes back from a kernel launch or a read
-# waits at most this long for it, and a step has dozens of them; less, and the event loop is held up in turn. With Python's 5 ms, one beside a busy event loop took
-# longer than ten alone.
+# waits at most this long for it, and a step has dozens of them; less, and the event loop is held up in turn. With
+# Python's 5 ms, one beside a busy event loop took longer than ten alone.
 _SWITCH_INTERVAL_S = 1e-4
 _SET_TIMER_SLACK, _SLACK_NS = 29, 1000  # prctl(2)
 
