@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import statistics
 import tempfile
@@ -30,13 +31,13 @@ from ..proto.rpc import CHANNEL_OPTIONS
 from .processes import process_cluster
 from .report import write_json
 
-WARMUP = 5
+WARMUP, BLOCK = 3, 10  # calls of one kind in a row, not counted and counted
 # (prompt, output tokens) -> arrival here of the first and the last token, seconds since the request was sent.
 Call = Callable[[list[int], int], Awaitable[tuple[float, float]]]
 
 
 def main(
-    requests: Annotated[int, typer.Option(min=3, help="Requests of each kind, in turn.")] = 100,
+    requests: Annotated[int, typer.Option(min=3, help="Requests of each kind, in blocks of ten.")] = 100,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 64,
     output_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 32,
     model: Annotated[str | None, typer.Option(help="Model to serve.", show_default="a tiny random Llama")] = None,
@@ -72,14 +73,15 @@ async def _main(
                 "router, gRPC, split": grpc_call(two_client),
                 "router, HTTP, split": http,
             }
-            prompts = await visible_prompts(one_client, num_requests + WARMUP, prompt_tokens, random.Random(seed))
+            num_prompts = math.ceil(num_requests / BLOCK) * (WARMUP + BLOCK)
+            prompts = await visible_prompts(one_client, num_prompts, prompt_tokens, random.Random(seed))
             times = await measure(calls, prompts, output_tokens, random.Random(seed))
     ttft = {name: [first for first, _ in rows] for name, rows in times.items()}
     per_token = {name: [(last - first) / (output_tokens - 1) for first, last in rows] for name, rows in times.items()}
     Console().print(_table(ttft, per_token, prompt_tokens, output_tokens))
     if json_file is not None:
         write_json(
-            json_file, {"ttft_s": ttft, "per_token_s": per_token, "seed": seed, "warmup": WARMUP, "n": num_requests}
+            json_file, {"ttft_s": ttft, "per_token_s": per_token, "seed": seed, "warmup": WARMUP, "block": BLOCK}
         )
 
 
@@ -97,16 +99,19 @@ async def visible_prompts(client: AsyncClient, count: int, prompt_tokens: int, r
 async def measure(
     calls: dict[str, Call], prompts: list[list[int]], output_tokens: int, rng: random.Random
 ) -> dict[str, list[tuple[float, float]]]:
-    """Every call with each prompt, so that what else the machine does hits all alike.
+    """Every call with each prompt, in blocks of one kind, so that what else the machine does hits all alike.
 
-    In random order: processes that served the call before have their code in the CPU's caches, and take less.
+    The first calls of a block are not counted: its processes' code is not in the CPU's caches then, and no cluster
+    that serves anybody is that cold. Blocks come in random order.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for number, prompt in enumerate(track(prompts, "requests")):
+    blocks = [prompts[start : start + WARMUP + BLOCK] for start in range(0, len(prompts), WARMUP + BLOCK)]
+    for block in track(blocks, "blocks"):
         for name in rng.sample(list(calls), len(calls)):
-            pair = await calls[name](prompt, output_tokens)
-            if number >= WARMUP:
-                times[name].append(pair)
+            for number, prompt in enumerate(block):
+                pair = await calls[name](prompt, output_tokens)
+                if number >= WARMUP:
+                    times[name].append(pair)
     return times
 
 
@@ -167,6 +172,10 @@ async def http_calls(address: str, model: str) -> AsyncIterator[Call]:
     reader, writer = await asyncio.open_connection(host, int(port))
 
     async def call(prompt: list[int], output_tokens: int) -> tuple[float, float]:
+        nonlocal reader, writer
+        if reader.at_eof():  # the server closes what is idle for seconds
+            writer.close()
+            reader, writer = await asyncio.open_connection(host, int(port))
         body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": output_tokens, "temperature": 0}
         data = json.dumps({**body, "ignore_eos": True, "stream": True}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nhost: {address}\r\ncontent-length: {len(data)}\r\n\r\n"
@@ -175,7 +184,8 @@ async def http_calls(address: str, model: str) -> AsyncIterator[Call]:
         async for line in reader:
             if line.startswith(b"data: {"):
                 times.append(time.perf_counter() - began_s)
-            elif line.startswith(b"data: [DONE]"):
+            elif line == b"0\r\n":  # the last chunk
+                await reader.readline()
                 break
         return times[0], times[-1]
 

@@ -110,6 +110,8 @@ def _print(found: Calibration, output: Path) -> None:
             _rows(table, kind, fit, costs[kind])
     console = Console()
     console.print(table)
+    if num_left_out := sum(fit.num_left_out for fit in (found.prefill, found.decode) if fit is not None):
+        console.print(f"{num_left_out:,} steps were left out: they took four times more or less than others like them")
     console.print(f"written to {output}; use it as: splitserve plan --calibration {output} ...")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..core.errors import ConfigError
 from ..core.events import StepRecord
@@ -20,6 +21,8 @@ FORMAT = 1
 PREFILL_KNEES = (256.0, 512.0, 2048.0)
 _MIN_RECORDS = 12  # of a kind; fewer cannot tell its costs apart
 _MAX_RECORDS = 4_000  # of a kind, spread over the file
+_FAR_OFF = 4.0  # times more or less than the other records say: not what the step cost
+_ABOUT_EQUAL, _MIN_GROUP = 1.25, 3  # sizes of steps that are compared, and how many of them tell which are wrong
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,7 @@ class KindFit:
     in_sample_error: float
     low: dict[str, float]  # 5th percentile of each cost over resampled records
     high: dict[str, float]
+    num_left_out: int = 0  # records far off what all others say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +138,9 @@ def _spread(records: list[StepRecord]) -> list[StepRecord]:
 
 
 def _fit(matrix: Array, seconds: Array, columns: Sequence[str], seed: int) -> tuple[Array, KindFit]:
+    num_records = len(seconds)
+    likely = _likely(matrix, seconds)
+    matrix, seconds = matrix[likely], seconds[likely]
     x = fit_relative(matrix, seconds)
     low, high = bootstrap(matrix, seconds, seed=seed)
     held = held_out_errors(matrix, seconds, folds(len(seconds), 5, seed))
@@ -143,8 +150,27 @@ def _fit(matrix: Array, seconds: Array, columns: Sequence[str], seed: int) -> tu
         in_sample_error=float(np.abs(relative_errors(matrix, seconds, x)).mean()),
         low=dict(zip(columns, low.tolist(), strict=True)),
         high=dict(zip(columns, high.tolist(), strict=True)),
+        num_left_out=num_records - len(seconds),
     )
     return x, fit
+
+
+def _likely(matrix: Array, seconds: Array) -> NDArray[np.bool_]:
+    """Rows that are not far off a fit through the median of each group of about equal steps.
+
+    A step that compiles something first seems too long, and the one that ran meanwhile, behind it, far too short. Of
+    relative errors the second kind would decide the fit: what took a hundredth of its time is wrong by 10,000 %.
+    """
+    sizes = np.round(np.log(np.maximum(matrix[:, 1:], 1.0)) / np.log(_ABOUT_EQUAL))
+    _, group, counts = np.unique(sizes, axis=0, return_inverse=True, return_counts=True)
+    medians = []
+    for number in np.flatnonzero(counts >= _MIN_GROUP):
+        rows = np.flatnonzero(group.ravel() == number)
+        medians.append(rows[np.argsort(seconds[rows])[len(rows) // 2]])
+    if len(medians) < matrix.shape[1]:
+        return np.ones(len(seconds), dtype=bool)
+    expected = matrix @ fit_relative(matrix[medians], seconds[medians])
+    return np.asarray((expected < _FAR_OFF * seconds) & (seconds < _FAR_OFF * expected))
 
 
 def write_calibration(path: Path, calibration: Calibration, facts: Mapping[str, object]) -> None:

@@ -84,6 +84,19 @@ def test_costs_are_found_again_and_intervals_hold_them() -> None:
     assert found.provenance.layer == "calibrated"
 
 
+def test_a_few_steps_that_seem_to_have_taken_no_time_do_not_decide_the_costs() -> None:
+    made = records(400, noise=0.05)
+    for number in range(0, len(made), 40):  # one too long, and the one behind it too short
+        long, short = made[number], made[number + 2]
+        made[number] = replace(long, total_s=long.total_s * 20)
+        made[number + 2] = replace(short, total_s=short.total_s / 500)
+    found = calibrate(made, source="made up")
+    assert found.prefill is not None
+    assert found.prefill.num_left_out >= 20
+    assert found.prefill.error < 0.06
+    assert found.latency.prefill_step_s([(2048, 0)]) == pytest.approx(TRUTH.prefill_step_s([(2048, 0)]), rel=0.04)
+
+
 def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
     found = calibrate(records(50, noise=0.02), source="made up")
     write_calibration(tmp_path / "c.json", found, {"worker": "decode-0", "num_kv_blocks": 900, "max_step_tokens": 256})
