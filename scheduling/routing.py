@@ -43,10 +43,12 @@ class PrefillLoad:
         """Whether it may be sent another prompt.
 
         One always waits behind the one being computed, however long that is, or the worker would stand still for a
-        round trip after each. And every router has one there, since the worker takes them in the order in which they
-        came: else chance would decide which router's oldest is next. With a bound of 0 all wait in the router.
+        round trip after each. Every router has those two there, whatever the others have: the worker takes whichever
+        came first, and can only do so if every router's oldest is there when one ends. With a bound of 0 all wait in
+        the router.
         """
-        return (bound_s > 0 and (self.outstanding_prompts < 2 or self.own_prompts == 0)) or self.wait_s <= bound_s
+        own = self.outstanding_prompts if self.own_prompts is None else self.own_prompts
+        return (bound_s > 0 and own < 2) or self.wait_s <= bound_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from itertools import pairwise
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -391,17 +392,23 @@ async def test_a_first_token_that_would_come_too_late_is_refused_at_once(start_s
     scene.check_nothing_left()
 
 
+async def answered(scene: Scene, asked: list[Any]) -> None:
+    """Let the prompts that a worker has been sent come to their ends."""
+    for task, (prefill, work) in asked:
+        prefill.first_token(work, ANSWER[0])
+        speak(scene.decode, work, 1, len(ANSWER))
+        await end_of(task)
+
+
 async def test_who_waits_past_its_latest_start_is_told_so_and_not_timed_out(start_scene: StartScene) -> None:
     scene = await start_scene(ttft_target_s=1.5)
     busy(scene)  # for a second, and then it does not get any better
     await knows_its_load(scene, 1_000)
-    first, (prefill, work) = ask(scene), await granted(scene)  # each router may have one prompt at a busy worker
+    asked = [(ask(scene), await granted(scene)) for _ in range(2)]  # that each router may have at a busy worker
     with pytest.raises(Overloaded, match="waited so long for a worker"):
         await end_of(ask(scene))
     assert scene.decode.inbox.empty()
-    prefill.first_token(work, ANSWER[0])
-    speak(scene.decode, work, 1, len(ANSWER))
-    await end_of(first)
+    await answered(scene, asked)
     scene.check_nothing_left()
 
 
@@ -409,7 +416,7 @@ async def test_the_queue_serves_the_important_first_and_then_each_tenant_in_turn
     scene = await start_scene()
     busy(scene)
     await knows_its_load(scene, 1_000)
-    first, (prefill, work) = ask(scene), await granted(scene)  # each router may have one prompt at a busy worker
+    asked = [(ask(scene), await granted(scene)) for _ in range(2)]  # that each router may have at a busy worker
     wanted = [("a", 0), ("a", 0), ("a", 0), ("b", 0), ("c", 1)]
     tasks = []
     for number, (tenant, priority) in enumerate(wanted):
@@ -418,9 +425,7 @@ async def test_the_queue_serves_the_important_first_and_then_each_tenant_in_turn
             while scene.router.dispatcher.num_queued <= number:
                 await asyncio.sleep(0.002)
     busy(scene, tokens=0)
-    prefill.first_token(work, ANSWER[0])
-    speak(scene.decode, work, 1, len(ANSWER))
-    await end_of(first)
+    await answered(scene, asked)
     served = []
     for _ in wanted:
         prefill, work = await granted(scene)

@@ -138,8 +138,8 @@ def test_a_prompt_waits_behind_the_running_one_however_long_that_is() -> None:
 
 def test_each_router_has_a_prompt_at_a_worker_that_others_keep_busy() -> None:
     busy = replace(SLOW, outstanding_tokens=8_192, outstanding_prompts=3)
-    assert least_loaded(snapshot([replace(busy, own_prompts=0)], [ROOMY])) is not None
-    assert least_loaded(snapshot([replace(busy, own_prompts=1)], [ROOMY])) is None
+    assert least_loaded(snapshot([replace(busy, own_prompts=1)], [ROOMY])) is not None
+    assert least_loaded(snapshot([replace(busy, own_prompts=2)], [ROOMY])) is None
     assert least_loaded(snapshot([replace(busy, own_prompts=0)], [ROOMY], bound_s=0.0)) is None
 
 
