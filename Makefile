@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BUF ?= $(shell command -v buf)
 READY := $(VENV)/.ready
+# Two processes, whatever the machine has: tests start clusters of processes of their own.
+PYTEST := pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -34,10 +36,10 @@ plan-demo: $(READY)  ## Plan two clusters, beside what aiconfigurator answers
 	python -m splitserve.benchmarks.plan_demo
 
 test: lint  ## Lint, then every test but the exhaustive ones
-	pytest -m 'not verify and not gpu'
+	$(PYTEST) -m 'not verify and not gpu'
 
 verify: lint  ## Lint, then every test, the exhaustive ones included
-	pytest -m 'not gpu' --timeout 1800
+	$(PYTEST) -m 'not gpu' --timeout 1800
 
 chaos: $(READY)  ## 500 requests under random kills, hangs, partitions and drains; SEED=n repeats a run
 	python -m splitserve.benchmarks.chaos --requests 500 $(if $(SEED),--seed $(SEED))

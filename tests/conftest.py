@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,17 @@ from hypothesis import settings
 # How long one example takes says how busy the machine is.
 settings.register_profile("splitserve", deadline=None)
 settings.load_profile("splitserve")
+
+
+_HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What one process runs of tests that several share: a file, for its clusters, and everything that starts Ray."""
+    for item in items:
+        path = item.path.relative_to(_HERE)
+        item.add_marker(pytest.mark.xdist_group("deploy" if path.parts[0] == "deploy" else str(path)))
 
 
 @pytest.fixture(scope="session")
