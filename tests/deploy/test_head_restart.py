@@ -20,7 +20,7 @@ from splitserve.proto.worker_pb2_grpc import WorkerAdminStub
 from . import stand_in_roles
 from .nodes import Nodes, ray_nodes
 from .stand_in_roles import endpoints
-from .test_controller_actor import started, until
+from .test_controller_actor import config, started, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.verify, pytest.mark.timeout(600)]
 
@@ -52,7 +52,7 @@ async def settled(handle: ClusterHandle) -> dict[str, Endpoint]:
 async def test_processes_serve_while_the_head_is_away_and_the_controller_comes_back_to_them(
     nodes: Nodes, tmp_path: Path
 ) -> None:
-    async with started(tmp_path) as handle:
+    async with started(config(), tmp_path) as handle:
         before = await settled(handle)
         workers = [endpoint for name, endpoint in before.items() if not name.startswith("router")]
         assert len(workers) == 2
