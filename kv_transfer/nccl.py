@@ -97,6 +97,7 @@ class NcclChannel:
         self._stall_s = stall_s
         self._aborted = threading.Event()
         self._communicator: ctypes.c_void_p | None = None
+        self._unfinished: set[_Posted] = set()  # one that was posted ahead is waited for by nobody after an abort
         deadline_s = time.monotonic() + set_up_s
         with torch.cuda.device(device):
             self._stream = torch.cuda.Stream(device, HIGH_PRIORITY)  # type: ignore[no-untyped-call]
@@ -114,10 +115,12 @@ class NcclChannel:
         posted = _Posted(data.numel(), is_send=is_send)
         try:
             rank = _SENDER if is_send else _RECEIVER
-            return self._post(data, posted, rank, time.monotonic() + self._stall_s)
+            self._post(data, posted, rank, time.monotonic() + self._stall_s)
         except TransferFailed:
             posted.free()
             raise
+        self._unfinished.add(posted)
+        return posted
 
     def wait(self, posted: _Posted, meanwhile: Callable[[], None] = lambda: None) -> None:
         try:
@@ -127,6 +130,7 @@ class NcclChannel:
             self._wait(posted.what, posted.done.query, deadline_s, meanwhile, posted.expected_s)
         finally:
             posted.free()
+            self._unfinished.discard(posted)
 
     def _post(self, data: Tensor, posted: _Posted, rank: int, deadline_s: float) -> _Posted:
         if self._communicator is None:
@@ -192,3 +196,5 @@ class NcclChannel:
             with torch.cuda.device(self._device):
                 nccl().abort(communicator)
                 self._stream.synchronize()
+        while self._unfinished:
+            self._unfinished.pop().free()
