@@ -178,6 +178,7 @@ class Lane:
             self._channel.wait(payload.posted, self._post_ahead)
         finally:
             self._payloads.remove(payload)
+            payload.posted = None  # an error's traceback keeps this frame, and it would keep the channel's connections
 
     def _post_ahead(self) -> None:
         """The payload behind the one that is waited for."""
