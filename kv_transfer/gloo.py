@@ -99,6 +99,7 @@ class GlooChannel:
         try:
             posted.wait()
         except RuntimeError as error:
+            posted = None  # the traceback keeps this frame, and it would keep the group's connections
             raise TransferFailed(f"the gloo group broke while sending or receiving: {error}") from error
 
     def abort(self) -> None:
