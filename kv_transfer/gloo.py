@@ -1,9 +1,14 @@
-"""gloo: the channel of CPUs, where NCCL has none. A process group of two, with a store and a port of its own."""
+"""gloo: the channel of CPUs, where NCCL has none. A process group of two, which meet over a connection of their own."""
 
 from __future__ import annotations
 
+import contextlib
+import hmac
+import secrets
 import socket
+import struct
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -11,13 +16,16 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import Store
 
 from ..core.errors import TransferFailed
 from .channel import Channel, Meeting
 
 _SENDER, _RECEIVER = 0, 1
 _PAYLOAD, _NEVER_SENT = 0, 1  # tags
+_TOKEN_BYTES, _TOKEN_S = 16, 0.5  # the receiver sends it at once; who is silent for longer is a stranger
+_HEADER = struct.Struct("!II")  # bytes of a key and of its value
+_MAX_ENTRY = 1 << 16  # bytes; gloo's addresses have hundreds
 _ProcessGroupGloo: Any = torch.distributed.ProcessGroupGloo  # its stub has no options, sends and receives
 
 
@@ -40,15 +48,10 @@ class GlooRendezvous:
 
     def accept(self, host: str, invitation: bytes) -> Channel:
         try:
-            store = TCPStore(
-                host,
-                int(invitation),
-                world_size=2,
-                is_master=False,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=self._set_up_s),
-            )
-            return GlooChannel(store, _RECEIVER, _address_towards(host, int(invitation)), self._stall_s)
+            port, token = invitation.decode().split()
+            with socket.create_connection((host, int(port)), timeout=self._set_up_s) as link:
+                link.sendall(bytes.fromhex(token))
+                return GlooChannel(_PairStore(link), _RECEIVER, link.getsockname()[0], self._stall_s)
         except (RuntimeError, ValueError, OSError) as error:
             raise TransferFailed(f"no gloo group with {host} within {self._set_up_s:g} s: {error}") from error
 
@@ -56,29 +59,74 @@ class GlooRendezvous:
 class _GlooMeeting:
     def __init__(self, host: str, set_up_s: float, stall_s: float) -> None:
         self._host, self._set_up_s, self._stall_s = host, set_up_s, stall_s
-        listener = socket.create_server((host, 0))  # by itself, TCPStore would listen on every interface
-        self.invitation = str(listener.getsockname()[1]).encode()
-        self._store = TCPStore(
-            host,
-            listener.getsockname()[1],
-            world_size=2,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=set_up_s),
-            master_listen_fd=listener.detach(),
-        )
+        self._token = secrets.token_bytes(_TOKEN_BYTES)
+        self._listener = socket.create_server((host, 0))
+        self.invitation = f"{self._listener.getsockname()[1]} {self._token.hex()}".encode()
 
     def join(self) -> Channel:
         try:
-            return GlooChannel(self._store, _SENDER, self._host, self._stall_s)
-        except RuntimeError as error:
+            with self._listener, self._invited() as link:
+                return GlooChannel(_PairStore(link), _SENDER, self._host, self._stall_s)
+        except (RuntimeError, OSError) as error:
             raise TransferFailed(f"no receiver joined the gloo group within {self._set_up_s:g} s: {error}") from error
+
+    def _invited(self) -> socket.socket:
+        """Whoever shows the invitation. Raises: OSError: nobody did in time."""
+        give_up_s = time.monotonic() + self._set_up_s
+        while True:
+            self._listener.settimeout(max(0.001, give_up_s - time.monotonic()))
+            link, _ = self._listener.accept()
+            with contextlib.suppress(OSError):
+                link.settimeout(_TOKEN_S)
+                if hmac.compare_digest(_read(link, _TOKEN_BYTES), self._token):
+                    link.settimeout(max(0.001, give_up_s - time.monotonic()))
+                    return link
+            link.close()
+
+
+class _PairStore(Store):
+    """What the two tell each other to become a group, over one connection.
+
+    PyTorch's TCPStore now and then does not answer its first client at all: 1 to 3 in 100 in a loop on one machine.
+    """
+
+    def __init__(self, link: socket.socket) -> None:
+        super().__init__()
+        self._link = link
+        self._entries: dict[str, bytes] = {}
+
+    def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
+        self._entries[key] = value
+        self._link.sendall(_HEADER.pack(len(key), len(value)) + key.encode() + value)
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        return self._entries[key]
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """The connection's own deadline counts. Raises: OSError: the peer is silent or gone."""
+        while not all(key in self._entries for key in keys):
+            key_bytes, value_bytes = _HEADER.unpack(_read(self._link, _HEADER.size))
+            if key_bytes + value_bytes > _MAX_ENTRY:
+                raise ConnectionError(f"an entry of {key_bytes + value_bytes:,} bytes came")
+            key = _read(self._link, key_bytes).decode()
+            self._entries[key] = _read(self._link, value_bytes)
+
+
+def _read(link: socket.socket, num_bytes: int) -> bytes:
+    """Raises: OSError: they do not come."""
+    data = b""
+    while len(data) < num_bytes:
+        if not (part := link.recv(num_bytes - len(data))):
+            raise ConnectionError("the peer closed the connection")
+        data += part
+    return data
 
 
 class GlooChannel:
-    """A pair group. The constructor blocks until both are there, as long as the store's timeout allows."""
+    """A pair group. The constructor blocks until both are there, as long as the store allows."""
 
-    def __init__(self, store: TCPStore, rank: int, address: str, stall_s: float) -> None:
+    def __init__(self, store: Store, rank: int, address: str, stall_s: float) -> None:
         options = _ProcessGroupGloo._Options()
         options._devices = [_ProcessGroupGloo.create_device(hostname=address)]
         options._threads = 1
@@ -113,12 +161,3 @@ class GlooChannel:
 
     def close(self) -> None:
         self._group = None  # tracebacks of what failed refer to this object, so it cannot wait to be collected
-
-
-def _address_towards(host: str, port: int) -> str:
-    """Our address on the way to the peer; a datagram socket finds it without sending anything."""
-    family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(target)
-        address: str = probe.getsockname()[0]
-        return address

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import pytest
@@ -130,3 +133,25 @@ async def test_a_killed_peer_is_seen_at_once() -> None:
     with pytest.raises(TransferFailed):
         await leaving
     lane.abort("the test is over")
+
+
+def test_only_who_was_invited_meets() -> None:
+    """A stranger at the port, silent or with another token, neither joins nor keeps the invited one out."""
+    meeting = GlooRendezvous().invite()
+    port, token = meeting.invitation.decode().split()
+    address = "127.0.0.1", int(port)
+    with ThreadPoolExecutor() as threads, socket.create_connection(address) as stranger:
+        stranger.sendall(secrets.token_bytes(len(bytes.fromhex(token))))
+        silent = socket.create_connection(address)
+        joining = threads.submit(meeting.join)
+        ours, theirs = GlooRendezvous().accept("127.0.0.1", meeting.invitation), joining.result(timeout=10)
+        got = torch.zeros(3)
+        receiving = ours.post(got, is_send=False)
+        theirs.wait(theirs.post(torch.arange(3.0), is_send=True))
+        ours.wait(receiving)
+        assert got.tolist() == [0.0, 1.0, 2.0]
+        assert stranger.recv(1) == silent.recv(1) == b""
+        silent.close()
+        for channel in (ours, theirs):
+            channel.abort()
+            channel.close()
