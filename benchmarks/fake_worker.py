@@ -36,6 +36,7 @@ class FakeWorker(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWo
         self._model = model
         self._step_s = step_s
         self._granted: dict[Key, DecodeBatch] = {}
+        self._ungranted: dict[Key, worker_pb2.WorkRequest] = {}  # prefilled, while their grants are on their way here
         self._boot_id = secrets.token_hex(8)
         self.address = ""
 
@@ -62,14 +63,17 @@ class FakeWorker(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWo
         def handle(message: worker_pb2.PrefillSessionRequest) -> None:
             if message.HasField("run"):
                 session.send(self._first_token(message.run.request))
+                if message.run.HasField("grant"):
+                    self._hand_over(message.run.grant)
+            elif message.HasField("grant"):
+                self._hand_over(message.grant)
 
         await session.run(context, handle)
 
     def _first_token(self, work: worker_pb2.WorkRequest) -> worker_pb2.PrefillSessionResponse:
-        decode = self._granted.pop((work.request_id, work.attempt), None)
         only = work.max_tokens == 1
-        if decode is not None and not only:
-            decode.start(work)
+        if not only:
+            self._ungranted[work.request_id, work.attempt] = work
         first = worker_pb2.FirstToken(
             request_id=work.request_id,
             attempt=work.attempt,
@@ -77,6 +81,12 @@ class FakeWorker(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWo
             finish_reason=LENGTH if only else inference_pb2.FINISH_REASON_UNSPECIFIED,
         )
         return worker_pb2.PrefillSessionResponse(first_token=first)
+
+    def _hand_over(self, grant: kv_transfer_pb2.Grant) -> None:
+        key = grant.request_id, grant.attempt
+        decode, work = self._granted.pop(key, None), self._ungranted.pop(key, None)
+        if decode is not None and work is not None:
+            decode.start(work)
 
     async def DecodeSession(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         hello = await context.read()

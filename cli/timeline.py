@@ -25,10 +25,12 @@ class Span:
 def spans(timing: RequestTiming) -> list[Span]:
     """The parts of a timeline in order; those that did not happen last 0 s.
 
-    The exposed part of the transfer begins when prefill ends; the transfer ends with it, so it began before.
+    A prompt may be sent off while its grant is asked for. The exposed part of the transfer begins when prefill ends;
+    the transfer ends with it, so it began before.
     """
     grant_s = timing.queue_s
-    prefill_queue_s = grant_s + timing.grant_s
+    queued_s = [event.offset_s for event in timing.events if event.event == "prefill_queued"]
+    prefill_queue_s = queued_s[-1] if queued_s else grant_s + timing.grant_s
     prefill_s = max(timing.ttft_s - timing.prefill_s, prefill_queue_s)
     prefill_end_s = prefill_s + timing.prefill_s
     transfer_end_s = prefill_end_s + timing.transfer_exposed_s

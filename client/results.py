@@ -43,7 +43,7 @@ class RequestTiming:
     """The router's timeline of one request; seconds, 0 where a part did not happen."""
 
     queue_s: float  # arrival to dispatch
-    grant_s: float  # asking the decode worker for room
+    grant_s: float  # asking the decode worker for room; where that is ample, beside what follows
     prefill_queue_s: float  # waiting in the prefill worker
     prefill_s: float  # first prefill step to first token
     ttft_s: float  # arrival to first token leaving the router

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,6 +23,8 @@ class _Shares:
 class RankSender:
     """One source rank: offers each request to every target rank that needs heads of it.
 
+    A request whose grants come while it is computed is expected first: what is written of it is remembered until then.
+
     Args:
         make_sender: makes the KvSender with the `release` and `report` that it is given.
         release: called once per request, when no target rank needs its KV any longer.
@@ -39,6 +42,14 @@ class RankSender:
         self._release = release
         self._report = report
         self._requests: dict[str, _Shares] = {}
+        self._lock = threading.Lock()  # of what the device's thread and an offer exchange
+        self._early: dict[str, list[tuple[int, int, int, int]]] = {}  # of expected requests: what is written
+
+    def expect(self, request_id: str) -> None:
+        """Its grants will be offered, or it is forgotten. Idempotent; any thread."""
+        with self._lock:
+            if request_id not in self._requests:
+                self._early.setdefault(request_id, [])
 
     def offer(
         self,
@@ -61,13 +72,25 @@ class RankSender:
             for share in offered:
                 self._sender.fail(share, error)
             raise
-        self._requests[request_id] = _Shares(open=set(ids), ids=ids)
+        with self._lock:  # parts are told in order
+            self._requests[request_id] = _Shares(open=set(ids), ids=ids)
+            for written in self._early.pop(request_id, ()):
+                self._tell(ids, written)
 
     def kv_written(self, request_id: str, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
         """Any thread."""
-        if (shares := self._requests.get(request_id)) is not None:
-            for share in shares.ids:
-                self._sender.kv_written(share, layer_start, layer_end, token_start, token_end)
+        written = (layer_start, layer_end, token_start, token_end)
+        with self._lock:
+            if (early := self._early.get(request_id)) is not None:
+                early.append(written)
+                return
+            shares = self._requests.get(request_id)
+        if shares is not None:
+            self._tell(shares.ids, written)
+
+    def _tell(self, shares: Sequence[str], written: tuple[int, int, int, int]) -> None:
+        for share in shares:
+            self._sender.kv_written(share, *written)
 
     def finish(self, request_id: str, first_token_id: int, *, final: bool) -> None:
         if (shares := self._requests.get(request_id)) is not None:
@@ -75,7 +98,9 @@ class RankSender:
                 self._sender.finish(share, first_token_id, final=final)
 
     def forget(self, request_id: str) -> None:
-        """Nothing is kept of a released request."""
+        """Keep nothing of a request that was released, or never offered."""
+        with self._lock:
+            self._early.pop(request_id, None)
 
     def fail(self, request_id: str, error: SplitserveError) -> None:
         """Give up every share. Idempotent."""
@@ -115,6 +140,8 @@ class RankSender:
 class SourceRank(Protocol):
     """A source rank as the prefill worker sees it: in this process, or behind whatever leads to another one."""
 
+    def expect(self, request_id: str) -> None: ...
+
     def offer(
         self,
         request_id: str,
@@ -135,7 +162,7 @@ class SourceRank(Protocol):
 class SenderGroup:
     """All source ranks of a prefill worker: a request's KV stays until the last of them needs it no longer.
 
-    Args: release: called once per offered request, when its KV is needed no longer.
+    Args: release: called once per offered or expected request, when its KV is needed no longer.
     """
 
     def __init__(self, layout: KvLayout, *, release: Callable[[str], None]) -> None:
@@ -143,10 +170,17 @@ class SenderGroup:
         self._release = release
         self._ranks: list[SourceRank] = []
         self._open: dict[str, set[int]] = {}  # request id -> ranks that still hold it
+        self._expected: dict[str, int | None] = {}  # request id -> its first token, once it is there
 
     def add(self, rank: SourceRank) -> None:
         """The next rank, from 0. It calls `released` and `failed` with that number."""
         self._ranks.append(rank)
+
+    def expect(self, request_id: str) -> None:
+        """Take responsibility for a request's KV, before its prefill starts; its grants are yet to be offered."""
+        self._expected[request_id] = None
+        for rank in self._ranks:
+            rank.expect(request_id)
 
     def offer(
         self,
@@ -155,7 +189,7 @@ class SenderGroup:
         token_ids: Sequence[int],
         block_table: Callable[[str], Sequence[int]],
     ) -> None:
-        """Take responsibility for a request's KV, before its prefill starts.
+        """Take responsibility for a request's KV, before its prefill starts or when it was expected.
 
         Raises: StaleMessage, GeometryMismatch: a grant is not for this worker; nothing is offered then.
         """
@@ -177,14 +211,22 @@ class SenderGroup:
                     if offered < rank:
                         self._ranks[offered].fail(request_id, error)
                 raise
+        first_token_id = self._expected.pop(request_id, None)
+        if first_token_id is not None:
+            self.finish(request_id, first_token_id, final=False)
 
     def finish(self, request_id: str, first_token_id: int, *, final: bool) -> None:
         """Prefill is done. `final`: the answer is complete with its first token, so nobody needs the KV."""
+        if request_id in self._expected:
+            self._expected[request_id] = first_token_id
+            if final:
+                self._give_up(request_id)
         for rank in sorted(self._open.get(request_id, ())):
             self._ranks[rank].finish(request_id, first_token_id, final=final)
 
     def fail(self, request_id: str, error: SplitserveError) -> None:
         """Give up a request on every rank. Idempotent."""
+        self._give_up(request_id)
         for rank in sorted(self._open.get(request_id, ())):
             self._ranks[rank].fail(request_id, error)
 
@@ -196,10 +238,19 @@ class SenderGroup:
         holding.discard(rank)
         if not holding:
             del self._open[request_id]
-            for each in self._ranks:
-                each.forget(request_id)
-            self._release(request_id)
+            self._forget(request_id)
 
     def failed(self, rank: int, request_id: str) -> None:
         """A rank's share failed, so the others' are of no use."""
         self.fail(request_id, TransferFailed(f"the share of rank {rank} of {request_id} failed"))
+
+    def _give_up(self, request_id: str) -> None:
+        """An expected request: nobody fetches it any more."""
+        if request_id in self._expected:
+            del self._expected[request_id]
+            self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        for each in self._ranks:
+            each.forget(request_id)
+        self._release(request_id)

@@ -10,8 +10,8 @@ import grpc.aio
 from ..core.errors import SplitserveError
 from ..kv_transfer.grants import Grant
 from ..kv_transfer.ranks import share_id
-from ..proto import worker_pb2, worker_pb2_grpc
-from ..worker.edge import open_session, sequence_from_proto
+from ..proto import kv_transfer_pb2, worker_pb2, worker_pb2_grpc
+from ..worker.edge import open_session, sequence_from_proto, sequence_id
 from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
 from .worker import PrefillWorker, RouterSession
@@ -42,6 +42,8 @@ class PrefillServer(worker_pb2_grpc.PrefillWorkerServicer):
         match message.WhichOneof("message"):
             case "run":
                 self._run(session, message.run)
+            case "grant":
+                self._grant(session, message.grant)
             case "cancel":
                 self.worker.cancel(session, message.cancel.request_id, message.cancel.attempt)
             case "restart_prefix_blocks":
@@ -52,9 +54,23 @@ class PrefillServer(worker_pb2_grpc.PrefillWorkerServicer):
     def _run(self, session: RouterSession, run: worker_pb2.RunPrefill) -> None:
         try:
             request = sequence_from_proto(run.request)
-            grants = [Grant.from_proto(grant) for grant in (run.grant, *run.grant.shares)]
-            grants = [replace(grant, request_id=share_id(request.request_id, grant.decode_rank)) for grant in grants]
+            grants = _grants(request.request_id, run.grant) if run.HasField("grant") else None
         except SplitserveError as error:
             self.worker.refuse(session, run.request.request_id, run.request.attempt, error)
             return
         self.worker.run(session, run.request.request_id, request, grants)
+
+    def _grant(self, session: RouterSession, grant: kv_transfer_pb2.Grant) -> None:
+        sequence = sequence_id(grant.request_id, grant.attempt)
+        try:
+            grants = _grants(sequence, grant)
+        except SplitserveError as error:
+            self.worker.refuse(session, grant.request_id, grant.attempt, error)
+            return
+        self.worker.grant(session, sequence, grants)
+
+
+def _grants(sequence: str, told: kv_transfer_pb2.Grant) -> list[Grant]:
+    """One for each pair of ranks, named by `share_id` of the sequence id."""
+    grants = [Grant.from_proto(grant) for grant in (told, *told.shares)]
+    return [replace(grant, request_id=share_id(sequence, grant.decode_rank)) for grant in grants]

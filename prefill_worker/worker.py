@@ -35,6 +35,7 @@ class _Run:
     request_id: str  # the router's
     request: Request  # the engine's: its id names the attempt
     session: RouterSession
+    granted: bool  # the grants are here
     received_s: float
     deadline: asyncio.TimerHandle
     started_s: float | None = None
@@ -43,7 +44,8 @@ class _Run:
 class PrefillWorker:
     """Engine plus outgoing transfers. Lives on the event loop.
 
-    A run ends when its sender says `released`: the KV was committed, or the attempt failed or was cancelled.
+    A run ends when its sender says `released`: the KV was committed, or the attempt failed or was cancelled, by its
+    deadline at the latest.
     """
 
     def __init__(self, options: WorkerOptions, host: WorkerHost | None = None) -> None:
@@ -104,12 +106,13 @@ class PrefillWorker:
 
     # -- what the router asks for --
 
-    def run(self, session: RouterSession, request_id: str, request: Request, grants: Sequence[Grant]) -> None:
+    def run(self, session: RouterSession, request_id: str, request: Request, grants: Sequence[Grant] | None) -> None:
         """Accept one attempt, or answer it with RunFailed. Older attempts of the request are revoked.
 
         Args:
             request: carries the attempt's sequence id in place of `request_id`.
-            grants: one for each pair of ranks that KV moves between, named by `share_id` of the sequence id.
+            grants: one for each pair of ranks that KV moves between, named by `share_id` of the sequence id; None:
+                they follow, and until then its KV stays here.
         """
         try:
             if self._fence.is_repeated(request_id, request.attempt, session):
@@ -119,9 +122,11 @@ class PrefillWorker:
             self.host.refuse_if_out_of_service()
             if request.timeout_s <= 0:
                 raise DeadlineExceeded("the deadline passed before the prompt reached a prefill worker")
-            # The sender learns of the grant first: the engine may report KV as soon as it has the request.
-            token_ids = request.prompt_token_ids + request.output_token_ids
-            self.sender.offer(request.request_id, grants, token_ids, self.host.engine.block_table)
+            # The sender learns of it first: the engine may report KV as soon as it has the request.
+            if grants is None:
+                self.sender.expect(request.request_id)
+            else:
+                self._offer(request, grants)
         except SplitserveError as error:
             self.refuse(session, request_id, request.attempt, error)
             return
@@ -129,6 +134,7 @@ class PrefillWorker:
             request_id=request_id,
             request=request,
             session=session,
+            granted=grants is not None,
             received_s=time.monotonic(),
             deadline=asyncio.get_running_loop().call_later(request.timeout_s, self._expired, request.request_id),
         )
@@ -142,6 +148,22 @@ class PrefillWorker:
             self._fail(run, error)
             return
         self.host.wake()
+
+    def grant(self, session: RouterSession, sequence: str, grants: Sequence[Grant]) -> None:
+        """Where the KV of a run goes that came without; its receiver may be waiting for it already."""
+        run = self._runs.get(sequence)
+        if run is None or run.session is not session or run.granted:
+            self.host.metrics.stale_messages.inc()
+            return
+        try:
+            self._offer(run.request, grants)
+            run.granted = True
+        except SplitserveError as error:
+            self._fail(run, error)
+
+    def _offer(self, request: Request, grants: Sequence[Grant]) -> None:
+        token_ids = request.prompt_token_ids + request.output_token_ids
+        self.sender.offer(request.request_id, grants, token_ids, self.host.engine.block_table)
 
     def cancel(self, session: RouterSession, request_id: str, attempt: int) -> None:
         """Free what this and older attempts hold; another router that had one is told."""

@@ -782,7 +782,7 @@ class RequestTiming(_message.Message):
     queue_s: _builtins.float
     """Arrival to dispatch: waiting in the router."""
     grant_s: _builtins.float
-    """Asking the decode worker for a grant."""
+    """Asking the decode worker for a grant; where that has ample room, while the prompt is on its way already."""
     prefill_queue_s: _builtins.float
     """Waiting in the prefill worker."""
     prefill_s: _builtins.float

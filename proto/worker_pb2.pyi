@@ -631,6 +631,7 @@ class PrefillSessionRequest(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    GRANT_FIELD_NUMBER: _builtins.int
     RESTART_PREFIX_BLOCKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RouterHello:
@@ -645,6 +646,10 @@ class PrefillSessionRequest(_message.Message):
         """Forget that."""
 
     @_builtins.property
+    def grant(self) -> _kv_transfer_pb2.Grant:
+        """Where the KV of a run goes that was sent without a grant."""
+
+    @_builtins.property
     def restart_prefix_blocks(self) -> Global___RestartPrefixBlocks:
         """Tell all prefix blocks again."""
 
@@ -654,13 +659,14 @@ class PrefillSessionRequest(_message.Message):
         hello: Global___RouterHello | None = ...,
         run: Global___RunPrefill | None = ...,
         cancel: Global___CancelRun | None = ...,
+        grant: _kv_transfer_pb2.Grant | None = ...,
         restart_prefix_blocks: Global___RestartPrefixBlocks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "hello", b"hello", "message", b"message", "restart_prefix_blocks", b"restart_prefix_blocks", "run", b"run"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "grant", b"grant", "hello", b"hello", "message", b"message", "restart_prefix_blocks", b"restart_prefix_blocks", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "hello", b"hello", "message", b"message", "restart_prefix_blocks", b"restart_prefix_blocks", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "grant", b"grant", "hello", b"hello", "message", b"message", "restart_prefix_blocks", b"restart_prefix_blocks", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "run", "cancel", "restart_prefix_blocks"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "run", "cancel", "grant", "restart_prefix_blocks"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -680,7 +686,7 @@ class RunPrefill(_message.Message):
 
     @_builtins.property
     def grant(self) -> _kv_transfer_pb2.Grant:
-        """Where its KV goes."""
+        """Where its KV goes. Unset: the grant follows as a message of its own, and the prompt is computed meanwhile."""
 
     def __init__(
         self,

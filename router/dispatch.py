@@ -43,6 +43,7 @@ from ..scheduling.routing import ClusterView, Placement, PrefillLoad, RoutingPol
 from .idempotency import EndedRequests, can_read, check_same
 from .job import Job, Phase
 from .membership import WorkerPool
+from .prefill_link import PrefillLink
 from .reading import Reading
 from .routing_view import RoutingView
 from .session import DecodeReport, PrefillReport, TransferReport, WorkerLink
@@ -234,18 +235,18 @@ class Dispatcher:
 
     def granted(self, worker: WorkerLink, grant: kv_transfer_pb2.Grant) -> None:
         job = self._live(worker, grant.request_id, grant.attempt)
-        if job is None or job.phase is not Phase.GRANTING or job.prefill is None:
+        if job is None or job.timeline.granted_at is not None or job.prefill is None:
             return
-        if job.prefill.state != "ready":  # it began to drain meanwhile
+        if job.phase is Phase.GRANTING and job.prefill.state != "ready":  # it began to drain meanwhile
             self._requeue(job)
             return
         now = time.monotonic()
-        job.phase = Phase.PREFILLING
         job.timeline.granted_at = now
         job.timeline.mark(Event.GRANTED, now, grant.attempt, worker=worker.worker_id)
-        job.timeline.mark(Event.PREFILL_QUEUED, now, grant.attempt, worker=job.prefill.worker_id)
-        job.prefill.run(job.request, job.deadline_at - now, now - job.timeline.arrived_at, grant)
-        self._admission.ttft.dispatched(now, job.ticket.cost, self.num_queued)
+        if job.phase is Phase.GRANTING:
+            self._run_prefill(job, job.prefill, now, grant)
+        else:
+            job.prefill.grant(grant)
 
     def first_token(self, worker: WorkerLink, tokens: NewTokens, report: PrefillReport) -> None:
         job = self._live(worker, tokens.request_id, tokens.attempt)
@@ -290,8 +291,12 @@ class Dispatcher:
         if job is None or request_id not in worker.runs:
             return
         worker.detach(request_id)
-        if isinstance(error, Overloaded) and len(job.answer.token_ids) == len(job.request.output_token_ids):
-            # Refused before any work was done: no failure, the request waits for room as it would have before.
+        no_room = worker is job.decode and job.timeline.asked_at is not None and job.timeline.granted_at is None
+        if isinstance(error, Overloaded) and (
+            no_room or len(job.answer.token_ids) == len(job.request.output_token_ids)
+        ):
+            # Refused before any work was done, but for a prompt's that did not wait for its grant: no failure, the
+            # request waits for room as it would have before.
             worker.full = True
             self._queue.charge(job.ticket, -job.ticket.cost)
             self._requeue(job)
@@ -437,7 +442,10 @@ class Dispatcher:
         job.timeline.dispatched(now, prefill.worker_id if prefill is not None else "", decode.worker_id)
         self._routing.placed(job, placement)
         timeout_s, waited_s = job.deadline_at - now, now - job.timeline.arrived_at
-        decode.attach(request.request_id, blocks_for(request.num_tokens, decode.block_size))
+        num_blocks = blocks_for(request.num_tokens, decode.block_size)
+        # The grant will come then, and the prompt does not wait for it. Where something was amiss before, it does.
+        is_early = request.attempt == job.asked.attempt and decode.load.has_ample_room(num_blocks)
+        decode.attach(request.request_id, num_blocks)
         if prefill is None:
             job.phase = Phase.DECODING
             job.timeline.mark(Event.PREFILL_QUEUED, now, request.attempt, worker=decode.worker_id)
@@ -448,6 +456,16 @@ class Dispatcher:
             job.phase = Phase.GRANTING
             prefill.attach(request.request_id, self._routing.uncached_tokens(job, prefill.address), request.num_tokens)
             decode.request_grant(request, timeout_s, waited_s, prefill)
+            if is_early:
+                self._run_prefill(job, prefill, now)
+
+    def _run_prefill(
+        self, job: Job, prefill: PrefillLink, now: float, grant: kv_transfer_pb2.Grant | None = None
+    ) -> None:
+        job.phase = Phase.PREFILLING
+        job.timeline.mark(Event.PREFILL_QUEUED, now, job.request.attempt, worker=prefill.worker_id)
+        prefill.run(job.request, job.deadline_at - now, now - job.timeline.arrived_at, grant)
+        self._admission.ttft.dispatched(now, job.ticket.cost, self.num_queued)
 
     def _mind_the_queue(self) -> None:
         """While nobody can serve, each queued request has `no_worker_wait_s`, then it is told."""

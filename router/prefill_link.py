@@ -66,9 +66,16 @@ class PrefillLink(WorkerLink):
         self._own_tokens -= load
         self._own_prompts -= load > 0
 
-    def run(self, request: Request, timeout_s: float, waited_s: float, grant: kv_transfer_pb2.Grant) -> None:
+    def run(
+        self, request: Request, timeout_s: float, waited_s: float, grant: kv_transfer_pb2.Grant | None = None
+    ) -> None:
+        """Have it compute a prompt. Without a grant, that must follow."""
         work = request_to_proto(request, timeout_s, waited_s)
         self._send(run=worker_pb2.RunPrefill(request=work, grant=grant))
+
+    def grant(self, grant: kv_transfer_pb2.Grant) -> None:
+        """Where the KV goes of a run that was sent without."""
+        self._send(grant=grant)
 
     def _send(self, **message: Any) -> None:
         self._outbox.put_nowait(worker_pb2.PrefillSessionRequest(**message))

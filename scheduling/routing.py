@@ -72,6 +72,10 @@ class DecodeLoad:
         """Of its sequences together, to the block."""
         return max(0, self.num_blocks - self.available_blocks) * self.block_size
 
+    def has_ample_room(self, num_blocks: int) -> bool:
+        """Whether it will grant so many in all likelihood, although what is known of it may be a second old."""
+        return self.available_blocks >= 2 * num_blocks
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutedRequest:

@@ -12,7 +12,7 @@ import socket
 import threading
 from collections import OrderedDict
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -37,15 +37,6 @@ logger = logging.getLogger(__name__)
 _NUM_FORGOTTEN = 4096
 
 
-@dataclass(slots=True)
-class _Leaving:
-    """A sequence whose KV leaves this rank."""
-
-    table: Sequence[int] | None = None
-    offered: bool = False
-    early: list[tuple[int, int, int, int]] = field(default_factory=list)  # written before the offer came
-
-
 class RankAgent:
     """Lives on an event loop in a thread of its own. Implements `KvMover`, which the device's thread calls."""
 
@@ -54,7 +45,7 @@ class RankAgent:
         self._rank = rank
         self._link = link
         self._lock = threading.Lock()  # of the two below: steps and offers come on different ways
-        self._leaving: dict[str, _Leaving] = {}
+        self._tables: dict[str, Sequence[int]] = {}  # of sequences whose KV leaves this rank
         self._forgotten: OrderedDict[str, None] = OrderedDict()  # a step may still report one
         self._arriving: dict[int, asyncio.Task[dict[str, object]]] = {}
 
@@ -66,18 +57,11 @@ class RankAgent:
     def started(self, request_id: str, block_table: Sequence[int]) -> None:
         with self._lock:
             if request_id not in self._forgotten:
-                self._leaving.setdefault(request_id, _Leaving()).table = block_table
+                self._tables[request_id] = block_table
+                self._sender.expect(request_id)
 
     def kv_written(self, request_id: str, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
-        written = (layer_start, layer_end, token_start, token_end)
-        with self._lock:
-            leaving = self._leaving.get(request_id)
-            if leaving is None:
-                return
-            if not leaving.offered:
-                leaving.early.append(written)
-                return
-        self._sender.kv_written(request_id, *written)
+        self._sender.kv_written(request_id, layer_start, layer_end, token_start, token_end)
 
     # -- the event loop --
 
@@ -149,24 +133,16 @@ class RankAgent:
         except SplitserveError as error:
             self._failed(request_id, error)
             self._released(request_id)
-            return
-        with self._lock:
-            leaving = self._leaving.setdefault(request_id, _Leaving())
-            early, leaving.early, leaving.offered = leaving.early, [], True
-        for written in early:
-            self._sender.kv_written(request_id, *written)
 
     def _table(self, request_id: str) -> Sequence[int]:
         """Raises: KeyError: no step has reached the request here, or it is over."""
         with self._lock:
-            table = self._leaving[request_id].table
-        if table is None:
-            raise KeyError(request_id)
-        return table
+            return self._tables[request_id]
 
     def _forget(self, request_id: str) -> None:
         with self._lock:
-            self._leaving.pop(request_id, None)
+            self._tables.pop(request_id, None)
+            self._sender.forget(request_id)
             self._forgotten[request_id] = None
             if len(self._forgotten) > _NUM_FORGOTTEN:
                 self._forgotten.popitem(last=False)

@@ -80,6 +80,9 @@ class RankLink:
 
     # -- as a source rank --
 
+    def expect(self, request_id: str) -> None:
+        """Not told: the rank sees by itself which requests are computed."""
+
     def offer(
         self,
         request_id: str,

@@ -18,6 +18,7 @@ from splitserve.engine.testing import make_tiny_model
 from splitserve.proto import inference_pb2, kv_transfer_pb2, worker_pb2, worker_pb2_grpc
 from splitserve.proto.convert import PROTOCOL_VERSION
 from splitserve.router.server import Router, RouterOptions
+from splitserve.router.session import WorkerLink
 
 WAIT_S = 60.0
 STATUS_S = 0.2
@@ -217,6 +218,14 @@ class Scene:
             while (seen := await self.state(address))[0] != state:
                 await asyncio.sleep(0.01)
         return seen[1]
+
+    async def heard(self, worker: ScriptedWorker) -> WorkerLink:
+        """Wait until the router knows the worker's status; returns its link."""
+        link = next(link for link in self.router.pool if link.address == worker.address)
+        async with asyncio.timeout(WAIT_S):
+            while link.status != worker.status:
+                await asyncio.sleep(0.002)
+        return link
 
     def check_nothing_left(self) -> None:
         dispatcher = self.router.dispatcher

@@ -35,7 +35,10 @@ async def granted(scene: Scene, decode: ScriptedWorker | None = None) -> tuple[S
         while all(worker.inbox.empty() for worker in scene.prefills):
             await asyncio.sleep(0.002)
     prefill = next(worker for worker in scene.prefills if not worker.inbox.empty())
-    return prefill, (await prefill.receive("run")).request
+    run = await prefill.receive("run")
+    if not run.HasField("grant"):  # it did not wait for the grant, which follows
+        await prefill.receive("grant")
+    return prefill, run.request
 
 
 async def end_of(task: asyncio.Task[GenerationResult]) -> GenerationResult:
@@ -93,6 +96,7 @@ def speak(decode: ScriptedWorker, work: worker_pb2.WorkRequest, start: int, end:
 
 async def test_a_full_decode_worker_is_asked_again_when_it_has_room(start_scene: StartScene) -> None:
     scene = await start_scene()
+    scene.decode.status.num_free_blocks = 1
     task = ask(scene)
     for _ in range(3):  # more refusals than a request may have failures: none of these is one
         scene.decode.fail((await scene.decode.receive("grant")).request, "overloaded")
@@ -103,6 +107,68 @@ async def test_a_full_decode_worker_is_asked_again_when_it_has_room(start_scene:
     result = await end_of(task)
     assert list(result.token_ids) == ANSWER
     assert result.timing.attempts == 1
+    scene.check_nothing_left()
+
+
+async def test_a_prompt_does_not_wait_for_its_grant_where_there_is_room(start_scene: StartScene) -> None:
+    scene = await start_scene()
+    await scene.heard(scene.decode)
+    task = ask(scene)
+    wanted = await scene.decode.receive("grant")
+    run = await scene.prefill.receive("run")
+    assert not run.HasField("grant")
+    work = run.request
+    scene.prefill.first_token(work, ANSWER[0])
+    while scene.router.metrics.tokens._value.get() == 0:  # it is on its way to the client
+        await asyncio.sleep(0.002)
+    scene.decode.grant(wanted.request)
+    told = await scene.prefill.receive("grant")
+    assert (told.grant_id, told.request_id, told.attempt) == ("a" * 32, work.request_id, work.attempt)
+    scene.decode.transfer_done(work, ANSWER[0])
+    speak(scene.decode, work, 1, len(ANSWER))
+    result = await end_of(task)
+    assert list(result.token_ids) == ANSWER
+    names = [event.event for event in result.timing.events]
+    assert names.index("prefill_queued") < names.index("first_token") < names.index("granted")
+    scene.check_nothing_left()
+
+
+async def test_where_there_is_little_room_it_waits(start_scene: StartScene) -> None:
+    scene = await start_scene()
+    scene.decode.status.num_free_blocks = 1  # as many as it needs
+    link = await scene.heard(scene.decode)
+    task = ask(scene)
+    await scene.decode.receive("grant")
+    while any(link.runs.values()):  # a status later, still nothing
+        await asyncio.sleep(0.002)
+    assert scene.prefill.inbox.empty()
+    task.cancel()
+
+
+async def test_a_grant_refused_after_the_first_token_is_no_failure(start_scene: StartScene) -> None:
+    """The next attempt waits for its grant, and goes on behind the token that the client has."""
+    scene = await start_scene()
+    await scene.heard(scene.decode)
+    task = ask(scene)
+    wanted = await scene.decode.receive("grant")
+    work = (await scene.prefill.receive("run")).request
+    scene.prefill.first_token(work, ANSWER[0])
+    while scene.router.metrics.tokens._value.get() == 0:
+        await asyncio.sleep(0.002)
+    scene.decode.fail(wanted.request, "overloaded")
+    assert (await scene.prefill.receive_cancel()).attempt == work.attempt
+    scene.decode.say_status()
+    wanted = await scene.decode.receive("grant")
+    assert list(wanted.request.output_token_ids) == ANSWER[:1]
+    assert scene.prefill.inbox.empty()
+    scene.decode.grant(wanted.request)
+    run = await scene.prefill.receive("run")
+    assert run.HasField("grant")
+    scene.prefill.first_token(run.request, ANSWER[1])
+    speak(scene.decode, run.request, 2, len(ANSWER))
+    result = await end_of(task)
+    assert list(result.token_ids) == ANSWER
+    assert scene.router.metrics.retries._value.get() == 0
     scene.check_nothing_left()
 
 

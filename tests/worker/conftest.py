@@ -85,7 +85,7 @@ class Pair:
         await self.ask_grant(request, **changes)
         return await self.decode_end.next("grant")
 
-    async def prefill_run(self, request: Request, grant: kv_transfer_pb2.Grant) -> None:
+    async def prefill_run(self, request: Request, grant: kv_transfer_pb2.Grant | None = None) -> None:
         run = worker_pb2.RunPrefill(request=request_to_proto(request, request.timeout_s), grant=grant)
         await self.prefill_end.send(run=run)
 

@@ -19,7 +19,7 @@ from splitserve.proto import inference_pb2, kv_transfer_pb2, worker_pb2
 from splitserve.proto.convert import PROTOCOL_VERSION, request_to_proto
 from splitserve.proto.rpc import from_rpc_error
 
-from .conftest import OpenPair, Pair, connect, until
+from .conftest import OpenPair, Pair, connect, held_step, until
 
 PROMPT = tuple(3 + (7 * i) % 200 for i in range(100))
 TRANSPORTS = [("shared_memory",), ("grpc",), ("gloo",)]
@@ -87,6 +87,63 @@ async def test_a_resumed_request_goes_on_with_the_same_tokens(pair: Pair) -> Non
     assert first.index == 5
     await pair.decode_end.next("transfer_done")
     assert [*half, first.token_id, *await pair.rest(6)] == whole
+
+
+@pytest.mark.parametrize("transports", TRANSPORTS, ids=lambda names: names[0])
+@pytest.mark.parametrize("when", ["before its first token", "after it"])
+async def test_a_grant_may_follow_the_prompt(
+    open_pair: OpenPair, alone: Engine, transports: tuple[str, ...], when: str
+) -> None:
+    pair = await open_pair(transports=transports)
+    work = request()
+    if when == "after it":
+        await pair.prefill_run(work)
+        first = await pair.prefill_end.next("first_token")
+        await pair.prefill_end.send(grant=await pair.grant(work))
+    else:
+        grant = await pair.grant(work)
+        with held_step(pair.prefill):
+            await pair.prefill_run(work)
+            await pair.prefill_end.send(grant=grant)
+        first = await pair.prefill_end.next("first_token")
+    await pair.decode_end.next("transfer_done")
+    assert [first.token_id, *await pair.rest(1)] == run_alone(alone, work)
+    await pair.idle()
+
+
+@pytest.mark.parametrize("end", ["cancelled", "final", "deadline", "of another boot", "router gone"])
+async def test_a_prompt_whose_grant_does_not_come_is_freed(pair: Pair, end: str) -> None:
+    work = request(max_tokens=1 if end == "final" else 12, timeout_s=1.0 if end == "deadline" else 60.0)
+    await pair.prefill_run(work)
+    await pair.prefill_end.next("first_token")
+    if end == "cancelled":
+        await pair.prefill_end.send(cancel=worker_pb2.CancelRun(request_id="r", attempt=1))
+    elif end == "deadline":
+        assert (await pair.prefill_end.next("failed")).failure.code == "deadline_exceeded"
+    elif end == "of another boot":
+        await pair.prefill_end.send(grant=await pair.grant(work, prefill_boot_id="0" * 16))
+        assert (await pair.prefill_end.next("failed")).failure.code == "stale"
+        assert (await pair.decode_end.next("failed")).request_id == "r"
+    elif end == "router gone":
+        pair.prefill_end.call.cancel()
+    await pair.idle()
+
+
+async def test_a_grant_that_comes_again_or_for_nobody_changes_nothing(pair: Pair, alone: Engine) -> None:
+    work = request()
+    grant = await pair.grant(work)
+    for told in (grant, kv_transfer_pb2.Grant(request_id="nobody", attempt=1)):
+        await pair.prefill_end.send(grant=told)
+    await pair.prefill_run(work)
+    for _ in range(2):
+        await pair.prefill_end.send(grant=grant)
+    first = await pair.prefill_end.next("first_token")
+    await pair.decode_end.next("transfer_done")
+    assert [first.token_id, *await pair.rest(1)] == run_alone(alone, work)
+    await pair.idle()
+    assert (
+        pair.prefill.worker.host.registry.get_sample_value("splitserve_stale_messages_total", {"role": "prefill"}) == 3
+    )
 
 
 async def test_a_final_first_token_ends_the_request_and_frees_both_sides(pair: Pair) -> None:
