@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import Annotated
 
 import typer
@@ -32,6 +33,8 @@ def command(
 ) -> None:
     """Talk with the model, turn by turn; /reset starts over, /exit leaves, Ctrl-C cancels an answer.
 
+    With input from a pipe the exit code is 1 if the last turn failed.
+
     $ splitserve chat --system "You are a terse assistant." --temperature 0.7
     """
     request = options.sampling_options(
@@ -51,16 +54,18 @@ def command(
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  editing and history for input()
     opening = [] if system is None else [Message(role="system", content=system)]
-    conversation = list(opening)
+    conversation, failed = list(opening), False
     with local_router(local, address, model) as router, Client(router) as client:
         while (line := _ask()) is not None and line != "/exit":
             if line == "/reset":
                 conversation = list(opening)
             elif line:
                 turn = Message(role="user", content=line)
-                reply = _answer(client, [*conversation, turn], request)
+                reply, failed = _answer(client, [*conversation, turn], request)
                 if reply:
                     conversation += [turn, Message(role="assistant", content=reply)]
+    if failed and not sys.stdin.isatty():
+        raise typer.Exit(1)
 
 
 def _ask() -> str | None:
@@ -75,9 +80,9 @@ def _ask() -> str | None:
             print("\n/exit leaves")
 
 
-def _answer(client: Client, messages: list[Message], request: RequestOptions) -> str:
-    """Print the answer as it is made; what of it came, also where it was cancelled or failed."""
-    texts = []
+def _answer(client: Client, messages: list[Message], request: RequestOptions) -> tuple[str, bool]:
+    """Print the answer as it is made; what of it came, also where it was cancelled or failed, and whether it failed."""
+    texts, failed = [], False
     try:
         with client.stream(messages, **request) as stream:
             for chunk in stream:
@@ -88,4 +93,5 @@ def _answer(client: Client, messages: list[Message], request: RequestOptions) ->
         print("\n(cancelled)")
     except SplitserveError as error:
         typer.secho(f"\nerror: {error.message}", fg="red", err=True)
-    return "".join(texts)
+        failed = True
+    return "".join(texts), failed

@@ -55,6 +55,19 @@ def test_an_error_costs_the_turn_and_not_the_conversation() -> None:
         assert _turns(router.requests[1]) == [("user", "two")]
 
 
+def test_a_script_learns_that_its_last_turn_failed() -> None:
+    async def fail_last(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        if len(router.requests) == 2:
+            raise Overloaded("full", retry_after_s=1_000.0)
+        async for message in count_up(request):
+            yield message
+
+    with ScriptedRouter(fail_last) as router:
+        result = runner.invoke(app, ["chat", "--max-tokens", "1", "--address", router.address], input="one\ntwo\n")
+        assert result.exit_code == 1
+        assert "error: full" in result.stderr
+
+
 def test_ctrl_c_cancels_the_answer_and_goes_on() -> None:
     async def hang_first(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
         if len(router.requests) > 1:
