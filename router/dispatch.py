@@ -444,7 +444,7 @@ class Dispatcher:
         timeout_s, waited_s = job.deadline_at - now, now - job.timeline.arrived_at
         num_blocks = blocks_for(request.num_tokens, decode.block_size)
         # The grant will come then, and the prompt does not wait for it. Where something was amiss before, it does.
-        is_early = request.attempt == job.asked.attempt and decode.load.has_ample_room(num_blocks)
+        job.is_early = request.attempt == job.asked.attempt and decode.load.has_ample_room(num_blocks)
         decode.attach(request.request_id, num_blocks)
         if prefill is None:
             job.phase = Phase.DECODING
@@ -456,7 +456,7 @@ class Dispatcher:
             job.phase = Phase.GRANTING
             prefill.attach(request.request_id, self._routing.uncached_tokens(job, prefill.address), request.num_tokens)
             decode.request_grant(request, timeout_s, waited_s, prefill)
-            if is_early:
+            if job.is_early:
                 self._run_prefill(job, prefill, now)
 
     def _run_prefill(
@@ -519,6 +519,9 @@ class Dispatcher:
                     self._admission.ttft.measured(job.predicted_ttft_s, now - job.timeline.arrived_at)
             job.reading.wake()
         if job.answer.finish_reason is not None:
+            if job.is_early and worker is job.prefill and job.decode is not None:
+                # It freed the KV, maybe before it heard of the grant: then nobody else would tell the decode worker.
+                job.decode.cancel(tokens.request_id, tokens.attempt)
             for link in (job.prefill, job.decode):  # both free by themselves what a complete answer held
                 if link is not None:
                     link.detach(tokens.request_id)

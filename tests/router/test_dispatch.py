@@ -133,6 +133,31 @@ async def test_a_prompt_does_not_wait_for_its_grant_where_there_is_room(start_sc
     scene.check_nothing_left()
 
 
+@pytest.mark.parametrize("grants", ["before the token", "after it"])
+async def test_an_answer_complete_before_its_grant_frees_the_decode_worker(
+    start_scene: StartScene, grants: str
+) -> None:
+    """The prefill worker may not have heard of the grant when it freed the KV: nobody else would end the transfer."""
+    scene = await start_scene()
+    await scene.heard(scene.decode)
+    task = ask(scene, max_tokens=1)
+    wanted = (await scene.decode.receive("grant")).request
+    work = (await scene.prefill.receive("run")).request
+    if grants == "before the token":
+        scene.decode.grant(wanted)
+        await scene.prefill.receive("grant")
+    scene.prefill.first_token(work, ANSWER[0], finish=LENGTH)
+    assert list((await end_of(task)).token_ids) == ANSWER[:1]
+    cancel = await scene.decode.receive_cancel()
+    assert (cancel.request_id, cancel.attempt) == (work.request_id, work.attempt)
+    if grants == "after it":
+        scene.decode.grant(wanted)
+        while scene.num_stale == 0:
+            await asyncio.sleep(0.002)
+    assert scene.prefill.inbox.empty()
+    scene.check_nothing_left()
+
+
 async def test_where_there_is_little_room_it_waits(start_scene: StartScene) -> None:
     scene = await start_scene()
     scene.decode.status.num_free_blocks = 1  # as many as it needs
@@ -294,16 +319,16 @@ async def test_failures_end_with_the_last_error(start_scene: StartScene) -> None
 @pytest.mark.chaos
 async def test_a_worker_that_hangs_is_given_up(start_scene: StartScene, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its connection stays open and it says nothing: after SILENCE_S its requests go elsewhere."""
-    monkeypatch.setattr(session, "SILENCE_S", 0.6)
+    monkeypatch.setattr(session, "SILENCE_S", 1.5)
     scene = await start_scene(decode=2)
     task = ask(scene)
     hung = await scene.placed()
     prefill, work = await granted(scene, hung)
     prefill.first_token(work, ANSWER[0])
-    hung.silent, silent_at = True, time.monotonic()
+    hung.silent, hung.says_hello, silent_at = True, False, time.monotonic()  # nor does it answer a new session
     other = next(worker for worker in scene.decodes if worker is not hung)
     prefill, again = await granted(scene, other)
-    assert time.monotonic() - silent_at < 5.0
+    assert time.monotonic() - silent_at < 10.0
     assert list(again.output_token_ids) == ANSWER[:1]
     prefill.first_token(again, ANSWER[1])
     speak(other, again, 2, len(ANSWER))

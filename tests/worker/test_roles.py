@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,17 @@ async def test_a_prompt_whose_grant_does_not_come_is_freed(pair: Pair, end: str)
     elif end == "router gone":
         pair.prefill_end.call.cancel()
     await pair.idle()
+
+
+async def test_a_final_first_token_before_its_grant_leaves_nothing(pair: Pair) -> None:
+    """The decode worker has asked for KV that is gone; the router's cancel ends that, not a time-out."""
+    work = request(max_tokens=1)
+    await pair.prefill_run(work)
+    await pair.prefill_end.next("first_token")
+    await pair.prefill_end.send(grant=await pair.grant(work))
+    await pair.decode_end.send(cancel=worker_pb2.CancelRun(request_id="r", attempt=1))
+    async with asyncio.timeout(3):  # a Fetch whose request does not come is given up after 10 s
+        await pair.idle()
 
 
 async def test_a_grant_that_comes_again_or_for_nobody_changes_nothing(pair: Pair, alone: Engine) -> None:
