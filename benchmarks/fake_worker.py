@@ -52,6 +52,7 @@ class FakeWorker(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWo
             vocab_size=260,
             block_size=16,
             kv_address=self.address,
+            late_grants=True,
         )
 
     async def PrefillSession(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]

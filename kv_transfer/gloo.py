@@ -49,10 +49,11 @@ class GlooRendezvous:
     def accept(self, host: str, invitation: bytes) -> Channel:
         try:
             port, token = invitation.decode().split()
+            give_up_s = time.monotonic() + self._set_up_s
             with socket.create_connection((host, int(port)), timeout=self._set_up_s) as link:
                 link.sendall(bytes.fromhex(token))
-                return GlooChannel(_PairStore(link), _RECEIVER, link.getsockname()[0], self._stall_s)
-        except (RuntimeError, ValueError, OSError) as error:
+                return GlooChannel(_PairStore(link, give_up_s), _RECEIVER, link.getsockname()[0], self._stall_s)
+        except (RuntimeError, ValueError, OverflowError, OSError) as error:
             raise TransferFailed(f"no gloo group with {host} within {self._set_up_s:g} s: {error}") from error
 
 
@@ -64,22 +65,20 @@ class _GlooMeeting:
         self.invitation = f"{self._listener.getsockname()[1]} {self._token.hex()}".encode()
 
     def join(self) -> Channel:
+        give_up_s = time.monotonic() + self._set_up_s
         try:
-            with self._listener, self._invited() as link:
-                return GlooChannel(_PairStore(link), _SENDER, self._host, self._stall_s)
-        except (RuntimeError, OSError) as error:
+            with self._listener, self._invited(give_up_s) as link:
+                return GlooChannel(_PairStore(link, give_up_s), _SENDER, self._host, self._stall_s)
+        except (RuntimeError, ValueError, OSError) as error:
             raise TransferFailed(f"no receiver joined the gloo group within {self._set_up_s:g} s: {error}") from error
 
-    def _invited(self) -> socket.socket:
+    def _invited(self, give_up_s: float) -> socket.socket:
         """Whoever shows the invitation. Raises: OSError: nobody did in time."""
-        give_up_s = time.monotonic() + self._set_up_s
         while True:
-            self._listener.settimeout(max(0.001, give_up_s - time.monotonic()))
+            _set_deadline(self._listener, give_up_s)
             link, _ = self._listener.accept()
             with contextlib.suppress(OSError):
-                link.settimeout(_TOKEN_S)
-                if hmac.compare_digest(_read(link, _TOKEN_BYTES), self._token):
-                    link.settimeout(max(0.001, give_up_s - time.monotonic()))
+                if hmac.compare_digest(_read(link, _TOKEN_BYTES, time.monotonic() + _TOKEN_S), self._token):
                     return link
             link.close()
 
@@ -88,11 +87,14 @@ class _PairStore(Store):
     """What the two tell each other to become a group, over one connection.
 
     PyTorch's TCPStore now and then does not answer its first client at all: 1 to 3 in 100 in a loop on one machine.
+
+    Args: give_up_s: when the peer must have said all (monotonic).
     """
 
-    def __init__(self, link: socket.socket) -> None:
+    def __init__(self, link: socket.socket, give_up_s: float) -> None:
         super().__init__()
         self._link = link
+        self._give_up_s = give_up_s
         self._entries: dict[str, bytes] = {}
 
     def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
@@ -104,19 +106,30 @@ class _PairStore(Store):
         return self._entries[key]
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """The connection's own deadline counts. Raises: OSError: the peer is silent or gone."""
+        """The deadline of the whole counts. Raises: OSError: the peer is silent or gone."""
         while not all(key in self._entries for key in keys):
-            key_bytes, value_bytes = _HEADER.unpack(_read(self._link, _HEADER.size))
+            key_bytes, value_bytes = _HEADER.unpack(self._read(_HEADER.size))
             if key_bytes + value_bytes > _MAX_ENTRY:
                 raise ConnectionError(f"an entry of {key_bytes + value_bytes:,} bytes came")
-            key = _read(self._link, key_bytes).decode()
-            self._entries[key] = _read(self._link, value_bytes)
+            key = self._read(key_bytes).decode()
+            self._entries[key] = self._read(value_bytes)
+
+    def _read(self, num_bytes: int) -> bytes:
+        return _read(self._link, num_bytes, self._give_up_s)
 
 
-def _read(link: socket.socket, num_bytes: int) -> bytes:
-    """Raises: OSError: they do not come."""
+def _set_deadline(link: socket.socket, give_up_s: float) -> None:
+    """Raises: TimeoutError: it is past."""
+    if (left_s := give_up_s - time.monotonic()) <= 0:
+        raise TimeoutError("timed out")
+    link.settimeout(left_s)
+
+
+def _read(link: socket.socket, num_bytes: int, give_up_s: float) -> bytes:
+    """Raises: OSError: they do not come in time."""
     data = b""
     while len(data) < num_bytes:
+        _set_deadline(link, give_up_s)
         if not (part := link.recv(num_bytes - len(data))):
             raise ConnectionError("the peer closed the connection")
         data += part

@@ -181,13 +181,21 @@ class KvSender:
         else:
             self._start_lease(out, "no decode worker came to fetch it")
 
-    def kv_written(self, request_id: str, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
-        """Any thread: these layers of these tokens are in the pool, and stay until `release`."""
+    def kv_written(
+        self,
+        request_id: str,
+        layer_start: int,
+        layer_end: int,
+        token_start: int,
+        token_end: int,
+        at_s: float | None = None,
+    ) -> None:
+        """Any thread: these layers of these tokens are in the pool, and stay until `release`. `at_s`: since when."""
         out = self._by_request.get(request_id)
         if out is None:
             return
         if out.prefill_began_s is None:
-            out.prefill_began_s = time.monotonic()
+            out.prefill_began_s = time.monotonic() if at_s is None else at_s
         due = out.progress.wrote(layer_start, layer_end, token_start, token_end)
         # On a GPU the first token may be known before we are told of the last KV: then nothing else wakes the stream.
         due = due or out.first_token_id is not None
@@ -195,12 +203,13 @@ class KvSender:
             out.wake_pending = True
             self._loop.call_soon_threadsafe(self._woken, out)
 
-    def finish(self, request_id: str, first_token_id: int, *, final: bool) -> None:
-        """Prefill is done. `final`: the answer is complete with its first token, so nobody needs the KV."""
+    def finish(self, request_id: str, first_token_id: int, *, final: bool, at_s: float | None = None) -> None:
+        """Prefill is done, since `at_s`. `final`: the answer is complete with its first token, nobody needs the KV."""
         out = self._by_request.get(request_id)
         if out is None:
             return
-        out.first_token_id, out.finished, out.prefill_ended_s = first_token_id, final, time.monotonic()
+        out.first_token_id, out.finished = first_token_id, final
+        out.prefill_ended_s = time.monotonic() if at_s is None else at_s
         if final and out.stream is None:  # else something may be reading its blocks: the stream's end frees them
             self._release_once(out)
         out.changed.set()

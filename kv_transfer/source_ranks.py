@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -43,7 +44,7 @@ class RankSender:
         self._report = report
         self._requests: dict[str, _Shares] = {}
         self._lock = threading.Lock()  # of what the device's thread and an offer exchange
-        self._early: dict[str, list[tuple[int, int, int, int]]] = {}  # of expected requests: what is written
+        self._early: dict[str, list[tuple[tuple[int, int, int, int], float]]] = {}  # of expected ones: written, since
 
     def expect(self, request_id: str) -> None:
         """Its grants will be offered, or it is forgotten. Idempotent; any thread."""
@@ -74,28 +75,28 @@ class RankSender:
             raise
         with self._lock:  # parts are told in order
             self._requests[request_id] = _Shares(open=set(ids), ids=ids)
-            for written in self._early.pop(request_id, ()):
-                self._tell(ids, written)
+            for written, at_s in self._early.pop(request_id, ()):
+                self._tell(ids, written, at_s)
 
     def kv_written(self, request_id: str, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
         """Any thread."""
         written = (layer_start, layer_end, token_start, token_end)
         with self._lock:
             if (early := self._early.get(request_id)) is not None:
-                early.append(written)
+                early.append((written, time.monotonic()))
                 return
             shares = self._requests.get(request_id)
         if shares is not None:
             self._tell(shares.ids, written)
 
-    def _tell(self, shares: Sequence[str], written: tuple[int, int, int, int]) -> None:
+    def _tell(self, shares: Sequence[str], written: tuple[int, int, int, int], at_s: float | None = None) -> None:
         for share in shares:
-            self._sender.kv_written(share, *written)
+            self._sender.kv_written(share, *written, at_s)
 
-    def finish(self, request_id: str, first_token_id: int, *, final: bool) -> None:
+    def finish(self, request_id: str, first_token_id: int, *, final: bool, at_s: float | None = None) -> None:
         if (shares := self._requests.get(request_id)) is not None:
             for share in shares.ids:
-                self._sender.finish(share, first_token_id, final=final)
+                self._sender.finish(share, first_token_id, final=final, at_s=at_s)
 
     def forget(self, request_id: str) -> None:
         """Keep nothing of a request that was released, or never offered."""
@@ -150,7 +151,7 @@ class SourceRank(Protocol):
         block_table: Callable[[str], Sequence[int]],
     ) -> None: ...
 
-    def finish(self, request_id: str, first_token_id: int, *, final: bool) -> None: ...
+    def finish(self, request_id: str, first_token_id: int, *, final: bool, at_s: float | None = None) -> None: ...
 
     def fail(self, request_id: str, error: SplitserveError) -> None: ...
 
@@ -170,7 +171,7 @@ class SenderGroup:
         self._release = release
         self._ranks: list[SourceRank] = []
         self._open: dict[str, set[int]] = {}  # request id -> ranks that still hold it
-        self._expected: dict[str, int | None] = {}  # request id -> its first token, once it is there
+        self._expected: dict[str, tuple[int, float] | None] = {}  # request id -> its first token, once there, and when
 
     def add(self, rank: SourceRank) -> None:
         """The next rank, from 0. It calls `released` and `failed` with that number."""
@@ -211,18 +212,17 @@ class SenderGroup:
                     if offered < rank:
                         self._ranks[offered].fail(request_id, error)
                 raise
-        first_token_id = self._expected.pop(request_id, None)
-        if first_token_id is not None:
-            self.finish(request_id, first_token_id, final=False)
+        if (first := self._expected.pop(request_id, None)) is not None:
+            self.finish(request_id, first[0], final=False, at_s=first[1])
 
-    def finish(self, request_id: str, first_token_id: int, *, final: bool) -> None:
-        """Prefill is done. `final`: the answer is complete with its first token, so nobody needs the KV."""
+    def finish(self, request_id: str, first_token_id: int, *, final: bool, at_s: float) -> None:
+        """Prefill is done, since `at_s`. `final`: the answer is complete with its first token, nobody needs the KV."""
         if request_id in self._expected:
-            self._expected[request_id] = first_token_id
+            self._expected[request_id] = first_token_id, at_s
             if final:
                 self._give_up(request_id)
         for rank in sorted(self._open.get(request_id, ())):
-            self._ranks[rank].finish(request_id, first_token_id, final=final)
+            self._ranks[rank].finish(request_id, first_token_id, final=final, at_s=at_s)
 
     def fail(self, request_id: str, error: SplitserveError) -> None:
         """Give up a request on every rank. Idempotent."""

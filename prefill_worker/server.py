@@ -62,12 +62,7 @@ class PrefillServer(worker_pb2_grpc.PrefillWorkerServicer):
 
     def _grant(self, session: RouterSession, grant: kv_transfer_pb2.Grant) -> None:
         sequence = sequence_id(grant.request_id, grant.attempt)
-        try:
-            grants = _grants(sequence, grant)
-        except SplitserveError as error:
-            self.worker.refuse(session, grant.request_id, grant.attempt, error)
-            return
-        self.worker.grant(session, sequence, grants)
+        self.worker.grant(session, sequence, _grants(sequence, grant))
 
 
 def _grants(sequence: str, told: kv_transfer_pb2.Grant) -> list[Grant]:

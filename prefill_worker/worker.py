@@ -221,11 +221,12 @@ class PrefillWorker:
                     num_cached_tokens=token.num_cached_tokens,
                     logprob=None if token.logprob is None else logprob_to_proto(token.logprob),
                     prompt_logprobs=map(logprob_to_proto, token.prompt_logprobs),
+                    ungranted=token.finish_reason is not None and not run.granted,
                 )
             )
         )
         self._record(run, Event.FIRST_TOKEN, now)
-        self.sender.finish(token.request_id, token.token_id, final=token.finish_reason is not None)
+        self.sender.finish(token.request_id, token.token_id, final=token.finish_reason is not None, at_s=now)
 
     # -- ends: each goes through the sender, which tells the receiver and then calls `_released` --
 

@@ -124,6 +124,8 @@ class WorkerInfo(_message.Message):
     HOST_ID_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     LOCAL_PREFILL_FIELD_NUMBER: _builtins.int
+    LATE_GRANTS_FIELD_NUMBER: _builtins.int
+    GRANT_HEADROOM_TOKENS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this protocol that the worker speaks."""
     worker_id: _builtins.str
@@ -160,6 +162,10 @@ class WorkerInfo(_message.Message):
     """The host it runs on; equal ids are one host."""
     local_prefill: _builtins.bool
     """It computes short prompts by itself when it is told to, although it is a decode worker."""
+    late_grants: _builtins.bool
+    """It takes a prompt whose grant follows (prefill workers)."""
+    grant_headroom_tokens: _builtins.int
+    """Tokens past the prompt that a grant reserves at most (decode workers)."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """End-of-sequence token ids."""
@@ -196,10 +202,12 @@ class WorkerInfo(_message.Message):
         host_id: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         local_prefill: _builtins.bool = ...,
+        late_grants: _builtins.bool = ...,
+        grant_headroom_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "boot_id", b"boot_id", "eos_token_ids", b"eos_token_ids", "geometry_digest", b"geometry_digest", "host_id", b"host_id", "kv_address", b"kv_address", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_dtype", b"kv_dtype", "kv_rank_addresses", b"kv_rank_addresses", "labels", b"labels", "local_prefill", b"local_prefill", "max_model_len", b"max_model_len", "max_step_tokens", b"max_step_tokens", "model", b"model", "pid", b"pid", "prefix_model_id", b"prefix_model_id", "protocol_version", b"protocol_version", "role", b"role", "tensor_parallel", b"tensor_parallel", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "boot_id", b"boot_id", "eos_token_ids", b"eos_token_ids", "geometry_digest", b"geometry_digest", "grant_headroom_tokens", b"grant_headroom_tokens", "host_id", b"host_id", "kv_address", b"kv_address", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_dtype", b"kv_dtype", "kv_rank_addresses", b"kv_rank_addresses", "labels", b"labels", "late_grants", b"late_grants", "local_prefill", b"local_prefill", "max_model_len", b"max_model_len", "max_step_tokens", b"max_step_tokens", "model", b"model", "pid", b"pid", "prefix_model_id", b"prefix_model_id", "protocol_version", b"protocol_version", "role", b"role", "tensor_parallel", b"tensor_parallel", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -762,6 +770,7 @@ class FirstToken(_message.Message):
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     LOGPROB_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    UNGRANTED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request."""
     attempt: _builtins.int
@@ -778,6 +787,8 @@ class FirstToken(_message.Message):
     """First step to this token."""
     num_cached_tokens: _builtins.int
     """Prompt tokens that the prefix cache held."""
+    ungranted: _builtins.bool
+    """The answer is complete, and its KV was freed before the run's grant came: nothing will be sent under that."""
     @_builtins.property
     def logprob(self) -> _inference_pb2.TokenLogprob:
         """If logprobs was asked for. Texts are left out on this hop: they are the router's."""
@@ -799,10 +810,11 @@ class FirstToken(_message.Message):
         num_cached_tokens: _builtins.int = ...,
         logprob: _inference_pb2.TokenLogprob | None = ...,
         prompt_logprobs: _abc.Iterable[_inference_pb2.TokenLogprob] | None = ...,
+        ungranted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "finish_reason", b"finish_reason", "index", b"index", "logprob", b"logprob", "num_cached_tokens", b"num_cached_tokens", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "finish_reason", b"finish_reason", "index", b"index", "logprob", b"logprob", "num_cached_tokens", b"num_cached_tokens", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "token_id", b"token_id", "ungranted", b"ungranted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -31,6 +31,7 @@ class DecodeLink(WorkerLink):
     def __init__(self, *args: Any, pace: DecodePace) -> None:
         super().__init__(*args)
         self._pace = pace
+        self._has_refused = False  # the last grant that it was asked for
         self._local_tokens: dict[str, int] = {}  # of prompts sent to be computed here, until they have a token
         self.assumed_prefill_tokens_per_s = 0.0  # what the prefill workers do on average
 
@@ -49,6 +50,11 @@ class DecodeLink(WorkerLink):
     @property
     def block_size(self) -> int:
         return (self.info.block_size if self.info is not None else 0) or 16
+
+    def will_grant(self, request: Request) -> bool:
+        """Whether a grant for the request is all but certain."""
+        headroom = self.info.grant_headroom_tokens if self.info is not None else 0
+        return not self._has_refused and self.load.has_ample_room(request.num_tokens + headroom)
 
     @property
     def times(self) -> StepTimes:
@@ -122,6 +128,7 @@ class DecodeLink(WorkerLink):
             for entry in message.sequences:
                 self._decoded(entry)
         elif kind == "grant":
+            self._has_refused = False
             self._events.granted(self, message)
         elif kind == "transfer_done":
             self._events.transferred(
@@ -139,6 +146,10 @@ class DecodeLink(WorkerLink):
                     exposed_s=message.transfer_exposed_s,
                 ),
             )
+
+    def refused(self) -> None:
+        """It has no room for a grant right now."""
+        self.full = self._has_refused = True
 
     def detach(self, request_id: str) -> None:
         self._local_tokens.pop(request_id, None)

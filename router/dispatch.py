@@ -247,12 +247,15 @@ class Dispatcher:
             self._run_prefill(job, job.prefill, now, grant)
         else:
             job.prefill.grant(grant)
+        self._admission.ttft.dispatched(now, job.ticket.cost, self.num_queued)
 
     def first_token(self, worker: WorkerLink, tokens: NewTokens, report: PrefillReport) -> None:
         job = self._live(worker, tokens.request_id, tokens.attempt)
         if job is None or job.prefill is None:
             return
         job.timeline.prefill = report
+        if report.ungranted and job.timeline.granted_at is None:  # no grant will say that it left the queue for good
+            self._admission.ttft.dispatched(time.monotonic(), job.ticket.cost, self.num_queued)
         self.traffic.prefilled(report.num_cached_tokens)
         if job.phase is Phase.DECODING:  # the KV was faster
             job.prefill.detach(tokens.request_id)
@@ -297,7 +300,7 @@ class Dispatcher:
         ):
             # Refused before any work was done, but for a prompt's that did not wait for its grant: no failure, the
             # request waits for room as it would have before.
-            worker.full = True
+            worker.refused()
             self._queue.charge(job.ticket, -job.ticket.cost)
             self._requeue(job)
         elif isinstance(error, Superseded) and error.age_s > time.monotonic() - job.called_at:
@@ -442,10 +445,9 @@ class Dispatcher:
         job.timeline.dispatched(now, prefill.worker_id if prefill is not None else "", decode.worker_id)
         self._routing.placed(job, placement)
         timeout_s, waited_s = job.deadline_at - now, now - job.timeline.arrived_at
-        num_blocks = blocks_for(request.num_tokens, decode.block_size)
         # The grant will come then, and the prompt does not wait for it. Where something was amiss before, it does.
-        job.is_early = request.attempt == job.asked.attempt and decode.load.has_ample_room(num_blocks)
-        decode.attach(request.request_id, num_blocks)
+        is_early = request.attempt == job.asked.attempt and decode.will_grant(request)
+        decode.attach(request.request_id, blocks_for(request.num_tokens, decode.block_size))
         if prefill is None:
             job.phase = Phase.DECODING
             job.timeline.mark(Event.PREFILL_QUEUED, now, request.attempt, worker=decode.worker_id)
@@ -456,7 +458,7 @@ class Dispatcher:
             job.phase = Phase.GRANTING
             prefill.attach(request.request_id, self._routing.uncached_tokens(job, prefill.address), request.num_tokens)
             decode.request_grant(request, timeout_s, waited_s, prefill)
-            if job.is_early:
+            if is_early and prefill.takes_late_grants:
                 self._run_prefill(job, prefill, now)
 
     def _run_prefill(
@@ -465,7 +467,6 @@ class Dispatcher:
         job.phase = Phase.PREFILLING
         job.timeline.mark(Event.PREFILL_QUEUED, now, job.request.attempt, worker=prefill.worker_id)
         prefill.run(job.request, job.deadline_at - now, now - job.timeline.arrived_at, grant)
-        self._admission.ttft.dispatched(now, job.ticket.cost, self.num_queued)
 
     def _mind_the_queue(self) -> None:
         """While nobody can serve, each queued request has `no_worker_wait_s`, then it is told."""
@@ -519,9 +520,8 @@ class Dispatcher:
                     self._admission.ttft.measured(job.predicted_ttft_s, now - job.timeline.arrived_at)
             job.reading.wake()
         if job.answer.finish_reason is not None:
-            if job.is_early and worker is job.prefill and job.decode is not None:
-                # It freed the KV, maybe before it heard of the grant: then nobody else would tell the decode worker.
-                job.decode.cancel(tokens.request_id, tokens.attempt)
+            if job.decode is not None and job.timeline.prefill is not None and job.timeline.prefill.ungranted:
+                job.decode.cancel(tokens.request_id, tokens.attempt)  # nobody else would tell it
             for link in (job.prefill, job.decode):  # both free by themselves what a complete answer held
                 if link is not None:
                     link.detach(tokens.request_id)

@@ -54,7 +54,6 @@ class Job:
         self.queued_at = timeline.arrived_at
         self.prefill: PrefillLink | None = None
         self.decode: DecodeLink | None = None
-        self.is_early = False  # its prompt was sent off before its grant came
         self.avoid: set[str] = set()  # addresses of workers that failed it
         self.failures = Failures()
         self.error: SplitserveError | None = None

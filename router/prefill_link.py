@@ -33,6 +33,10 @@ class PrefillLink(WorkerLink):
         return self.info.kv_address if self.info is not None else ""
 
     @property
+    def takes_late_grants(self) -> bool:
+        return self.info is not None and self.info.late_grants
+
+    @property
     def load(self) -> PrefillLoad:
         return PrefillLoad(
             worker=self.address,
@@ -107,5 +111,6 @@ class PrefillLink(WorkerLink):
                     queue_s=message.prefill_queue_s,
                     prefill_s=message.prefill_s,
                     num_cached_tokens=message.num_cached_tokens,
+                    ungranted=message.ungranted,
                 ),
             )

@@ -40,6 +40,7 @@ class PrefillReport:
     queue_s: float
     prefill_s: float
     num_cached_tokens: int
+    ungranted: bool = False  # the answer is complete, and its KV was freed before the grant came
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +151,10 @@ class WorkerLink:
             self.full = False
         if self.retired and not self.runs:
             self.stop()
+
+    def refused(self) -> None:
+        """It takes no more right now."""
+        self.full = True
 
     def cancel(self, request_id: str, attempt: int) -> None:
         """Tell the worker to free whatever the attempt holds, and forget it."""

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..core.kv_geometry import blocks_for
 from .links import Place
 from .pairing import Group
 from .step_times import StepTimes
@@ -72,9 +73,9 @@ class DecodeLoad:
         """Of its sequences together, to the block."""
         return max(0, self.num_blocks - self.available_blocks) * self.block_size
 
-    def has_ample_room(self, num_blocks: int) -> bool:
-        """Whether it will grant so many in all likelihood, although what is known of it may be a second old."""
-        return self.available_blocks >= 2 * num_blocks
+    def has_ample_room(self, num_tokens: int) -> bool:
+        """Whether it will, in all likelihood, grant room for so many: what is known of it may be a second old."""
+        return self.available_blocks >= 2 * blocks_for(num_tokens, self.block_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

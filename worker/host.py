@@ -332,6 +332,8 @@ class WorkerHost:
             host_id=self.identity.host_id,
             labels=self.options.labels,
             local_prefill=self.options.local_prefill,
+            late_grants=True,
+            grant_headroom_tokens=self.options.engine.decode_headroom_tokens,
         )
 
     def holders(self) -> list[Holder]:

@@ -109,7 +109,7 @@ class RankAgent:
             case "offer":
                 self._offer(**message)
             case "finish":
-                self._sender.finish(message["request_id"], message["first_token_id"], final=message["final"])
+                self._sender.finish(**message)
             case "fail":
                 self._sender.fail(message["request_id"], from_code(message["code"], message["message"]))
             case "forget":

@@ -93,8 +93,8 @@ class RankLink:
         """Never raises: a rank that refuses says so by `failed` and `released`. It knows the block table by itself."""
         self._do("offer", request_id=request_id, grants=_written(grants), token_ids=list(token_ids))
 
-    def finish(self, request_id: str, first_token_id: int, *, final: bool) -> None:
-        self._do("finish", request_id=request_id, first_token_id=first_token_id, final=final)
+    def finish(self, request_id: str, first_token_id: int, *, final: bool, at_s: float | None = None) -> None:
+        self._do("finish", request_id=request_id, first_token_id=first_token_id, final=final, at_s=at_s)
 
     def fail(self, request_id: str, error: SplitserveError) -> None:
         self._do("fail", request_id=request_id, code=error.code, message=error.message)

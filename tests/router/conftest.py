@@ -49,6 +49,7 @@ class ScriptedWorker:
                 "block_size": 16,
                 "prefix_model_id": "m",
                 "kv_dtype": "float32",
+                "late_grants": True,
                 **changes,
             }
         )
@@ -162,7 +163,9 @@ class ScriptedWorker:
 
     # Of a prefill worker.
 
-    def first_token(self, work: worker_pb2.WorkRequest, token: int, finish: int = 0) -> None:
+    def first_token(
+        self, work: worker_pb2.WorkRequest, token: int, finish: int = 0, *, ungranted: bool = False
+    ) -> None:
         self.say(
             first_token=worker_pb2.FirstToken(
                 request_id=work.request_id,
@@ -170,6 +173,7 @@ class ScriptedWorker:
                 index=len(work.output_token_ids),
                 token_id=token,
                 finish_reason=finish,
+                ungranted=ungranted,
             )
         )
 

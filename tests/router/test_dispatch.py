@@ -137,7 +137,7 @@ async def test_a_prompt_does_not_wait_for_its_grant_where_there_is_room(start_sc
 async def test_an_answer_complete_before_its_grant_frees_the_decode_worker(
     start_scene: StartScene, grants: str
 ) -> None:
-    """The prefill worker may not have heard of the grant when it freed the KV: nobody else would end the transfer."""
+    """The prefill worker had not heard of the grant when it freed the KV: nobody else would end the transfer."""
     scene = await start_scene()
     await scene.heard(scene.decode)
     task = ask(scene, max_tokens=1)
@@ -146,7 +146,7 @@ async def test_an_answer_complete_before_its_grant_frees_the_decode_worker(
     if grants == "before the token":
         scene.decode.grant(wanted)
         await scene.prefill.receive("grant")
-    scene.prefill.first_token(work, ANSWER[0], finish=LENGTH)
+    scene.prefill.first_token(work, ANSWER[0], finish=LENGTH, ungranted=True)
     assert list((await end_of(task)).token_ids) == ANSWER[:1]
     cancel = await scene.decode.receive_cancel()
     assert (cancel.request_id, cancel.attempt) == (work.request_id, work.attempt)
@@ -156,6 +156,49 @@ async def test_an_answer_complete_before_its_grant_frees_the_decode_worker(
             await asyncio.sleep(0.002)
     assert scene.prefill.inbox.empty()
     scene.check_nothing_left()
+
+
+async def test_an_answer_complete_with_its_grant_ends_by_the_transfer(start_scene: StartScene) -> None:
+    scene = await start_scene()
+    await scene.heard(scene.decode)
+    task = ask(scene, max_tokens=1)
+    scene.decode.grant((await scene.decode.receive("grant")).request)
+    work = (await scene.prefill.receive("run")).request
+    await scene.prefill.receive("grant")
+    scene.prefill.first_token(work, ANSWER[0], finish=LENGTH)
+    await end_of(task)
+    second = ask(scene, max_tokens=1)  # behind whatever would have been said about the first
+    await scene.decode.receive("grant")
+    assert scene.decode.cancels.empty()
+    second.cancel()
+
+
+@pytest.mark.parametrize("why", ["refused", "old"])
+async def test_a_prompt_waits_where_a_grant_was_refused_or_may_not_follow(start_scene: StartScene, why: str) -> None:
+    scene = await start_scene()
+    if why == "old":  # a prefill worker of a build before
+        await scene.prefill.die()
+        scene.prefill.info.late_grants = False
+        await scene.prefill.start()
+        await scene.becomes(scene.prefill.address, "ready")
+    await scene.heard(scene.decode)
+    task = ask(scene, max_tokens=1)
+    wanted = (await scene.decode.receive("grant")).request
+    if why == "refused":
+        await scene.prefill.receive("run")
+        scene.decode.fail(wanted, "overloaded")
+        await scene.prefill.receive_cancel()
+        scene.decode.say_status()
+        assert (await scene.decode.receive("grant")).request.attempt == wanted.attempt + 1
+        task.cancel()
+        task = ask(scene, max_tokens=1)
+        wanted = (await scene.decode.receive("grant")).request
+    scene.decode.grant(wanted)
+    run = await scene.prefill.receive("run")
+    assert run.HasField("grant")
+    assert run.request.request_id == wanted.request_id
+    scene.prefill.first_token(run.request, ANSWER[0], finish=LENGTH)
+    assert list((await end_of(task)).token_ids) == ANSWER[:1]
 
 
 async def test_where_there_is_little_room_it_waits(start_scene: StartScene) -> None:

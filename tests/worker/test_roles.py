@@ -100,6 +100,7 @@ async def test_a_grant_may_follow_the_prompt(
     if when == "after it":
         await pair.prefill_run(work)
         first = await pair.prefill_end.next("first_token")
+        await asyncio.sleep(0.2)
         await pair.prefill_end.send(grant=await pair.grant(work))
     else:
         grant = await pair.grant(work)
@@ -107,7 +108,9 @@ async def test_a_grant_may_follow_the_prompt(
             await pair.prefill_run(work)
             await pair.prefill_end.send(grant=grant)
         first = await pair.prefill_end.next("first_token")
-    await pair.decode_end.next("transfer_done")
+    done = await pair.decode_end.next("transfer_done")
+    if when == "after it":
+        assert done.transfer_exposed_s > 0.2  # counted from the end of the prompt, not from the grant
     assert [first.token_id, *await pair.rest(1)] == run_alone(alone, work)
     await pair.idle()
 
@@ -134,7 +137,7 @@ async def test_a_final_first_token_before_its_grant_leaves_nothing(pair: Pair) -
     """The decode worker has asked for KV that is gone; the router's cancel ends that, not a time-out."""
     work = request(max_tokens=1)
     await pair.prefill_run(work)
-    await pair.prefill_end.next("first_token")
+    assert (await pair.prefill_end.next("first_token")).ungranted
     await pair.prefill_end.send(grant=await pair.grant(work))
     await pair.decode_end.send(cancel=worker_pb2.CancelRun(request_id="r", attempt=1))
     async with asyncio.timeout(3):  # a Fetch whose request does not come is given up after 10 s
@@ -162,7 +165,7 @@ async def test_a_final_first_token_ends_the_request_and_frees_both_sides(pair: P
     work = request(max_tokens=1)
     await pair.prefill_run(work, await pair.grant(work))
     first = await pair.prefill_end.next("first_token")
-    assert first.finish_reason == inference_pb2.FINISH_REASON_LENGTH
+    assert (first.finish_reason, first.ungranted) == (inference_pb2.FINISH_REASON_LENGTH, False)
     await pair.idle()
 
 
