@@ -11,6 +11,7 @@ import ssl
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -24,6 +25,22 @@ logger = logging.getLogger(__name__)
 _IDLE_S = 30.0  # of a kept-open connection
 
 
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """A server that runs. Until it is stopped it keeps whatever it asks alive."""
+
+    port: int
+    _server: ThreadingHTTPServer
+
+    def stop(self) -> None:
+        """Any thread; it is over within half a second, and nobody has to wait for that."""
+        threading.Thread(target=self._end, name="end of probes", daemon=True).start()
+
+    def _end(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
 def serve_probes(
     host: str,
     port: int,
@@ -32,8 +49,8 @@ def serve_probes(
     alive: Callable[[], str],
     ready: Callable[[], str],
     tls: ssl.SSLContext | None = None,
-) -> int:
-    """Serve in daemon threads; returns the bound port.
+) -> Probes:
+    """Serve in daemon threads.
 
     Args:
         alive, ready: called from those threads; "" is yes (200), anything else the reason why not (503).
@@ -95,4 +112,4 @@ def serve_probes(
     except OSError as error:
         raise AddressInUse(f"cannot serve metrics on {host}:{port}: {error}; choose another --metrics-port") from error
     threading.Thread(target=server.serve_forever, name="probes", daemon=True).start()
-    return int(server.server_port)
+    return Probes(int(server.server_port), server)

@@ -16,7 +16,7 @@ from ..core import metrics
 from ..core.errors import Unavailable
 from ..core.events import Recorder
 from ..core.metrics import RouterMetrics
-from ..core.probes import serve_probes
+from ..core.probes import Probes, serve_probes
 from ..core.pulse import Pulse
 from ..engine.model_files import resolve_model
 from ..proto.rpc import CLIENT_FACING_OPTIONS
@@ -141,6 +141,7 @@ class Router:
         )
         add_to_server(self._rpc.server, Inference(self._door), RouterAdmin(self.pool, self.dispatcher))
         self._pulse = Pulse(_HANGING_S)
+        self._probes: Probes | None = None
         self._health: asyncio.Task[None] | None = None
         self._http: HttpServer | None = None
         if options.http_port is not None:
@@ -163,7 +164,7 @@ class Router:
     async def start(self) -> Ready:
         """Serve. Health says serving as soon as a pair of workers is ready."""
         options = self.options
-        metrics_port = serve_probes(
+        self._probes = probes = serve_probes(
             options.host,
             options.metrics_port,
             registry=lambda: self._registry,
@@ -178,11 +179,11 @@ class Router:
         self.pool.set_workers(options.prefill, options.decode, self.dispatcher)
         if self._http is not None:
             await self._http.start()
-        logger.info("router on %s, HTTP on %s, metrics on port %d", self.address, self.http_address, metrics_port)
+        logger.info("router on %s, HTTP on %s, metrics on port %d", self.address, self.http_address, probes.port)
         host = self.address.rpartition(":")[0]
         return Ready(
             address=self.address,
-            metrics_address=f"{host}:{metrics_port}",
+            metrics_address=f"{host}:{probes.port}",
             pid=os.getpid(),
             boot_id=self.boot_id,
             http_address=self.http_address,
@@ -204,6 +205,8 @@ class Router:
         await self._rpc.stop()
         await self.pool.close()
         self._pulse.stop()
+        if self._probes is not None:
+            self._probes.stop()
         self.recorder.close()
 
     async def _tell_health(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from ..core.errors import Draining, ModelUnsupported, Unavailable
 from ..core.events import Recorder
 from ..core.metrics import WorkerMetrics, new_registry
-from ..core.probes import serve_probes
+from ..core.probes import Probes, serve_probes
 from ..core.pulse import Pulse
 from ..engine.engine import Engine, StepOutput
 from ..engine.loading import load_model
@@ -129,6 +129,7 @@ class WorkerHost:
         self._loop = asyncio.get_running_loop()
         self._device = DeviceLoop(self.engine, self._step_done)
         self._pulse = Pulse(options.stall_bound_s)
+        self._probes: Probes | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._device_states: Sequence[DeviceState] = ()
         self.measured = Measured(self.engine, self.metrics)
@@ -136,7 +137,7 @@ class WorkerHost:
 
     async def start(self) -> Ready:
         """Start serving; the address is reachable when this returns."""
-        metrics_port = serve_probes(
+        self._probes = probes = serve_probes(
             self.options.host,
             self.options.metrics_port,
             registry=lambda: self.registry,
@@ -151,7 +152,7 @@ class WorkerHost:
         self._tasks.append(asyncio.create_task(self._watch_health()))
         return Ready(
             address=self.rpc.address,
-            metrics_address=f"{self.options.host}:{metrics_port}",
+            metrics_address=f"{self.options.host}:{probes.port}",
             pid=os.getpid(),
             boot_id=self.identity.boot_id,
         )
@@ -220,6 +221,8 @@ class WorkerHost:
             await link.close()
         if self._ranks is not None:
             await asyncio.to_thread(self._ranks.close)
+        if self._probes is not None:
+            self._probes.stop()
         self.recorder.close()
 
     def wake(self) -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 import urllib.error
 import urllib.request
+import weakref
+from pathlib import Path
 
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from splitserve.core.pulse import Pulse
 from splitserve.core.request import Request
+from splitserve.engine.options import EngineOptions
+from splitserve.prefill_worker.server import PrefillServer
+from splitserve.worker.options import WorkerOptions
 from splitserve.worker.watchdog import EXIT_CODE, Watchdog
 
 from .conftest import WAIT_S, OpenPair, Pair, held_step
@@ -124,3 +130,20 @@ def test_a_watchdog_waits_for_what_recovers() -> None:
     Watchdog(stuck, 0.03, end=end, look_s=0.01).start()
     assert ended.wait(WAIT_S)
     assert left == [0]
+
+
+async def test_a_stopped_worker_leaves_no_pool_behind(model_dir: Path) -> None:
+    """Whoever has workers in one process, as tests do, would run out of memory."""
+    engine = EngineOptions(model=str(model_dir), num_threads=1, num_kv_blocks=64, self_check=False)
+    server = PrefillServer(WorkerOptions(engine=engine, role="prefill"))
+    address = (await server.worker.host.start()).metrics_address
+    assert (await asyncio.to_thread(ask, address, "/healthz"))[0] == 200
+    pool = weakref.ref(server.worker.host.engine.pool)
+    await server.worker.stop()
+    del server
+    async with asyncio.timeout(WAIT_S):
+        while pool() is not None:
+            await asyncio.sleep(0.1)
+            gc.collect()
+    with pytest.raises(urllib.error.URLError):
+        await asyncio.to_thread(ask, address, "/healthz")
