@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -319,6 +320,9 @@ class WorkerLink:
         self._events.workers_changed()
 
     def _status(self, status: worker_pb2.WorkerStatus) -> None:
+        for name in ("prefill_tokens_per_s", "decode_step_s", "decode_batch"):  # what loads are ranked by
+            if not 0 <= (value := getattr(status, name)) < math.inf:
+                raise ProtocolMismatch(f"{self.address} says that its {name} is {value}")
         self.status = status
         self.full = False
         if status.HasField("prefix_blocks"):

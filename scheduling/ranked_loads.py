@@ -5,6 +5,7 @@ To a policy they are plain sequences, in the order in which the workers came. `b
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,7 +59,7 @@ class RankedLoads(Sequence[L], Generic[L]):
         self._replace(old, load)
         number = self._numbers.setdefault(worker, len(self._numbers))
         if old is not None:
-            del self._by_rank[bisect_left(self._by_rank, (self._rank(old), number))]
+            del self._by_rank[bisect_left(self._by_rank, (self._sound_rank(old), number))]
             place = bisect_left(self._in_order, (number,))
             if load is None:
                 del self._in_order[place], self._loads[worker]
@@ -68,13 +69,18 @@ class RankedLoads(Sequence[L], Generic[L]):
             insort(self._in_order, (number, load))
         if load is not None:
             self._loads[worker] = load
-            insort(self._by_rank, (self._rank(load), number, load))
+            insort(self._by_rank, (self._sound_rank(load), number, load))
         if load is None or not self._is_open(load):
             self._improved.pop(worker, None)
         elif old is None or worker not in self._improved or self._is_better(load, old):
             self.num_improvements += 1
             self._improved.pop(worker, None)
             self._improved[worker] = self.num_improvements
+
+    def _sound_rank(self, load: L) -> float:
+        """What is not a number has no place in an order; figures beyond any sense may end in that."""
+        rank = self._rank(load)
+        return math.inf if math.isnan(rank) else rank
 
     @abstractmethod
     def _replace(self, old: L | None, load: L | None) -> None:

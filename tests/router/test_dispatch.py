@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from itertools import pairwise
@@ -378,6 +379,22 @@ async def test_a_worker_that_hangs_is_given_up(start_scene: StartScene, monkeypa
     assert list((await end_of(task)).token_ids) == ANSWER
     assert "no word" in (await scene.state(hung.address))[1]
     scene.check_nothing_left()
+
+
+async def test_a_load_that_is_no_number_costs_a_worker_its_session(start_scene: StartScene) -> None:
+    """Loads are kept in order, and such a one has no place there."""
+    scene = await start_scene(decode=2)
+    bad, good = scene.decodes
+    bad.status.decode_step_s, bad.says_hello = math.nan, False
+    bad.say_status()
+    async with asyncio.timeout(WAIT_S):
+        while "decode_step_s is nan" not in (await scene.state(bad.address))[1]:
+            await asyncio.sleep(0.01)
+    task = ask(scene)
+    prefill, work = await granted(scene, good)
+    prefill.first_token(work, ANSWER[0])
+    speak(good, work, 1, len(ANSWER))
+    assert list((await end_of(task)).token_ids) == ANSWER
 
 
 async def test_the_only_worker_dies(start_scene: StartScene) -> None:
