@@ -2,6 +2,7 @@
 
 python -m splitserve.benchmarks.closed_loop
 python -m splitserve.benchmarks.closed_loop --device cuda --model llama-3.1-8b --input-len 2048 --output-len 256
+python -m splitserve.benchmarks.closed_loop --device cuda --model llama-3.1-8b --input-len 2048 --colocated  # one GPU
 
 Grids of steps tell roughly what the workers can do; then traffic of other lengths, at half load, tells what their steps
 cost while they share the machine. Predictions are on disk before the first measured request is sent. They are of the
@@ -15,7 +16,7 @@ import json
 import random
 import statistics
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -39,7 +40,7 @@ from ..planner.question import GPU_PACKED_TOKENS
 from ..planner.simulator import simulate
 from ..planner.types import ClusterSpec, PoolSpec, SimRequest, WorkerSpec
 from .disaggregation import model_settings
-from .processes import process_cluster
+from .processes import WORKER_ROLES, process_cluster
 from .report import write_json
 
 Device = Literal["cpu", "cuda"]
@@ -57,7 +58,10 @@ def main(
         "smollm2-135m"
     ),
     device: Annotated[Device, typer.Option(help="Where the workers run.")] = "cpu",
-    gpus: Annotated[str, typer.Option(help="GPUs of prefill and decode worker.")] = "0,1",
+    colocated: Annotated[bool, typer.Option("--colocated", help="One worker that does both.")] = False,
+    gpus: Annotated[
+        str | None, typer.Option(help="The GPU of each worker.", show_default="0,1; with --colocated 0")
+    ] = None,
     input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 96,
     output_len: Annotated[int, typer.Option(min=2, help="Answer tokens.")] = 24,
     num_requests: Annotated[int, typer.Option(min=10, help="Requests at each rate.")] = 100,
@@ -70,9 +74,16 @@ def main(
 ) -> None:
     """Exit code 1 if a percentile is further off than 15 % (p50) or 25 % (p90); on GPUs 10 % and 20 %."""
     wanted = utilisations or [0.3, 0.5, 0.7]
+    names = ("colocated-0",) if colocated else ("prefill-0", "decode-0")
+    indices = (gpus or "0,1").split(",")
+    if device == "cuda" and len(indices) < len(names):
+        raise typer.BadParameter("one for each worker, such as 0,1", param_hint="--gpus")
+    placed = dict(zip(names, map(int, indices), strict=False)) if device == "cuda" else None
     raise typer.Exit(
         asyncio.run(
-            _main(model, device, gpus, input_len, output_len, num_requests, wanted, calibrate_s, seed, json_file)
+            _main(
+                model, device, names, placed, input_len, output_len, num_requests, wanted, calibrate_s, seed, json_file
+            )
         )
     )
 
@@ -80,7 +91,8 @@ def main(
 async def _main(
     model: str,
     device: Device,
-    gpus: str,
+    names: tuple[str, ...],
+    placed: dict[str, int] | None,
     input_len: int,
     output_len: int,
     num_requests: int,
@@ -95,25 +107,24 @@ async def _main(
         config = load_config(
             None,
             model_settings(model, device, Path(logs))
+            | {f"{role}.replicas": int(f"{role}-0" in names) for role in WORKER_ROLES}
             | {"engine.prefix_cache": False, "engine.self_check": False, "trace_dir": str(traces)},
         )
-        names = ("prefill-0", "decode-0")
-        placed = dict(zip(names, map(int, gpus.split(",")), strict=True)) if device == "cuda" else None
         async with process_cluster(config, Path(logs), gpus=placed) as cluster:
-            # Both at once, as they will serve: they share this machine's memory and power.
-            prefill, decode = await asyncio.gather(
+            # All at once, as they will serve: they share this machine's memory and power.
+            probed = await asyncio.gather(
                 *(probe_worker(cluster.workers[name].address, seconds=calibrate_s, seed=seed) for name in names)
             )
-            grids = _calibration(prefill.records, decode.records)
-            spec = _cluster_spec(prefill, decode, grids, device, router_s=0.0)
+            grids = _calibration(names, [_steps(traces, name) for name in names])
+            spec = _cluster_spec(probed, grids, device, router_s=0.0)
             async with AsyncClient(cluster.router.address, retry=NO_RETRY) as client:
                 # How much they disturb each other depends on how busy they are: traffic of other lengths tells.
                 rate = _rates(spec, input_len, output_len, [_CALIBRATED_AT])[0]
                 sent, records = await _send_mixed(client, rate, input_len, output_len, num_requests, seed + 1)
-                calibration = _calibration(*(_steps(traces, name) for name in names))
-                bare = _cluster_spec(prefill, decode, calibration, device, router_s=0.0)
+                calibration = _calibration(names, [_steps(traces, name) for name in names])
+                bare = _cluster_spec(probed, calibration, device, router_s=0.0)
                 router_s = _router_seconds(bare, sent, records)
-                spec = _cluster_spec(prefill, decode, calibration, device, router_s)
+                spec = _cluster_spec(probed, calibration, device, router_s)
                 rates = _rates(spec, input_len, output_len, utilisations)
                 predicted = {rate: _predict(spec, rate, input_len, output_len, num_requests, seed) for rate in rates}
                 predictions_file.write_text(json.dumps(predicted, indent=1))
@@ -127,6 +138,7 @@ async def _main(
         figures: dict[str, Any] = {
             "model": model,
             "device": device,
+            "workers": list(names),
             "input_len": input_len,
             "output_len": output_len,
             "num_requests": num_requests,
@@ -139,13 +151,13 @@ async def _main(
     return int(any(abs(row["error"]) > bounds[row["percentile"]] for row in rows))
 
 
-def _calibration(prefill: Iterable[StepRecord], decode: Iterable[StepRecord]) -> Calibration:
-    """Prefill as the prefill worker does it, decode as the decode worker does."""
-    kinds = (("prefill", prefill), ("decode", decode))
+def _calibration(names: Sequence[str], records: Sequence[list[StepRecord]]) -> Calibration:
+    """Prefill as the first worker does it, decode as the last one does."""
+    kinds = (("prefill", names[0], records[0]), ("decode", names[-1], records[-1]))
     return merge_calibrations(
         [
-            calibrate([record for record in records if record.kind == kind], source=f"{kind}-0's steps")
-            for kind, records in kinds
+            calibrate([step for step in steps if step.kind == kind], source=f"{name}'s steps")
+            for kind, name, steps in kinds
         ]
     )
 
@@ -185,17 +197,15 @@ def _router_seconds(spec: ClusterSpec, sent: list[SimRequest], records: list[Req
     return max(0.0, statistics.median(unexplained))
 
 
-def _cluster_spec(
-    prefill: Probed, decode: Probed, calibration: Calibration, device: Device, router_s: float
-) -> ClusterSpec:
+def _cluster_spec(probed: Sequence[Probed], calibration: Calibration, device: Device, router_s: float) -> ClusterSpec:
     on_gpu = device == "cuda"
 
-    def pool(probed: Probed) -> PoolSpec:
+    def pool(of: Probed) -> PoolSpec:
         worker = WorkerSpec(
             latency=calibration.latency,
-            num_blocks=probed.status.num_blocks,
-            block_size=probed.info.block_size,
-            max_step_tokens=probed.info.max_step_tokens,
+            num_blocks=of.status.num_blocks,
+            block_size=of.info.block_size,
+            max_step_tokens=of.info.max_step_tokens,
             max_running=256 if on_gpu else 64,
             max_packed_tokens=GPU_PACKED_TOKENS if on_gpu else None,
         )
@@ -203,9 +213,9 @@ def _cluster_spec(
 
     bandwidth, latency_s = link_bandwidth(_LINKS[device])
     return ClusterSpec(
-        prefill=pool(prefill),
-        decode=pool(decode),
-        kv_bytes_per_token=prefill.info.kv_bytes_per_token,
+        prefill=pool(probed[0]) if len(probed) > 1 else None,
+        decode=pool(probed[-1]),
+        kv_bytes_per_token=probed[0].info.kv_bytes_per_token,
         link_bytes_per_s=bandwidth,
         link_latency_s=latency_s,
         router_s=router_s,

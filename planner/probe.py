@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +51,8 @@ async def probe_worker(
 ) -> Probed:
     """Time steps of an idle worker for about `seconds`.
 
-    A prefill worker computes single prompts; a decode or colocated worker prefills by itself and decodes batches.
+    A prefill worker computes single prompts, a decode worker prefills by itself and decodes batches, and a colocated
+    one does the first for half the time and then the second.
     Raises: Unavailable: it cannot be reached, or serves somebody else. SplitserveError: it failed a request.
     """
     try:
@@ -66,9 +67,11 @@ async def probe_worker(
             probe = _Probe(told.info, random.Random(seed), time.monotonic() + seconds, seconds, on_progress)
             if told.info.role == worker_pb2.ROLE_PREFILL:
                 async with _session(worker_pb2_grpc.PrefillWorkerStub(channel).PrefillSession, _prefill_message) as end:
-                    await probe.prompts(end, _prefill_once)
+                    await probe.prompts(end, _prefill_once, probe.until_s)
             else:
                 async with _session(worker_pb2_grpc.DecodeWorkerStub(channel).DecodeSession, _decode_message) as end:
+                    if told.info.role == worker_pb2.ROLE_COLOCATED:
+                        await probe.prompts(end, _prefill_locally, probe.until_s - seconds / 2)
                     await probe.batches(end, told.status.num_blocks * told.info.block_size)
             return Probed(info=told.info, status=told.status, records=probe.records)
     except grpc.aio.AioRpcError as error:
@@ -143,6 +146,16 @@ async def _prefill_once(end: _End, request: Request, info: worker_pb2.WorkerInfo
     return float(first.prefill_s)
 
 
+async def _prefill_locally(end: _End, request: Request, info: worker_pb2.WorkerInfo) -> float:
+    """The same of a worker that keeps what it prefills."""
+    await end.send(run=worker_pb2.RunLocal(request=request_to_proto(request, _MESSAGE_TIMEOUT_S)))
+    while True:
+        kind, message = await end.next()
+        for sequence in message.sequences if kind == "tokens" else ():
+            if sequence.finish_reason:
+                return float(sequence.report.prefill_s)
+
+
 class _Probe:
     """Cells of the grids, until the time is up."""
 
@@ -157,21 +170,23 @@ class _Probe:
         self.records: list[StepRecord] = []
         self._info = info
         self._rng = rng
-        self._until_s = until_s
+        self.until_s = until_s
         self._seconds = seconds
         self._on_progress = on_progress
         self._num_requests = 0
 
-    async def prompts(self, end: _End, run: Callable[[_End, Request, worker_pb2.WorkerInfo], Any]) -> None:
+    async def prompts(
+        self, end: _End, run: Callable[[_End, Request, worker_pb2.WorkerInfo], Awaitable[float]], until_s: float
+    ) -> None:
         """Single prompts of one step each, in rounds of random order."""
         longest = min(self._info.max_step_tokens or _PROMPTS[-1], self._info.max_model_len - 2)
         lengths = [length for length in _PROMPTS if length <= longest] or [longest]
         num_rounds = 0
-        while num_rounds < _MIN_ROUNDS or (time.monotonic() < self._until_s and num_rounds < 40):
+        while num_rounds < _MIN_ROUNDS or (time.monotonic() < until_s and num_rounds < 40):
             for length in self._rng.sample(lengths, len(lengths)):
                 seconds = await run(end, self._request(length, 1), self._info)
                 self._record("prefill", tokens=length, batch=0, context=length, sequences=1, seconds=seconds)
-                if num_rounds >= _MIN_ROUNDS and time.monotonic() > self._until_s:
+                if num_rounds >= _MIN_ROUNDS and time.monotonic() > until_s:
                     return
             num_rounds += 1
 
@@ -190,7 +205,7 @@ class _Probe:
         cells.sort(key=lambda cell: cell != (1, _CONTEXTS[0]))
         tokens_per_s = 0.0
         for number, (batch, context) in enumerate(cells):
-            if number >= _MIN_CELLS and time.monotonic() > self._until_s:
+            if number >= _MIN_CELLS and time.monotonic() > self.until_s:
                 return
             if number and batch * context > tokens_per_s * self._seconds * _MAX_CELL_SHARE:
                 continue
@@ -231,7 +246,7 @@ class _Probe:
     def _request(self, num_tokens: int, max_tokens: int) -> Request:
         """Random tokens, so that no prefix cache has them; nothing ends it early."""
         self._num_requests += 1
-        self._on_progress(min(1.0, 1 - (self._until_s - time.monotonic()) / self._seconds))
+        self._on_progress(min(1.0, 1 - (self.until_s - time.monotonic()) / self._seconds))
         prompt: Sequence[int] = self._rng.choices(range(self._info.vocab_size), k=num_tokens)
         return Request(
             request_id=f"calibration-{self._num_requests}",

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from ..attention import AttentionRules, current
 from . import deferred
 from .batch import GpuBatch
+from .last_layer import LastLayer, find, logits_of
 from .layer_kernels import add_rms_norm, rms_norm, rotary, silu_multiply
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Fusions:
     activations: int = 0
     rotary: str = "its own"
     layers: int = 0  # residual sums joined with the norm that follows
+    last_layer_trimmed: bool = False  # it goes on with the tokens whose logits are wanted
     kept: list[str] = field(default_factory=list)  # candidates whose own code computes something else
 
 
@@ -58,13 +60,15 @@ def fuse(model: PreTrainedModel) -> Fusions:
     calls = _Calls(model)
     _fuse_rotary(model, calls, done)
     done.layers = _fuse_layers(model, calls)
+    done.last_layer_trimmed = _trim_last_layer(model, calls)
     logger.info(
-        "fused %d norms, %d activations, %d residual sums, %d merged projections, rotary embedding: %s%s",
+        "fused %d norms, %d activations, %d residual sums, %d merged projections, rotary embedding: %s%s%s",
         done.norms,
         done.activations,
         2 * done.layers,
         done.merged,
         done.rotary,
+        ", last layer trimmed" if done.last_layer_trimmed else "",
         f"; kept their own code: {', '.join(sorted(set(done.kept)))}" if done.kept else "",
     )
     return done
@@ -207,12 +211,12 @@ class _Calls:
         for hook in hooks:
             hook.remove()
 
-    def run(self) -> None:
-        """One forward pass; `echo.seen` are its queries and keys."""
+    def run(self, rows: Tensor | None = None) -> Tensor:
+        """Logits of a forward pass, all or those of some of its tokens; `echo.seen` are its queries and keys."""
         self.echo.seen.clear()
         ids = torch.arange(1, 4, device=self.model.device)[None]
         with self.attention():
-            self.model(input_ids=ids, position_ids=ids - 1, use_cache=False, logits_to_keep=1)
+            return logits_of(self.model, rows, input_ids=ids, position_ids=ids - 1, use_cache=False)
 
     @contextmanager
     def attention(self) -> Iterator[None]:
@@ -236,7 +240,7 @@ def _fuse_layers(model: PreTrainedModel, calls: _Calls) -> int:
         between = getattr(getattr(layer, "post_attention_layernorm", None), "forward", None)
         if not (isinstance(between, _Norm) and isinstance(after, _Norm) and layer in calls.arguments):
             continue
-        forward = _layer(layer, between, after)
+        forward = LastLayer(layer, between, after) if after is last else _layer(layer, between, after)
         x = torch.randn(1, 3, between.weight.shape[0], dtype=between.weight.dtype, device=between.weight.device)
         try:
             with calls.attention():
@@ -258,6 +262,22 @@ def _layer(layer: Any, between: _Norm, after: _Norm) -> Callable[..., Tensor]:
         return after.add_ahead(layer.mlp(x), residual)
 
     return forward
+
+
+def _trim_last_layer(model: PreTrainedModel, calls: _Calls) -> bool:
+    """Whether the last layer may leave out tokens: what is behind it treats each token alone."""
+    last = find(model)
+    if last is None:
+        return False
+    every, rows = calls.run(), torch.tensor([2, 0], device=model.device)
+    try:
+        agree = _agree(calls.run(rows), every[:, rows])
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        agree = False
+    if not agree:
+        last.rows = None
+        calls.layers[-1].forward = _layer(calls.layers[-1], last.between, last.after)
+    return agree
 
 
 def _fuse_rotary(model: PreTrainedModel, calls: _Calls, done: Fusions) -> None:

@@ -15,6 +15,7 @@ from ..pool import KvPool
 from ..runner import SequenceTokens
 from .attention_kernels import LayerKv, prefill_tiles
 from .batch import DecodeRows, GpuBatch, PrefillRows, SplitMemory, chunk_spans, layer_views, padded_rows
+from .last_layer import logits_of
 
 
 def pack(
@@ -87,16 +88,11 @@ def run(
     """Logits [rows, vocab] in the model's dtype, of every token where `logit_rows` is None."""
     token = current.set(batch)
     try:
-        output = model(
-            input_ids=input_ids[None],
-            position_ids=position_ids[None],
-            use_cache=False,
-            logits_to_keep=0 if logit_rows is None else logit_rows,
-        )
+        return logits_of(
+            model, logit_rows, input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False
+        )[0]
     finally:
         current.reset(token)
-    logits: Tensor = output.logits[0]
-    return logits
 
 
 @torch.inference_mode()

@@ -154,8 +154,9 @@ async def test_real_workers_are_driven_and_left_clean(model_dir: Path) -> None:
     )
     prefill = PrefillServer(WorkerOptions(engine=engine, role="prefill"))
     decode = DecodeServer(WorkerOptions(engine=engine, role="decode"))
+    colocated = DecodeServer(WorkerOptions(engine=engine, role="colocated"))
     try:
-        told = [await server.worker.host.start() for server in (prefill, decode)]
+        told = [await server.worker.host.start() for server in (prefill, decode, colocated)]
         probed = [await probe_worker(ready.address, seconds=2.0) for ready in told]
         assert {step.kind for step in probed[0].records} == {"prefill"}
         assert max(step.num_prefill_tokens for step in probed[0].records) == 64
@@ -169,13 +170,17 @@ async def test_real_workers_are_driven_and_left_clean(model_dir: Path) -> None:
             ]
         )
         assert merged.latency.prefill_step_s([(64, 0)]) > 0
+        both = calibrate(probed[2].records, source="c")  # one that does both tells both
+        assert both.prefill is not None
+        assert both.decode is not None
         async with asyncio.timeout(60):
-            for server in (prefill, decode):
+            for server in (prefill, decode, colocated):
                 while (usage := server.worker.host.engine.usage()).blocks_live + usage.num_held + usage.num_running:
                     await asyncio.sleep(0.01)
     finally:
         await prefill.worker.stop()
         await decode.worker.stop()
+        await colocated.worker.stop()
 
 
 async def test_a_worker_that_is_not_there_is_unavailable() -> None:

@@ -15,8 +15,11 @@ if not torch.cuda.is_available():
 
 from splitserve.core.request import FormatKind, OutputFormat, Request, SamplingParams
 from splitserve.engine.engine import Engine, TokenOutput
+from splitserve.engine.gpu.last_layer import find
+from splitserve.engine.gpu.packed import forward
 from splitserve.engine.loading import load_model
 from splitserve.engine.options import EngineOptions
+from splitserve.engine.runner import SequenceTokens
 from splitserve.engine.testing import EOS_TOKEN_ID, make_tiny_model
 
 ARCHITECTURES = (
@@ -147,6 +150,25 @@ def test_formats_bias_and_logprobs_are_those_of_the_host(tmp_path: Path) -> None
                     if a is not None and b is not None:
                         assert (a.token_id, a.rank, len(a.top)) == (b.token_id, b.rank, len(b.top))
                         assert a.logprob == pytest.approx(b.logprob, abs=1e-3)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mixtral"])
+def test_the_last_layer_goes_on_with_wanted_rows_only(architecture: str, tmp_path: Path) -> None:
+    make_tiny_model(architecture, tmp_path)
+    chosen = EngineOptions(
+        model=str(tmp_path), device="cuda", dtype="float32", num_kv_blocks=40, max_model_len=256, cuda_graphs=False
+    )
+    loaded = load_model(chosen)
+    engine, model = Engine(loaded, chosen), loaded.model
+    last = find(model)
+    assert last is not None
+    sequence = SequenceTokens(request_id="r", token_ids=range(3, 43), start=0, block_table=range(3))
+    for rows in ([39], [4, 0, 17], []):
+        found = forward(model, engine.pool, [sequence], rows)
+        every = forward(model, engine.pool, [sequence], range(40))
+        torch.testing.assert_close(found, every[rows], rtol=1e-4, atol=1e-4)
+    assert last.rows is None
 
 
 def test_greedy_is_the_same_after_preemption(tmp_path: Path) -> None:

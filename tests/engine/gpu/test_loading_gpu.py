@@ -25,7 +25,7 @@ _HIDDEN, _INNER, _HEADS, _KV_HEADS, _LAYERS = 64, 96, 4, 2, 2
 def make_gguf(path: Path) -> Path:
     """A random llama with a byte vocabulary in one GGUF file."""
     gguf = pytest.importorskip("gguf")
-    letters = [bytes([value]).decode("latin-1") for value in range(256)] + ["<s>", "</s>", "<unk>", "ab"]
+    letters = [bytes([value]).decode("latin-1") for value in range(256)] + ["<s>", "</s>", "<unk>", "ab", "bc"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(512)
     writer.add_embedding_length(_HIDDEN)
@@ -39,7 +39,7 @@ def make_gguf(path: Path) -> Path:
     writer.add_vocab_size(len(letters))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(letters)
-    writer.add_token_types([1] * 256 + [3] * 3 + [1])
+    writer.add_token_types([1] * 256 + [3] * 3 + [1] * 2)
     writer.add_token_merges(["a b", "b c"])  # transformers 5.17 cannot read a single one
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
