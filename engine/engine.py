@@ -102,6 +102,7 @@ class _Launched:
     plan: StepPlan
     scheduled_s: float  # seconds that planning took
     at_s: float
+    quick: bool  # its launch took next to no time
 
 
 class Engine:
@@ -339,9 +340,13 @@ class Engine:
                 plan = self._scheduler.schedule()
             if plan is None:
                 break
-            if self._launched and any(needs_history(part) for part in plan.parts):
-                output = self._finish_step()  # it chooses tokens that this one's sampling looks at
-            self._launch(plan, began_s)
+            quick = self._runner.is_quick(plan)
+            if self._launched and (
+                any(needs_history(part) for part in plan.parts)  # the running step chooses what their sampling looks at
+                or (self._launched[-1].quick and not quick)  # its tokens would wait until this one is launched
+            ):
+                output = self._finish_step()
+            self._launch(plan, began_s, quick)
             self._prepare_s.append(time.monotonic() - began_s)
         if output is None and self._launched:
             output = self._finish_step()
@@ -367,14 +372,14 @@ class Engine:
             with self._lock:
                 self._arrived.wait_for(lambda: not self._due, timeout=_HOLD * min(self._decode_s))
 
-    def _launch(self, plan: StepPlan, planned_s: float) -> None:
+    def _launch(self, plan: StepPlan, planned_s: float, quick: bool) -> None:
         if self._kv_written is not None:
             for sequence in plan.started:
                 if sequence.prefill_only and sequence.num_cached:
                     self._kv_written(sequence.request_id, 0, self.geometry.num_layers, 0, sequence.num_cached)
         began_s = time.monotonic()
         self._runner.launch(plan)
-        self._launched.append(_Launched(plan=plan, scheduled_s=began_s - planned_s, at_s=began_s))
+        self._launched.append(_Launched(plan=plan, scheduled_s=began_s - planned_s, at_s=began_s, quick=quick))
 
     def _finish_step(self) -> StepOutput:
         result = self._runner.collect()

@@ -55,6 +55,10 @@ class StepRunner(Protocol):
         """How `launch` computes this step unless told otherwise."""
         ...
 
+    def is_quick(self, plan: StepPlan) -> bool:
+        """Whether `launch` takes next to no time, as of a graph, or about as long as a prefill step."""
+        ...
+
     def launch(self, plan: StepPlan, mode: StepMode | None = None) -> None:
         """Start a step; on a GPU this only queues its work."""
         ...
@@ -104,6 +108,9 @@ class CpuRunner:
 
     def mode(self, plan: StepPlan) -> StepMode:
         return StepMode.PACKED
+
+    def is_quick(self, plan: StepPlan) -> bool:
+        return True
 
     def launch(self, plan: StepPlan, mode: StepMode | None = None) -> None:
         self._plan = plan

@@ -124,12 +124,12 @@ class CapturedPrefill:
         logits = run(self._model, batch, self._tokens[0, :bucket], self._tokens[1, :bucket], self._logit_rows)
         self._sample(logits, self._rows[:MAX_SEQUENCES])
 
-    def find(self, sequences: Sequence[SequenceTokens]) -> _Captured | None:
-        """The captured step for these, if there is one; `launch` takes it."""
-        num_tokens = sum(len(s.token_ids) for s in sequences)
-        if len(sequences) == 1 and sequences[0].start == 0 and num_tokens > 512:
+    def find(self, spans: Sequence[tuple[int, int]]) -> _Captured | None:
+        """The captured step for these (start, end) of sequences, if there is one; `launch` takes it."""
+        num_tokens = sum(end - start for start, end in spans)
+        if len(spans) == 1 and spans[0][0] == 0 and num_tokens > 512:
             return self._whole.get(-(-num_tokens // 128) * 128)
-        if len(sequences) > MAX_SEQUENCES:
+        if len(spans) > MAX_SEQUENCES:
             return None
         return next((self._mixed[bucket] for bucket in sorted(self._mixed) if bucket >= num_tokens), None)
 

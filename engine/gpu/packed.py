@@ -43,9 +43,12 @@ def pack(
     tables_on_device = to_device(tables, device)
     decode = prefill = None
     if num_decode:
-        ends = np.array([range(num_decode), [s.end for s in sequences[:num_decode]]], np.int32)
+        ends = np.zeros((2, -(-num_decode // 4) * 4), np.int32)
+        ends[:, :num_decode] = range(num_decode), [s.end for s in sequences[:num_decode]]
         rows, lengths = to_device(ends, device)
-        decode = DecodeRows(count=num_decode, tables=tables_on_device, table_rows=rows, lengths=lengths)
+        decode = DecodeRows(
+            count=num_decode, tables=tables_on_device, table_rows=rows[:num_decode], lengths=lengths[:num_decode]
+        )
     if spans:
         tiles = to_device(np.array(prefill_tiles(spans), np.int32), device)
         prefill = PrefillRows(spans=spans, tables=tables_on_device[num_decode:], tiles=tiles)
@@ -60,17 +63,25 @@ def pack(
     return batch, input_ids, position_ids
 
 
+def table_width(num_tokens: int, page: int) -> int:
+    """Columns of a block table, a multiple of 16.
+
+    Triton compiles a kernel anew, for half a second, when a pointer or stride is first divisible by 16 or not.
+    """
+    return -(-num_tokens // (16 * page)) * 16
+
+
 def pack_arrays(
     sequences: Sequence[SequenceTokens], page: int
 ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.int32]]]:
-    """([3, tokens] of input id, position and KV slot; [sequences, max_blocks] block tables)."""
+    """([3, tokens] of input id, position and KV slot; [sequences, table_width] block tables)."""
     tokens = np.concatenate([np.asarray(s.token_ids, np.int64) for s in sequences])
     positions = [np.arange(s.start, s.end) for s in sequences]
     slots = [
         np.asarray(s.block_table, np.int64)[at // page] * page + at % page
         for s, at in zip(sequences, positions, strict=True)
     ]
-    tables = np.zeros((len(sequences), max(-(-s.end // page) for s in sequences)), np.int32)
+    tables = np.zeros((len(sequences), table_width(max(s.end for s in sequences), page)), np.int32)
     for i, s in enumerate(sequences):
         used = -(-s.end // page)
         tables[i, :used] = s.block_table[:used]

@@ -29,7 +29,7 @@ from ..sampler import adjust, noise_keys
 from .attention_kernels import prefill_tiles
 from .batch import CUDNN_FROM_TOKENS, DecodeRows, GpuBatch, PrefillRows, SplitMemory, cudnn_length, layer_views
 from .captured_prefill import MAX_SEQUENCES, CapturedPrefill
-from .packed import pack, run, to_device
+from .packed import pack, run, table_width, to_device
 from .sampling import sample_rows
 from .step_kernels import FIELDS, unpack_rows
 
@@ -103,7 +103,7 @@ class GpuRunner:
         )
         # Twice, because a finished sequence keeps its slot until a slot is needed.
         num_slots = 2 * max_running
-        max_blocks = -(-max_model_len // pool.block_size)
+        max_blocks = table_width(max_model_len, pool.block_size)
         self._slots: dict[RunningSequence, _Slot] = {}
         self._free_slots = list(range(num_slots))
         self._tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=self._device)
@@ -207,6 +207,12 @@ class GpuRunner:
             return StepMode.DECODE
         return StepMode.CAPTURED if all(is_plain(part) for part in plan.parts) else StepMode.PACKED
 
+    def is_quick(self, plan: StepPlan) -> bool:
+        mode = self.mode(plan)
+        return mode is StepMode.DECODE or (
+            mode is StepMode.CAPTURED and self._prefill.find([(p.start, p.end) for p in plan.parts]) is not None
+        )
+
     @torch.inference_mode()
     def launch(self, plan: StepPlan, mode: StepMode | None = None) -> None:
         mode = self.mode(plan) if mode is None else mode
@@ -241,7 +247,10 @@ class GpuRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Let cuDNN prepare for the prompt lengths it will see; what it prepares belongs to the calling thread."""
+        """Let cuDNN prepare for the prompt lengths it will see; what it prepares belongs to the calling thread.
+
+        And let Triton compile what steps need that are not captured.
+        """
         self._formats.warm_up()
         lengths = sorted({cudnn_length(n) for n in range(CUDNN_FROM_TOKENS, self._max_step_tokens + 1, 128)})
         with torch.cuda.stream(self._stream):
@@ -254,7 +263,9 @@ class GpuRunner:
                     decode=None,
                     prefill=PrefillRows(
                         spans=spans,
-                        tables=torch.zeros(1, 1 + length // self._pool.block_size, dtype=torch.int32).to(self._device),
+                        tables=torch.zeros(1, table_width(length, self._pool.block_size), dtype=torch.int32).to(
+                            self._device
+                        ),
                         tiles=torch.tensor(prefill_tiles(spans), dtype=torch.int32).to(self._device),
                     ),
                     layer_written=None,
@@ -262,7 +273,25 @@ class GpuRunner:
                 ids = torch.zeros(length, dtype=torch.int64, device=self._device)
                 positions = torch.arange(length, device=self._device)
                 run(self._model, step, ids, positions, torch.zeros(1, dtype=torch.int64, device=self._device))
+            self._warm_up_mixed()
             self._stream.synchronize()
+
+    def _warm_up_mixed(self) -> None:
+        """One step of a chunk and single tokens for each way to split the latter's attention."""
+        heads = {layer.num_heads for layer in self._layers}
+        splits = {tuple(self._split.split(n, h).count for h in heads): n for n in range(self.max_running, 0, -1)}
+        page = self._pool.block_size
+        for batch in splits.values():
+            sequences = [SequenceTokens(request_id="", token_ids=(0,), start=0, block_table=(0,))] * batch
+            sequences += [SequenceTokens(request_id="", token_ids=(0,) * 8, start=page, block_table=(0, 0))]
+            step, input_ids, position_ids = pack(
+                sequences, layers=self._layers, page=page, split_memory=self._split, device=self._device
+            )
+            step = replace(step, slots=torch.full_like(step.slots, -1))
+            wanted = torch.arange(batch, device=self._device)
+            logits = run(self._model, step, input_ids, position_ids, wanted)
+            for x in (logits, logits.float()):  # as the model has them, and as penalties and the like leave them
+                self._sample(x, torch.from_numpy(_PADDING).to(self._device).repeat(batch, 1))
 
     def bare_step(self, batch: int) -> Callable[[], None]:
         """Replays of one graph over the rows of the last step."""
@@ -347,7 +376,7 @@ class GpuRunner:
             at = to_device(np.array([waiting, slots]), self._device)
             pending = torch.stack((at[0], self._last_tokens[at[1]]))
         written = None if self._announcer is None else self._announcer.of_step(parts, self._stream)
-        captured = self._prefill.find(sequences) if mode is StepMode.CAPTURED else None
+        captured = self._prefill.find([(s.start, s.end) for s in sequences]) if mode is StepMode.CAPTURED else None
         if captured is not None:
             self._send(sampling, MAX_SEQUENCES, captured=False)
             self._prefill.launch(captured, sequences, self._pool.block_size, rows, pending, written)

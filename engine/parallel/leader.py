@@ -38,6 +38,9 @@ class LeadingRunner:
     def mode(self, plan: StepPlan) -> StepMode:
         return self._own.mode(plan)
 
+    def is_quick(self, plan: StepPlan) -> bool:
+        return self._own.is_quick(plan)
+
     def launch(self, plan: StepPlan, mode: StepMode | None = None) -> None:
         mode = self._own.mode(plan) if mode is None else mode
         try:

@@ -167,15 +167,35 @@ class AheadRunner(CpuRunner):
         super().__init__(model.model, engine.pool, formats, None)
         self.last: dict[str, int] = {}  # newest token of each request, as it would lie on the device
         self.num_ahead = 0
+        self.num_delayed = 0  # tokens of quick steps that waited for the launch of a slow one
+        self.num_slow = 0
         self._done: deque[StepResult] = deque()
+        self._quick: deque[bool] = deque()  # whether each of those is
+        self._forward = runner_module.forward
+
+    def knowing_the_last(self, model: Any, pool: Any, sequences: Sequence[SequenceTokens], *more: Any) -> torch.Tensor:
+        """`forward` with the tokens that the host's lists do not know yet."""
+        known = [
+            replace(s, token_ids=[self.last[s.request_id] if t == PENDING else t for t in s.token_ids])
+            for s in sequences
+        ]
+        return self._forward(model, pool, known, *more)
+
+    def is_quick(self, plan: StepPlan) -> bool:
+        return not plan.num_prefill_tokens
 
     def launch(self, plan: StepPlan) -> None:
+        if not self.is_quick(plan) and self._quick and self._quick[-1]:
+            self.num_delayed += len(self._done[-1].token_ids)
+        self.num_slow += not self.is_quick(plan)
         super().launch(plan)
         self._done.append(super().collect())
+        self._quick.append(self.is_quick(plan))
         self.last.update(self._done[-1].token_ids)
         self.num_ahead += len(self._done) == 2
 
     def collect(self) -> StepResult:
+        self._quick.popleft()
         return self._done.popleft()
 
 
@@ -197,14 +217,6 @@ def test_a_step_ahead_gives_the_same_answers(
         make("5", sampling=SamplingParams(frequency_penalty=1.5)),
     ]
     forward = runner_module.forward
-
-    def knowing_the_last(model: Any, pool: Any, sequences: Sequence[SequenceTokens], *more: Any) -> torch.Tensor:
-        known = [
-            replace(s, token_ids=[ahead.last[s.request_id] if t == PENDING else t for t in s.token_ids])
-            for s in sequences
-        ]
-        return forward(model, pool, known, *more)
-
     for requests, least_ahead in ((plain, 10), (looking_back, 0), (plain + looking_back, 0)):
         engine = make_engine(max_step_tokens=32)
         for request in requests:
@@ -212,7 +224,7 @@ def test_a_step_ahead_gives_the_same_answers(
         expected, _ = run(engine)
         engine = make_engine(max_step_tokens=32)
         engine._runner = ahead = AheadRunner(engine, tiny)
-        monkeypatch.setattr(runner_module, "forward", knowing_the_last)
+        monkeypatch.setattr(runner_module, "forward", ahead.knowing_the_last)
         for request in requests:
             engine.add(request)
         found, failed = run(engine)
@@ -223,3 +235,21 @@ def test_a_step_ahead_gives_the_same_answers(
             entries, others = found[request_id][0].prompt_logprobs, tokens[0].prompt_logprobs
             assert [entry.token_id for entry in entries] == [entry.token_id for entry in others]
         assert ahead.num_ahead >= least_ahead
+
+
+def test_tokens_of_a_decode_step_do_not_wait_for_the_launch_of_a_prompt(
+    make_engine: Any, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(max_step_tokens=32)
+    engine._runner = ahead = AheadRunner(engine, tiny)
+    monkeypatch.setattr(runner_module, "forward", ahead.knowing_the_last)
+    engine.add(make("first", max_tokens=12))
+    while engine.output_tokens < 3:
+        engine.step()
+    num_slow = ahead.num_slow
+    engine.add(make("second", max_tokens=4))
+    outputs, failed = run(engine)
+    assert not failed
+    assert ahead.num_slow > num_slow
+    assert ahead.num_delayed == 0
+    assert len(outputs["second"]) == 4
