@@ -226,7 +226,6 @@ def _cluster_spec(probed: Sequence[Probed], calibration: Calibration, device: De
             max_step_tokens=of.info.max_step_tokens,
             max_running=256 if on_gpu else 64,
             max_packed_tokens=GPU_PACKED_TOKENS if on_gpu else None,
-            plans_ahead=on_gpu,
         )
         return PoolSpec(worker=worker, num_workers=1)
 

@@ -143,7 +143,6 @@ def _with_chunks(question: Question, role: Role, gpu: GpuSpec, tp: int, blocks: 
         chunks = (256,)
     else:
         chunks = COLOCATED_CHUNKS if role == "colocated" else (8192,)
-    ours_on_gpu = not on_cpu and question.engine == "splitserve"
     return [
         WorkerChoice(
             gpu=gpu,
@@ -154,8 +153,7 @@ def _with_chunks(question: Question, role: Role, gpu: GpuSpec, tp: int, blocks: 
                 block_size=question.block_size,
                 max_step_tokens=chunk,
                 max_running=question.max_running or (64 if on_cpu else 256),
-                max_packed_tokens=GPU_PACKED_TOKENS if ours_on_gpu else None,
-                plans_ahead=ours_on_gpu,
+                max_packed_tokens=None if on_cpu or question.engine != "splitserve" else GPU_PACKED_TOKENS,
             ),
             provenance=provenance,
         )

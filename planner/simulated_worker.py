@@ -82,7 +82,6 @@ class SimulatedWorker:
         self._lives = lives
         self._headroom_tokens = headroom_tokens
         self._plan: StepPlan | None = None  # the step under way, or
-        self._ahead: StepPlan | None = None  # what follows the step under way, where that is settled already
         self._run: DecodeRun | None = None  # the run under way
         self._timing: RunTiming | None = None  # of the run
         self._began_s = 0.0  # of the step or run
@@ -144,21 +143,17 @@ class SimulatedWorker:
     def _begin(self) -> None:
         """Start what comes next, if anything does."""
         self._began_s = self._queue.now_s
-        if self._ahead is not None:
-            plan, self._ahead = self._ahead, None
-            self._begin_plan(plan)
-            return
         run = self.scheduler.steps_until_change()
         if run is None:
-            next_plan = self.scheduler.schedule()
-            if next_plan is not None:
-                self._begin_plan(next_plan)
+            plan = self.scheduler.schedule()
+            if plan is not None:
+                self._begin_plan(plan)
             return
         timing = time_run(
             self.spec.latency, num_steps=run.num_steps, batch=run.batch, context_tokens=run.num_context_tokens
         )
         self._run, self._timing = run, timing
-        self._joined, self._joining = self._joining, []
+        self._take_joining()
         for sequence in run.started:
             self._lives[sequence.request_id].mark(Event.DECODE_STARTED, self._began_s)
         self._end_at(self._began_s + timing.total_s)
@@ -167,10 +162,7 @@ class SimulatedWorker:
         for sequence in plan.preempted:
             self._preempted(self._lives[sequence.request_id])
         self._plan = plan
-        if self._joining:
-            planned = {part.sequence.request_id for part in plan.parts}  # not who came after it was made
-            self._joined = [life for life in self._joining if life.request_id in planned]
-            self._joining = [life for life in self._joining if life.request_id not in planned]
+        self._take_joining()
         for sequence in plan.started:
             event = Event.DECODE_STARTED if sequence.arrived_by_transfer else Event.PREFILL_STARTED
             self._lives[sequence.request_id].mark(event, self._began_s)
@@ -179,8 +171,6 @@ class SimulatedWorker:
         until_s = self._began_s + self._step_s(plan)
         self._end_at(until_s)
         self._events.step_started(self, plan, from_s=self._began_s, until_s=until_s)
-        if self.spec.plans_ahead and plan.num_prefill_tokens:
-            self._ahead = self.scheduler.schedule()
 
     def _step_s(self, plan: StepPlan) -> float:
         batch = plan.num_decode_tokens
@@ -192,6 +182,9 @@ class SimulatedWorker:
         if not batch:
             return self.spec.latency.prefill_step_s(chunks)
         return self.spec.latency.mixed_step_s(chunks, batch, context_tokens)
+
+    def _take_joining(self) -> None:
+        self._joined, self._joining = self._joining, []
 
     def _preempted(self, life: RequestLife) -> None:
         life.mark(Event.PREEMPTED, self._began_s)

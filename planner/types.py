@@ -33,7 +33,6 @@ class WorkerSpec:
     max_step_tokens: int  # prefill tokens of a step: the chunk size
     max_running: int  # sequences in the running batch
     max_packed_tokens: int | None = None  # no further prompt joins a step with so many; None: up to max_step_tokens
-    plans_ahead: bool = False  # what follows a step with prefill tokens is planned when that begins, as on a GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

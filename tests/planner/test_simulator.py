@@ -74,20 +74,6 @@ def test_colocated_prefill_stalls_the_tokens_of_others() -> None:
     assert colocated.kv_bytes == 0.0
 
 
-def test_a_worker_that_plans_ahead_lets_arrivals_wait_for_the_planned_step_too() -> None:
-    latency = LinearLatency(step_s=0.010, prefill_token_s=1e-4)
-    # The second prompt's step takes from 100 to 510 ms (the first has a token each 10 ms), the third arrives meanwhile.
-    requests = [one(100, 50), one(4000, 2, arrival_s=0.1), one(1000, 2, arrival_s=0.2)]
-    now, ahead = pool(latency), pool(latency)
-    ahead = dataclasses.replace(ahead, worker=dataclasses.replace(ahead.worker, plans_ahead=True))
-    at_once = simulate(cluster(None, now), requests)
-    waits = simulate(cluster(None, ahead), requests)
-    assert waits.ttft_s[:2].tolist() == pytest.approx(at_once.ttft_s[:2].tolist())
-    assert waits.ttft_s[2] == pytest.approx(at_once.ttft_s[2] + 0.010)
-    assert waits.num_finished == 3
-    assert waits.itl_max_s[1] == pytest.approx(0.010)  # its second token is of the step that was planned meanwhile
-
-
 def test_a_prompt_is_prefilled_in_chunks() -> None:
     chunked = simulate(cluster(pool(STEADY, max_step_tokens=256), pool(STEADY)), [one(1000, 1)])
     assert chunked.ttft_s[0] == pytest.approx(4 * 0.010 + 1000 * 1e-5)
