@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _GPU_PACKED_TOKENS = 512  # from here on a prefill step is bound by arithmetic
 _RECENT = 4  # steps that tell how long the next one takes
 _HOLD = 0.1  # of a step that the next one waits for a sequence whose transfer is about to end
+_SLOW_LAUNCH_S = 0.05  # of a prompt kernel by kernel, until one was seen
 _SLACK_S = 3e-4  # between the launch of a step and the end of the one before it
 
 
@@ -98,11 +99,17 @@ class Holding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Planned:
+    plan: StepPlan
+    scheduled_s: float  # seconds that planning took
+    quick_to_launch: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Launched:
     plan: StepPlan
     scheduled_s: float  # seconds that planning took
     at_s: float
-    quick: bool  # its launch took next to no time
 
 
 class Engine:
@@ -153,9 +160,12 @@ class Engine:
         self._num_unaccounted = 0
         self._last_end_s = 0.0
         self._launched: deque[_Launched] = deque()  # steps that run, the oldest first
+        self._postponed: _Planned | None = None  # the next step() begins with it
         self._step_began_s = 0.0
         self._decode_s: deque[float] = deque(maxlen=_RECENT)  # durations of pure decode steps
         self._prepare_s: deque[float] = deque(maxlen=_RECENT)  # what planning and launching took
+        self._slow_launch_s: deque[float] = deque(maxlen=_RECENT)  # the same, where kernels were launched one by one
+        self._prefill_token_s: deque[float] = deque(maxlen=_RECENT)  # of steps with prompts, for each of their tokens
         self.prompt_tokens = 0  # prompt tokens computed
         self.output_tokens = 0  # tokens sampled
         self.recomputed_prompt_tokens = 0  # of them, those whose KV should have come by transfer
@@ -332,6 +342,9 @@ class Engine:
         """
         self._step_began_s = time.monotonic()
         output = None
+        if self._postponed is not None:
+            postponed, self._postponed = self._postponed, None
+            self._launch(postponed)
         while output is None and len(self._launched) < self._runner.max_steps:
             if self._launched:
                 self._wait_to_plan(self._launched[-1])
@@ -340,14 +353,16 @@ class Engine:
                 plan = self._scheduler.schedule()
             if plan is None:
                 break
-            quick = self._runner.is_quick(plan)
-            if self._launched and (
-                any(needs_history(part) for part in plan.parts)  # the running step chooses what their sampling looks at
-                or (self._launched[-1].quick and not quick)  # its tokens would wait until this one is launched
-            ):
-                output = self._finish_step()
-            self._launch(plan, began_s, quick)
-            self._prepare_s.append(time.monotonic() - began_s)
+            planned = _Planned(
+                plan=plan, scheduled_s=time.monotonic() - began_s, quick_to_launch=self._runner.is_quick(plan)
+            )
+            if self._launched:
+                if not (planned.quick_to_launch or self._outlasts_a_launch(self._launched[-1])):
+                    self._postponed = planned  # the running step's tokens would wait until it is launched
+                    return self._finish_step()
+                if any(needs_history(part) for part in plan.parts):
+                    output = self._finish_step()  # it chooses tokens that this one's sampling looks at
+            self._launch(planned)
         if output is None and self._launched:
             output = self._finish_step()
         return output
@@ -372,14 +387,25 @@ class Engine:
             with self._lock:
                 self._arrived.wait_for(lambda: not self._due, timeout=_HOLD * min(self._decode_s))
 
-    def _launch(self, plan: StepPlan, planned_s: float, quick: bool) -> None:
+    def _outlasts_a_launch(self, running: _Launched) -> bool:
+        """Whether a running step goes on for longer than the host takes to launch a prompt kernel by kernel."""
+        if not running.plan.num_prefill_tokens or not self._prefill_token_s:
+            return False  # a decode step does not
+        lasts_s = running.plan.num_prefill_tokens * min(self._prefill_token_s)
+        ends_s = max(running.at_s, self._last_end_s) + lasts_s
+        return ends_s > time.monotonic() + max(self._slow_launch_s, default=_SLOW_LAUNCH_S)
+
+    def _launch(self, planned: _Planned) -> None:
+        plan = planned.plan
         if self._kv_written is not None:
             for sequence in plan.started:
                 if sequence.prefill_only and sequence.num_cached:
                     self._kv_written(sequence.request_id, 0, self.geometry.num_layers, 0, sequence.num_cached)
         began_s = time.monotonic()
         self._runner.launch(plan)
-        self._launched.append(_Launched(plan=plan, scheduled_s=began_s - planned_s, at_s=began_s, quick=quick))
+        self._launched.append(_Launched(plan=plan, scheduled_s=planned.scheduled_s, at_s=began_s))
+        took_s = planned.scheduled_s + time.monotonic() - began_s
+        (self._prepare_s if planned.quick_to_launch else self._slow_launch_s).append(took_s)
 
     def _finish_step(self) -> StepOutput:
         result = self._runner.collect()
@@ -387,8 +413,11 @@ class Engine:
         ended_s = time.monotonic()
         with self._lock:
             output = self._postprocess(launched, result, ended_s)
+        took_s = ended_s - max(launched.at_s, self._last_end_s)
         if not launched.plan.num_prefill_tokens:
-            self._decode_s.append(ended_s - max(launched.at_s, self._last_end_s))
+            self._decode_s.append(took_s)
+        else:
+            self._prefill_token_s.append(took_s / launched.plan.num_prefill_tokens)
         self._last_end_s = ended_s
         return output
 
@@ -398,6 +427,7 @@ class Engine:
             error = EngineFailed(f"the engine step failed with {type(error).__name__}: {error}; send the request again")
         with self._lock:
             self._launched.clear()
+            self._postponed = None
             self._runner.abandon()
             dropped = self._scheduler.abandon()
             record = self._record(

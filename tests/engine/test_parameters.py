@@ -167,10 +167,8 @@ class AheadRunner(CpuRunner):
         super().__init__(model.model, engine.pool, formats, None)
         self.last: dict[str, int] = {}  # newest token of each request, as it would lie on the device
         self.num_ahead = 0
-        self.num_delayed = 0  # tokens of quick steps that waited for the launch of a slow one
         self.num_slow = 0
         self._done: deque[StepResult] = deque()
-        self._quick: deque[bool] = deque()  # whether each of those is
         self._forward = runner_module.forward
 
     def knowing_the_last(self, model: Any, pool: Any, sequences: Sequence[SequenceTokens], *more: Any) -> torch.Tensor:
@@ -185,18 +183,18 @@ class AheadRunner(CpuRunner):
         return not plan.num_prefill_tokens
 
     def launch(self, plan: StepPlan) -> None:
-        if not self.is_quick(plan) and self._quick and self._quick[-1]:
-            self.num_delayed += len(self._done[-1].token_ids)
         self.num_slow += not self.is_quick(plan)
         super().launch(plan)
         self._done.append(super().collect())
-        self._quick.append(self.is_quick(plan))
         self.last.update(self._done[-1].token_ids)
         self.num_ahead += len(self._done) == 2
 
     def collect(self) -> StepResult:
-        self._quick.popleft()
         return self._done.popleft()
+
+    def abandon(self) -> None:
+        super().abandon()
+        self._done.clear()
 
 
 def test_a_step_ahead_gives_the_same_answers(
@@ -237,19 +235,50 @@ def test_a_step_ahead_gives_the_same_answers(
         assert ahead.num_ahead >= least_ahead
 
 
-def test_tokens_of_a_decode_step_do_not_wait_for_the_launch_of_a_prompt(
-    make_engine: Any, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def ahead(make_engine: Any, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, AheadRunner]:
+    """An engine that has answered a part of request "first", with a step of it under way."""
     engine = make_engine(max_step_tokens=32)
-    engine._runner = ahead = AheadRunner(engine, tiny)
-    monkeypatch.setattr(runner_module, "forward", ahead.knowing_the_last)
+    engine._runner = runner = AheadRunner(engine, tiny)
+    monkeypatch.setattr(runner_module, "forward", runner.knowing_the_last)
     engine.add(make("first", max_tokens=12))
     while engine.output_tokens < 3:
         engine.step()
-    num_slow = ahead.num_slow
+    return engine, runner
+
+
+def test_tokens_of_a_decode_step_do_not_wait_for_the_launch_of_a_prompt(ahead: tuple[Engine, AheadRunner]) -> None:
+    engine, runner = ahead
     engine.add(make("second", max_tokens=4))
+    kinds = []
+    while engine.has_work():
+        num_slow = runner.num_slow
+        step = engine.step()
+        assert step is not None
+        assert not step.failed
+        if runner.num_slow > num_slow:  # launched before that step's tokens were handed out
+            kinds.append(step.record.kind)
+    assert kinds
+    assert "decode" not in kinds
+
+
+def test_a_failed_step_takes_the_one_that_waits_behind_it_along(
+    ahead: tuple[Engine, AheadRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, runner = ahead
+    engine.add(make("second", max_tokens=4))
+
+    def fail() -> StepResult:
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(runner, "collect", fail)
+        with pytest.raises(RuntimeError) as failure:
+            engine.step()
+        assert engine.abandon_step(failure.value).failed
+    assert not engine.has_work()
+    assert engine.num_orphaned_blocks() == 0
+    engine.add(make("third", max_tokens=4))
     outputs, failed = run(engine)
     assert not failed
-    assert ahead.num_slow > num_slow
-    assert ahead.num_delayed == 0
-    assert len(outputs["second"]) == 4
+    assert len(outputs["third"]) == 4
