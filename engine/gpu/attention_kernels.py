@@ -158,15 +158,18 @@ def rotate_and_write(
 
 @triton.jit
 def _decode_kernel(
-    query, pool, tables, table_rows, lengths, sinks, output, partial, partial_lse,
+    query, pool, tables, table_rows, lengths, order, sinks, output, partial, partial_lse,
     scale, softcap, window,
     query_row, query_head, row, key_offset, value_offset, table_row, output_row, output_head,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
     KEY_DIM: tl.constexpr, BLOCK_K: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
-    sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # The first dimension of a grid runs fastest, so the programs of the first sequences in `order` start first.
+    sequence, kv_head, split = tl.program_id(2), tl.program_id(0), tl.program_id(1)
+    if ORDERED:
+        sequence = tl.load(order + sequence).to(tl.int32)
     length = tl.load(lengths + sequence)
     table = tables + tl.load(table_rows + sequence).to(tl.int64) * table_row
     first = 0
@@ -284,6 +287,7 @@ def decode_attention(
     *,
     scaling: float,
     split: Split,
+    order: Tensor | None = None,
     softcap: float | None = None,
     window: int | None = None,
     sinks: Tensor | None = None,
@@ -294,6 +298,9 @@ def decode_attention(
         query: [sequences, heads, key_dim], last dimension contiguous.
         tables: [rows, max_blocks] int32; `table_rows` [sequences] int32 names each sequence's row.
         lengths: [sequences] int32, tokens attended to; 0 gives zeros.
+        order: [sequences] int64, the longest first. More programs than the device holds at once are done sooner if the
+            last to start are short: 185 us instead of 220 for 96 sequences of 680 to 3,400 tokens on an H200, 240
+            instead of 280 for 128. Of equal lengths it makes no difference.
     Returns: [sequences, heads, value_dim].
     """
     num_sequences, num_heads, key_dim = query.shape
@@ -305,8 +312,9 @@ def decode_attention(
     block_v = max(16, triton.next_power_of_2(kv.value_dim))
     sink = query if sinks is None else sinks
     wide = max(kv.key_dim, kv.value_dim) > 128 or query.element_size() == 4
-    _decode_kernel[(num_sequences, kv.num_heads, split.count)](
-        query, kv.elements, tables, table_rows, lengths, sink, output, split.partial, split.lse,
+    _decode_kernel[(kv.num_heads, split.count, num_sequences)](
+        query, kv.elements, tables, table_rows, lengths, lengths if order is None else order, sink, output,
+        split.partial, split.lse,
         scaling, softcap or 1.0, window or 0,
         query.stride(0), query.stride(1), kv.row, kv.key_offset, kv.value_offset, tables.stride(0),
         output.stride(0), output.stride(1),
@@ -315,7 +323,7 @@ def decode_attention(
         VALUE_DIM=kv.value_dim, BLOCK_V=block_v,
         PAGE=kv.page, BLOCK_N=_TOKENS // 2 if wide else _TOKENS, NUM_SPLITS=split.count,
         SOFTCAP=softcap is not None, WINDOW=window is not None, SINKS=sinks is not None,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", ORDERED=order is not None,
         num_warps=4 if wide else 2, num_stages=2 if wide else 3,
     )  # fmt: skip
     if split.count > 1:

@@ -22,6 +22,8 @@ from .attention_kernels import (
     write_kv,
 )
 
+# From so many decoding sequences on, their programs are more than a GPU holds at once.
+ORDERED_FROM = 48
 # Below this many query tokens our own kernel is as fast as cuDNN's.
 CUDNN_FROM_TOKENS = 512
 
@@ -69,6 +71,7 @@ class DecodeRows:
     tables: Tensor  # [rows, max_blocks] int32
     table_rows: Tensor  # [count] int32
     lengths: Tensor  # [count] int32, the new token included; 0 for padding
+    order: Tensor | None  # [count] int64, the longest first; None for a few, whose programs all run at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +140,7 @@ class GpuBatch:
             rows.lengths,
             scaling=rules.scaling,
             split=self.split_memory.split(rows.count, kv.num_heads),
+            order=rows.order,
             softcap=rules.softcap,
             window=rules.sliding_window,
             sinks=rules.sinks,

@@ -14,7 +14,7 @@ from ..attention import current
 from ..pool import KvPool
 from ..runner import SequenceTokens
 from .attention_kernels import LayerKv, prefill_tiles
-from .batch import DecodeRows, GpuBatch, PrefillRows, SplitMemory, chunk_spans, layer_views, padded_rows
+from .batch import ORDERED_FROM, DecodeRows, GpuBatch, PrefillRows, SplitMemory, chunk_spans, layer_views, padded_rows
 from .last_layer import logits_of
 
 
@@ -47,7 +47,11 @@ def pack(
         ends[:, :num_decode] = range(num_decode), [s.end for s in sequences[:num_decode]]
         rows, lengths = to_device(ends, device)
         decode = DecodeRows(
-            count=num_decode, tables=tables_on_device, table_rows=rows[:num_decode], lengths=lengths[:num_decode]
+            count=num_decode,
+            tables=tables_on_device,
+            table_rows=rows[:num_decode],
+            lengths=lengths[:num_decode],
+            order=torch.argsort(lengths[:num_decode], descending=True) if num_decode >= ORDERED_FROM else None,
         )
     if spans:
         tiles = to_device(np.array(prefill_tiles(spans), np.int32), device)

@@ -27,7 +27,16 @@ from ..pool import KvPool
 from ..runner import SequenceTokens, StepMode, StepResult, is_plain, sample_inputs, sampled_rows, step_result
 from ..sampler import adjust, noise_keys
 from .attention_kernels import prefill_tiles
-from .batch import CUDNN_FROM_TOKENS, DecodeRows, GpuBatch, PrefillRows, SplitMemory, cudnn_length, layer_views
+from .batch import (
+    CUDNN_FROM_TOKENS,
+    ORDERED_FROM,
+    DecodeRows,
+    GpuBatch,
+    PrefillRows,
+    SplitMemory,
+    cudnn_length,
+    layer_views,
+)
 from .captured_prefill import MAX_SEQUENCES, CapturedPrefill
 from .packed import pack, run, table_width, to_device
 from .sampling import sample_rows
@@ -182,6 +191,7 @@ class GpuRunner:
                 tables=self._tables,
                 table_rows=self._table_rows[:batch],
                 lengths=self._lengths[:batch],
+                order=torch.argsort(self._lengths[:batch], descending=True) if batch >= ORDERED_FROM else None,
             ),
             prefill=None,
             layer_written=None,

@@ -99,14 +99,15 @@ def test_decode_and_prefill_attention(
 
     query = torch.randn(len(LENGTHS), heads, key_dim, device="cuda").to(dtype)
     rows, lengths = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (range(len(LENGTHS)), LENGTHS))
-    for splits in (1, 4, 64):
+    longest_first = torch.argsort(lengths, descending=True)
+    for splits, order in ((1, None), (1, longest_first), (4, longest_first), (64, None)):
         size = len(LENGTHS) * heads * splits
         split = kernels.Split(
             count=splits,
             partial=torch.full((size * value_dim,), float("nan"), device="cuda"),
             lse=torch.full((size,), float("nan"), device="cuda"),
         )
-        ours = kernels.decode_attention(query, paged.kv, paged.table, rows, lengths, split=split, **named)
+        ours = kernels.decode_attention(query, paged.kv, paged.table, rows, lengths, split=split, order=order, **named)
         for i, n in enumerate(LENGTHS):
             last = torch.tensor([n - 1], device="cuda")
             theirs = reference(query[i : i + 1], paged.keys[i], paged.values[i], last, softcap, window, sinks)
