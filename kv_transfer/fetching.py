@@ -142,8 +142,7 @@ class Fetcher:
         lane = peer.lane if transport == peer.transport else None
         wire = WireFormat(codec="none", dtype=self._pool.geometry.dtype) if mapped else grant.wire
         wire_bytes = WireBytes(self._bytes, self._pool.geometry, wire)
-        late = transport == pb.TRANSPORT_CUDA_IPC
-        incoming.begin(transfer.round, wire, num_kept=transfer.num_kept, late_checksums=late)
+        incoming.begin(transfer.round, wire, num_kept=transfer.num_kept, late_checksums=mapped)
         request: pb.FetchRequest | None = pb.FetchRequest(
             grant=grant.to_peer(),
             transport=transport,
@@ -281,10 +280,7 @@ class Fetcher:
                 raise KvCorrupted(f"frame {header.sequence} does not hold the numbers of whole blocks")
             source = np.frombuffer(frame, dtype="<u4", offset=HEADER_BYTES)
             target = np.asarray(block_ids[part.token_start // size : -(-part.token_end // size)], dtype=np.intp)
-            found = peer.pool.copy(part, source, self._bytes, target)
-            if peer.transport != pb.TRANSPORT_CUDA_IPC and found != header.checksum:
-                raise KvCorrupted(f"the checksum of frame {header.sequence} is wrong")
-            return found
+            return peer.pool.copy(part, source, self._bytes, target)
 
         job = from_peer if mapped else from_frame
         return asyncio.get_running_loop().run_in_executor(self._threads, job)

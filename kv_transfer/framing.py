@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..proto import kv_transfer_pb2 as pb
 
 FRAME_BYTES = 2 << 20  # gRPC: 64 KiB costs three times the CPU, tens of MiB stall the stream
-SHARED_FRAME_BYTES = 8 << 20  # shared memory: only block numbers travel; this bounds what is copied in one go
+SHARED_FRAME_BYTES = 32 << 20  # shared memory: only block numbers travel; this bounds what is copied in one go
 LANE_FRAME_BYTES = 8 << 20  # gloo: two of them are in flight
 DEVICE_FRAME_BYTES = 256 << 20  # CUDA IPC: two thirds of a millisecond
 NCCL_FRAME_BYTES = 128 << 20  # less than half a millisecond between GPUs of a host; smaller ones wait for their headers
@@ -29,7 +29,7 @@ class Framing:
 def framing_of(transport: int) -> Framing:
     match transport:
         case pb.TRANSPORT_SHARED_MEMORY:
-            return Framing(max_bytes=SHARED_FRAME_BYTES, mapped=True)
+            return Framing(max_bytes=SHARED_FRAME_BYTES, mapped=True, late_checksums=True)
         case pb.TRANSPORT_CUDA_IPC:
             return Framing(max_bytes=DEVICE_FRAME_BYTES, mapped=True, on_device=True, late_checksums=True)
         case pb.TRANSPORT_GLOO:

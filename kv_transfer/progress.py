@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import takewhile
 
 from ..core.kv_geometry import KvGeometry
 from .frames import KvPart
@@ -70,8 +72,11 @@ class KvProgress:
                 self._woke, self._bytes_since_wake = True, 0
             return due
 
-    def take(self, max_bytes: int) -> KvPart | None:
-        """The next ready part, or None. Neighbouring layers go together, up to `max_bytes`."""
+    def take(self, max_bytes: int, *, whole_rows: bool = False) -> KvPart | None:
+        """The next ready part, or None. Neighbouring layers go together, up to `max_bytes`.
+
+        Args: whole_rows: many layers of few tokens rather than many tokens of few layers: the longest runs of a block.
+        """
         num_layers = self._geometry.num_layers
         with self._lock:
             for start in range(num_layers):
@@ -79,17 +84,18 @@ class KvProgress:
                 if token_start == token_end:
                     continue
                 token_bytes = self._token_bytes(start)
+                if whole_rows:
+                    alike = takewhile(partial(self._goes_with, start, token_end), range(start, num_layers))
+                    token_bytes = sum(map(self._token_bytes, alike))
                 # One layer that is too much is cut evenly; up to one and a half times too much, cutting costs more.
                 pieces = (token_bytes * (token_end - token_start) + max_bytes // 2) // max_bytes
                 if pieces > 1:
                     piece = -(-(token_end - token_start) // pieces)
                     token_end = min(token_end, token_start + -(-piece // self._granularity) * self._granularity)
-                end, size = start + 1, token_bytes * (token_end - token_start)
+                end, size = start + 1, self._token_bytes(start) * (token_end - token_start)
                 while (
                     end < num_layers
-                    and self._heads[end] == self._heads[start]
-                    and self._taken[end] == token_start
-                    and self._ready(end) >= token_end
+                    and self._goes_with(start, token_end, end)
                     and (size := size + self._token_bytes(end) * (token_end - token_start)) <= max_bytes
                 ):
                     end += 1
@@ -108,6 +114,11 @@ class KvProgress:
     def all_taken(self) -> bool:
         with self._lock:
             return all(taken == self._num_tokens for taken in self._taken)
+
+    def _goes_with(self, first: int, token_end: int, layer: int) -> bool:
+        """Whether a part that begins at layer `first` and ends at `token_end` may hold this layer too."""
+        alike = self._heads[layer] == self._heads[first] and self._taken[layer] == self._taken[first]
+        return alike and self._ready(layer) >= token_end
 
     def _token_bytes(self, layer: int) -> int:
         each = self._geometry.layer_bytes_per_token(layer) // self._geometry.layers[layer].num_kv_heads

@@ -70,7 +70,11 @@ class Sending:
                 packed = None
                 # Packed ahead only where there is room at once: who waits for room must hold nothing.
                 may_pack = framing.mapped or frame is None or in_flight.has_room(link, framing.max_bytes)
-                if not out.finished and may_pack and (part := out.progress.take(framing.max_bytes)) is not None:
+                if (
+                    not out.finished
+                    and may_pack
+                    and (part := out.progress.take(framing.max_bytes, whole_rows=framing.mapped)) is not None
+                ):
                     if not framing.mapped:
                         size = out.wire_bytes.part_bytes(part)
                         await in_flight.take(link, size)
