@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import grpc
@@ -59,7 +61,7 @@ class Transfer:
     on_covered: Callable[[], None]
     incoming: Incoming
     checksums: list[int] = field(default_factory=list)  # of the frames that are in our blocks, in order
-    copying: asyncio.Future[int] | None = None  # one copy runs while the next frame arrives
+    copying: deque[asyncio.Future[int]] = field(default_factory=deque)  # frames that arrived since, in order
     started_s: float | None = None  # first KV frame of all streams
     round: int = 0
     was_covered: bool = False
@@ -77,24 +79,24 @@ class Transfer:
             self.was_covered = True
             self.on_covered()
 
-    async def settle(self) -> None:
-        """Wait for the copy that runs. Raises: its error. Cancelling the waiter does not disown the copy."""
-        if self.copying is not None:
-            await asyncio.wait({self.copying})
-            done, self.copying = self.copying, None
-            self.checksums.append(done.result())
+    async def settle(self, most: int = 0) -> None:
+        """Wait until at most so many copies run. Raises: their error. Cancelling the waiter does not disown them."""
+        while len(self.copying) > most:
+            await asyncio.wait({self.copying[0]})
+            self.checksums.append(self.copying[0].result())
+            self.copying.popleft()
 
     async def quiet(self) -> None:
-        """Wait until no copy runs, through any number of cancellations; one that went well counts."""
+        """Wait until no copy runs, through any number of cancellations; those before the first that failed count."""
         cancelled: asyncio.CancelledError | None = None
-        while self.copying is not None and not self.copying.done():
+        while not all(copy.done() for copy in self.copying):
             try:
-                await asyncio.wait({self.copying})
+                await asyncio.wait(self.copying)
             except asyncio.CancelledError as error:
                 cancelled = error
-        if self.copying is not None and not self.copying.cancelled() and self.copying.exception() is None:
-            self.checksums.append(self.copying.result())
-        self.copying = None
+        kept = takewhile(lambda copy: not copy.cancelled() and copy.exception() is None, self.copying)
+        self.checksums += [copy.result() for copy in kept]
+        self.copying.clear()
         if cancelled is not None:
             raise cancelled
 
@@ -124,6 +126,8 @@ class Fetcher:
         self._stall_s = stall_s
         self._stagings: dict[int, Staging] = {}  # by transport
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-unpack")
+        # Of one transfer, so that a thread has the next frame at hand; a GPU's have a queue of their own.
+        self._most_copies = 2 if pool.keys(0).device.type == "cpu" else 1
 
     def close(self) -> None:
         self._threads.shutdown(wait=True)
@@ -174,14 +178,14 @@ class Fetcher:
                         payload = self._staging(transport).room(wire_bytes.part_bytes(header.part))
                         moving = await self._post(lane, header, payload)
                     transfer.tell_if_covered()
-                    await transfer.settle()
+                    await transfer.settle(self._most_copies - 1)
                     if payload is not None:
                         staging = self._staging(transport)
                         moved = self._copy_moved(moving, staging, wire_bytes, header, payload, transfer.block_ids)
-                        transfer.copying = asyncio.ensure_future(moved)
+                        transfer.copying.append(asyncio.ensure_future(moved))
                     else:
-                        transfer.copying = self._copy(
-                            peer, wire_bytes, header, frame, transfer.block_ids, mapped=mapped
+                        transfer.copying.append(
+                            self._copy(peer, wire_bytes, header, frame, transfer.block_ids, mapped=mapped)
                         )
             ended_s = time.monotonic()
             await transfer.settle()

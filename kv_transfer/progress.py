@@ -92,11 +92,12 @@ class KvProgress:
                 if pieces > 1:
                     piece = -(-(token_end - token_start) // pieces)
                     token_end = min(token_end, token_start + -(-piece // self._granularity) * self._granularity)
+                most = max(max_bytes, token_bytes * (token_end - token_start))
                 end, size = start + 1, self._token_bytes(start) * (token_end - token_start)
                 while (
                     end < num_layers
                     and self._goes_with(start, token_end, end)
-                    and (size := size + self._token_bytes(end) * (token_end - token_start)) <= max_bytes
+                    and (size := size + self._token_bytes(end) * (token_end - token_start)) <= most
                 ):
                     end += 1
                 self._taken[start:end] = [token_end] * (end - start)

@@ -11,8 +11,8 @@ SMOLLM2 = KvGeometry(model_id="smollm2", layers=(LAYER,) * 30, dtype="float32")
 MIB = 1 << 20
 
 
-def taken(progress: KvProgress, max_bytes: int) -> list[KvPart]:
-    return list(iter(lambda: progress.take(max_bytes), None))
+def taken(progress: KvProgress, max_bytes: int, *, whole_rows: bool = False) -> list[KvPart]:
+    return list(iter(lambda: progress.take(max_bytes, whole_rows=whole_rows), None))
 
 
 def box(*, layers: tuple[int, int], heads: tuple[int, int] = (0, 3), tokens: tuple[int, int]) -> KvPart:
@@ -39,6 +39,25 @@ def test_frames_of_any_prompt_are_of_one_to_three_mib() -> None:
         assert min(sizes) >= MIB
         assert max(sizes) <= 3 * MIB
         assert progress.all_taken
+
+
+def test_a_mapped_pool_is_copied_in_whole_rows() -> None:
+    for num_tokens in (100, 1456, 11_650):
+        progress = KvProgress(SMOLLM2, 32, num_tokens)
+        progress.restart(16)
+        progress.wrote(0, 30, 0, num_tokens)
+        parts = taken(progress, 8 * MIB, whole_rows=True)
+        assert {(part.layer_start, part.layer_end) for part in parts} == {(0, 30)}
+        assert [part.token_start for part in parts] == [32, *(part.token_end for part in parts[:-1])]
+        assert parts[-1].token_end == num_tokens
+        assert all(part.token_end % 16 == 0 for part in parts[:-1])
+        assert max(map(num_bytes, parts)) <= 13 * MIB
+    progress = KvProgress(SMOLLM2, 0, 640)
+    progress.restart(16)
+    progress.wrote(0, 4, 0, 640)
+    progress.wrote(4, 30, 0, 320)  # the layers behind are not so far yet
+    parts = taken(progress, 64 * MIB, whole_rows=True)
+    assert parts == [box(layers=(0, 4), tokens=(0, 640)), box(layers=(4, 30), tokens=(0, 320))]
 
 
 def test_what_is_ready_leaves_at_once_and_only_once() -> None:
