@@ -73,7 +73,7 @@ class FrameHeader:
     wire: WireFormat  # of the payload
     sequence: int
     payload_bytes: int
-    checksum: int  # xxh3_64 of the payload; shared memory: of the block bytes that are to be copied, in order
+    checksum: int  # xxh3_64 of the payload; 0 where it comes with END
     turn: int = 0  # APART: its place in the order of the link's channel
     round: int = 0  # which of the transfer's streams it belongs to
 
