@@ -69,7 +69,7 @@ def facts(result: GenerationResult) -> dict[str, str]:
     """What a person wants to know beside the bars."""
     timing, usage = result.timing, result.usage
     cached = f"{usage.num_cached_tokens:,} cached"
-    hidden_s = timing.transfer_s - timing.transfer_exposed_s
+    hidden_s = max(0.0, timing.transfer_s - timing.transfer_exposed_s)  # a short one begins after prefill
     rows = {
         "request": f"{result.request_id} (seed {result.seed}, attempts {timing.attempts})",
         "tokens": f"{usage.num_prompt_tokens:,} in ({cached}), {usage.num_output_tokens:,} out",

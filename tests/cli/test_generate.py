@@ -111,6 +111,22 @@ def test_timing_shows_the_timeline_and_the_bytes() -> None:
     }
     assert "1,234,567 bytes by shared_memory" in result.stdout
     assert "prefill prefill-0, decode decode-0" in result.stdout
+    assert "50.0 ms, 38.0 of them behind prefill" in result.stdout
+
+
+def test_a_transfer_that_began_after_prefill_hides_nothing() -> None:
+    timing = pb.RequestTiming()
+    timing.CopyFrom(TIMING)
+    timing.transfer_s, timing.transfer_exposed_s = 0.0009, 0.002
+
+    async def answer(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        yield started()
+        yield token(0)
+        yield finished(num_output_tokens=1, timing=timing)
+
+    with ScriptedRouter(answer) as router:
+        result = runner.invoke(app, ["generate", "a", "--timing", "--address", router.address])
+    assert "0.9 ms, 0.0 of them behind prefill" in result.stdout
 
 
 def test_the_spans_lie_where_they_belong() -> None:
