@@ -108,8 +108,9 @@ def _run_all(found: Scenario, chosen: list[Case], times: ScalingTimes, seed: int
             gc.enable()
             # What happened to each request one by one is not needed any more.
             outcome = replace(outcome, result=replace(outcome.result, marks=()))
-            outcomes.append((case, outcome, time.process_time() - started_s))
+            outcomes.append((case, outcome, cpu_s := time.process_time() - started_s))
             progress.remove_task(task)
+            progress.console.print(f"{found.name}, {case.name}: simulated in {cpu_s:,.0f} s of CPU")
     return outcomes
 
 
