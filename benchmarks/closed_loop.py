@@ -79,6 +79,8 @@ def main(
     indices = (gpus or "0,1").split(",")
     if device == "cuda" and len(indices) < len(names):
         raise typer.BadParameter("one for each worker, such as 0,1", param_hint="--gpus")
+    if trace_dir is not None and any(trace_dir.glob("*.jsonl")):
+        raise typer.BadParameter("holds records of another run", param_hint="--trace-dir")
     placed = dict(zip(names, map(int, indices), strict=False)) if device == "cuda" else None
     raise typer.Exit(
         asyncio.run(

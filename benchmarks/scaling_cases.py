@@ -167,6 +167,7 @@ def slo_scaling(found: Scenario, times: ScalingTimes, shrink_after_s: float) -> 
         ),
         max_gpus=found.max_gpus,
         startup_s=times.startup_s,
+        up_cooldown_s=min(5.0, times.period_s),
         down_after_s=shrink_after_s,
         switch_after_s=min(60.0, shrink_after_s),
         down_cooldown_s=min(30.0, shrink_after_s / 4),

@@ -164,8 +164,8 @@ class Engine:
         self._step_began_s = 0.0
         self._decode_s: deque[float] = deque(maxlen=_RECENT)  # durations of pure decode steps
         self._prepare_s: deque[float] = deque(maxlen=_RECENT)  # what planning and launching took
-        self._slow_launch_s: deque[float] = deque(maxlen=_RECENT)  # the same, where kernels were launched one by one
-        self._prefill_token_s: deque[float] = deque(maxlen=_RECENT)  # of steps with prompts, for each of their tokens
+        self._slow_launch_s: deque[float] = deque(maxlen=_RECENT)  # the same of prompts, launched kernel by kernel
+        self._prefill_token_s: deque[float] = deque(maxlen=_RECENT)  # of steps bound by their prompts, for each token
         self.prompt_tokens = 0  # prompt tokens computed
         self.output_tokens = 0  # tokens sampled
         self.recomputed_prompt_tokens = 0  # of them, those whose KV should have come by transfer
@@ -338,7 +338,8 @@ class Engine:
     def step(self) -> StepOutput | None:
         """Finish the oldest running step; before that, start the one that follows it, so that the device never idles.
 
-        None when nothing can go on right now.
+        Where starting it kernel by kernel would take longer than the running one goes on, that one's tokens leave
+        first, and the next call starts it. None when nothing can go on right now.
         """
         self._step_began_s = time.monotonic()
         output = None
@@ -357,7 +358,7 @@ class Engine:
                 plan=plan, scheduled_s=time.monotonic() - began_s, quick_to_launch=self._runner.is_quick(plan)
             )
             if self._launched:
-                if not (planned.quick_to_launch or self._outlasts_a_launch(self._launched[-1])):
+                if not (planned.quick_to_launch or self._outlasts(self._launched[-1], planned)):
                     self._postponed = planned  # the running step's tokens would wait until it is launched
                     return self._finish_step()
                 if any(needs_history(part) for part in plan.parts):
@@ -377,7 +378,7 @@ class Engine:
 
     def _wait_to_plan(self, running: _Launched) -> None:
         """Plan the step behind a decode step just in time: a sequence that arrives meanwhile takes part in it."""
-        if running.plan.num_prefill_tokens or not self._decode_s:
+        if running.plan.num_prefill_tokens or not self._decode_s or not self._prepare_s:
             return
         expected_end_s = max(running.at_s, self._last_end_s) + min(self._decode_s)
         wait_s = expected_end_s - max(self._prepare_s) - _SLACK_S - time.monotonic()
@@ -387,13 +388,15 @@ class Engine:
             with self._lock:
                 self._arrived.wait_for(lambda: not self._due, timeout=_HOLD * min(self._decode_s))
 
-    def _outlasts_a_launch(self, running: _Launched) -> bool:
-        """Whether a running step goes on for longer than the host takes to launch a prompt kernel by kernel."""
-        if not running.plan.num_prefill_tokens or not self._prefill_token_s:
-            return False  # a decode step does not
-        lasts_s = running.plan.num_prefill_tokens * min(self._prefill_token_s)
-        ends_s = max(running.at_s, self._last_end_s) + lasts_s
-        return ends_s > time.monotonic() + max(self._slow_launch_s, default=_SLOW_LAUNCH_S)
+    def _outlasts(self, running: _Launched, planned: _Planned) -> bool:
+        """Whether a running step goes on for longer than the host takes to launch the next one kernel by kernel."""
+        tokens = running.plan.num_prefill_tokens
+        known = self._prefill_token_s if tokens else self._decode_s
+        if not known:
+            return False
+        ends_s = max(running.at_s, self._last_end_s) + (tokens or 1) * min(known)
+        launches = self._slow_launch_s if planned.plan.num_prefill_tokens else self._prepare_s
+        return ends_s > time.monotonic() + max(launches, default=_SLOW_LAUNCH_S)
 
     def _launch(self, planned: _Planned) -> None:
         plan = planned.plan
@@ -405,7 +408,8 @@ class Engine:
         self._runner.launch(plan)
         self._launched.append(_Launched(plan=plan, scheduled_s=planned.scheduled_s, at_s=began_s))
         took_s = planned.scheduled_s + time.monotonic() - began_s
-        (self._prepare_s if planned.quick_to_launch else self._slow_launch_s).append(took_s)
+        slow = plan.num_prefill_tokens and not planned.quick_to_launch
+        (self._slow_launch_s if slow else self._prepare_s).append(took_s)
 
     def _finish_step(self) -> StepOutput:
         result = self._runner.collect()
@@ -416,7 +420,7 @@ class Engine:
         took_s = ended_s - max(launched.at_s, self._last_end_s)
         if not launched.plan.num_prefill_tokens:
             self._decode_s.append(took_s)
-        else:
+        elif launched.plan.num_prefill_tokens >= _GPU_PACKED_TOKENS:  # what smaller ones take is no matter of tokens
             self._prefill_token_s.append(took_s / launched.plan.num_prefill_tokens)
         self._last_end_s = ended_s
         return output

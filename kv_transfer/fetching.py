@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
+from operator import itemgetter
 from typing import Any
 
 import grpc
@@ -94,8 +95,8 @@ class Transfer:
                 await asyncio.wait(self.copying)
             except asyncio.CancelledError as error:
                 cancelled = error
-        kept = takewhile(lambda copy: not copy.cancelled() and copy.exception() is None, self.copying)
-        self.checksums += [copy.result() for copy in kept]
+        whole = [not copy.cancelled() and copy.exception() is None for copy in self.copying]  # asks each for its error
+        self.checksums += [copy.result() for copy, _ in takewhile(itemgetter(1), zip(self.copying, whole, strict=True))]
         self.copying.clear()
         if cancelled is not None:
             raise cancelled

@@ -20,7 +20,7 @@ from .grants import Grant
 
 SERVICE = "splitserve.v1.KvTransfer"
 MAGIC = b"SSKV"
-VERSION = 2
+VERSION = 3
 # magic, version, kind, codec, grant id, attempt, epoch, layers, heads, tokens, sequence, payload bytes, checksum, turn,
 # dtype, round, -
 _HEADER = struct.Struct("<4sHBB16sIIHHHHIIIIQIBB2x")

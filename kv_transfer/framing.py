@@ -20,18 +20,17 @@ class Framing:
     """What the frames of a transport are like."""
 
     max_bytes: int  # KV bytes of one
-    mapped: bool = False  # it holds the numbers of whole blocks, which the receiver copies itself
+    mapped: bool = False  # it holds the numbers of whole blocks; the receiver copies them while we compute checksums
     in_lane: bool = False  # the payload moves by the link's channel
     on_device: bool = False  # from GPU to GPU: it never is in a host's memory
-    late_checksums: bool = False  # they come with END: the receiver copies while we still compute them
 
 
 def framing_of(transport: int) -> Framing:
     match transport:
         case pb.TRANSPORT_SHARED_MEMORY:
-            return Framing(max_bytes=SHARED_FRAME_BYTES, mapped=True, late_checksums=True)
+            return Framing(max_bytes=SHARED_FRAME_BYTES, mapped=True)
         case pb.TRANSPORT_CUDA_IPC:
-            return Framing(max_bytes=DEVICE_FRAME_BYTES, mapped=True, on_device=True, late_checksums=True)
+            return Framing(max_bytes=DEVICE_FRAME_BYTES, mapped=True, on_device=True)
         case pb.TRANSPORT_GLOO:
             return Framing(max_bytes=LANE_FRAME_BYTES, in_lane=True)
         case pb.TRANSPORT_NCCL:

@@ -63,8 +63,7 @@ class Packer:
         if way.framing.mapped:
             ids = self._block_ids(part, table)
             payload = ids.tobytes()
-            value = 0 if way.framing.late_checksums else self._bytes.checksum(part, ids)
-            header = _header(grant, FrameKind.DATA, part, self._raw, sequence, len(payload), value, way.round)
+            header = _header(grant, FrameKind.DATA, part, self._raw, sequence, len(payload), 0, way.round)
             return header.pack() + payload
         if way.staging is not None:
             apart, value = way.staging.pack(wire_bytes, part, table)
@@ -80,7 +79,7 @@ class Packer:
         return frame
 
     def checksum(self, grant: Grant, block_table: Callable[[str], Sequence[int]], part: KvPart) -> int:
-        """Of a part's blocks, where it comes late."""
+        """Of a part's blocks; it comes with END."""
         return self._bytes.checksum(part, self._block_ids(part, self._table(grant, block_table, part)))
 
     def control(

@@ -73,7 +73,7 @@ class KvProgress:
             return due
 
     def take(self, max_bytes: int, *, whole_rows: bool = False) -> KvPart | None:
-        """The next ready part, or None. Neighbouring layers go together, up to `max_bytes`.
+        """The next ready part, or None. Neighbouring layers go together, up to about `max_bytes`.
 
         Args: whole_rows: many layers of few tokens rather than many tokens of few layers: the longest runs of a block.
         """
@@ -87,7 +87,7 @@ class KvProgress:
                 if whole_rows:
                     alike = takewhile(partial(self._goes_with, start, token_end), range(start, num_layers))
                     token_bytes = sum(map(self._token_bytes, alike))
-                # One layer that is too much is cut evenly; up to one and a half times too much, cutting costs more.
+                # What is too much is cut evenly; up to one and a half times too much, cutting costs more.
                 pieces = (token_bytes * (token_end - token_start) + max_bytes // 2) // max_bytes
                 if pieces > 1:
                     piece = -(-(token_end - token_start) // pieces)

@@ -82,7 +82,7 @@ class Sending:
                     number = len(sent) + (frame is not None)
                     packed = self._loop.run_in_executor(self._threads, self._pack, out, part, number, way)
                     parts.append(part)
-                    if framing.late_checksums:
+                    if framing.mapped:
                         checks.append(self._check(out, part))
                 if frame is not None:
                     began_s = time.monotonic()
@@ -99,7 +99,7 @@ class Sending:
                             header=frame[:HEADER_BYTES],
                             part=part,
                             num_bytes=(self._bytes if framing.mapped else out.wire_bytes).part_bytes(part),
-                            has_late_checksum=framing.late_checksums,
+                            has_late_checksum=framing.mapped,
                         )
                     )
                     await write(frame)

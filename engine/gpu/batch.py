@@ -198,7 +198,7 @@ def _cudnn_attends(rules: AttentionRules, query: Tensor, kv: LayerKv, length: in
 def cudnn_length(num_tokens: int) -> int:
     """Rows that cuDNN attends over for a prompt: it takes 50 ms to prepare for each new length, so there are few.
 
-    The whole model computes so many rows: at most a sixteenth more than the prompt has.
+    The whole model computes so many rows: a sixteenth more than the prompt has in the middle, at most a quarter.
     """
     step = 128 if num_tokens <= 2048 else 256 if num_tokens <= 4096 else 512 if num_tokens <= 8192 else 1024
     return -(-num_tokens // step) * step

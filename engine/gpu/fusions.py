@@ -275,7 +275,6 @@ def _trim_last_layer(model: PreTrainedModel, calls: _Calls) -> bool:
     except (AttributeError, TypeError, ValueError, RuntimeError):
         agree = False
     if not agree:
-        last.rows = None
         calls.layers[-1].forward = _layer(calls.layers[-1], last.between, last.after)
     return agree
 

@@ -262,7 +262,10 @@ class GpuRunner:
         And let Triton compile what steps need that are not captured.
         """
         self._formats.warm_up()
-        lengths = sorted({cudnn_length(n) for n in range(CUDNN_FROM_TOKENS, self._max_step_tokens + 1, 128)})
+        most = self._max_step_tokens
+        lengths = sorted(
+            {cudnn_length(n) for n in (*range(CUDNN_FROM_TOKENS, most, 128), most) if n >= CUDNN_FROM_TOKENS}
+        )
         with torch.cuda.stream(self._stream):
             for length in lengths:
                 spans = [(0, 0, length)]
@@ -287,11 +290,14 @@ class GpuRunner:
             self._stream.synchronize()
 
     def _warm_up_mixed(self) -> None:
-        """One step of a chunk and single tokens for each way to split the latter's attention."""
+        """One step of a chunk and single tokens for each way to compute the latter's attention."""
         heads = {layer.num_heads for layer in self._layers}
-        splits = {tuple(self._split.split(n, h).count for h in heads): n for n in range(self.max_running, 0, -1)}
+        ways = {
+            (n >= ORDERED_FROM, *(self._split.split(n, h).count for h in heads)): n
+            for n in range(self.max_running, 0, -1)
+        }
         page = self._pool.block_size
-        for batch in splits.values():
+        for batch in ways.values():
             sequences = [SequenceTokens(request_id="", token_ids=(0,), start=0, block_table=(0,))] * batch
             sequences += [SequenceTokens(request_id="", token_ids=(0,) * 8, start=page, block_table=(0, 0))]
             step, input_ids, position_ids = pack(
