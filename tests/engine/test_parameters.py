@@ -162,12 +162,14 @@ class AheadRunner(CpuRunner):
 
     max_steps = 2
 
-    def __init__(self, engine: Engine, model: LoadedModel) -> None:
+    def __init__(self, engine: Engine, model: LoadedModel, *, captured: bool = True) -> None:
+        """Prompts are slow to launch; without `captured` steps, decodes are as well."""
         formats = OutputFormats(model.path, model.vocab_size, model.eos_token_ids)
         super().__init__(model.model, engine.pool, formats, None)
         self.last: dict[str, int] = {}  # newest token of each request, as it would lie on the device
         self.num_ahead = 0
         self.num_slow = 0
+        self._captured = captured
         self._done: deque[StepResult] = deque()
         self._forward = runner_module.forward
 
@@ -180,7 +182,7 @@ class AheadRunner(CpuRunner):
         return self._forward(model, pool, known, *more)
 
     def is_quick(self, plan: StepPlan) -> bool:
-        return not plan.num_prefill_tokens
+        return self._captured and not plan.num_prefill_tokens
 
     def launch(self, plan: StepPlan) -> None:
         self.num_slow += not self.is_quick(plan)
@@ -260,6 +262,43 @@ def test_tokens_of_a_decode_step_do_not_wait_for_the_launch_of_a_prompt(ahead: t
             kinds.append(step.record.kind)
     assert kinds
     assert "decode" not in kinds
+
+
+def test_steps_that_are_all_slow_to_launch_give_the_same_answers(
+    make_engine: Any, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without CUDA graphs, or where each answer has a penalty."""
+    requests = [make("0"), make("1", sampling=SamplingParams(temperature=0.9, seed=3, frequency_penalty=1.5))]
+    engine = make_engine(max_step_tokens=32)
+    for request in requests:
+        engine.add(request)
+    expected, _ = run(engine)
+    engine = make_engine(max_step_tokens=32)
+    engine._runner = runner = AheadRunner(engine, tiny, captured=False)
+    monkeypatch.setattr(runner_module, "forward", runner.knowing_the_last)
+    for request in requests:
+        engine.add(request)
+    found, failed = run(engine)
+    assert not failed
+    for request_id, tokens in expected.items():
+        assert [token.token_id for token in found[request_id]] == [token.token_id for token in tokens]
+
+
+def test_a_long_step_is_not_waited_for_before_the_next_one_is_launched(
+    make_engine: Any, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of which a device is busy for longer than the host is with the launch of the next."""
+    engine = make_engine(max_step_tokens=600, num_kv_blocks=200)
+    engine._runner = runner = AheadRunner(engine, tiny)
+    monkeypatch.setattr(runner_module, "forward", runner.knowing_the_last)
+    monkeypatch.setattr(engine, "_prefill_token_s", deque([10.0]))
+    for name in ("first", "second"):
+        engine.add(make(name, prompt=tuple(range(3, 203)) * 3, max_tokens=1))
+    step = engine.step()
+    assert step is not None
+    assert (step.record.num_prefill_tokens, runner.num_ahead) == (600, 1)
+    _, failed = run(engine)
+    assert not failed
 
 
 def test_a_failed_step_takes_the_one_that_waits_behind_it_along(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 from splitserve.core.errors import KvCorrupted
@@ -61,3 +62,14 @@ async def test_a_cancelled_transfer_leaves_when_its_copies_have_ended() -> None:
     with pytest.raises(asyncio.CancelledError):
         await quiet
     assert due.transfer.checksums == [10, 11]
+
+
+async def test_two_copies_that_fail_leave_no_error_unread(caplog: pytest.LogCaptureFixture) -> None:
+    due = Due(2)
+    for copy in due.copies:
+        copy.set_exception(KvCorrupted("the peer went away"))
+    await due.transfer.quiet()
+    assert due.transfer.num_kept == 0
+    due.copies.clear()
+    gc.collect()
+    assert "never retrieved" not in caplog.text
