@@ -66,8 +66,8 @@ async def test_a_cancelled_transfer_leaves_when_its_copies_have_ended() -> None:
 
 async def test_two_copies_that_fail_leave_no_error_unread(caplog: pytest.LogCaptureFixture) -> None:
     due = Due(2)
-    for copy in due.copies:
-        copy.set_exception(KvCorrupted("the peer went away"))
+    due.copies[0].set_exception(KvCorrupted("the peer went away"))
+    due.copies[1].set_exception(KvCorrupted("the peer went away"))
     await due.transfer.quiet()
     assert due.transfer.num_kept == 0
     due.copies.clear()
