@@ -14,7 +14,7 @@ import typer
 from splitserve.cli.main import app
 from splitserve.core.events import Event
 from splitserve.kv_transfer.codecs import WireFormat
-from splitserve.kv_transfer.frames import HEADER_BYTES, FrameHeader, FrameKind, KvPart
+from splitserve.kv_transfer.frames import HEADER_BYTES, VERSION, FrameHeader, FrameKind, KvPart
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -106,5 +106,5 @@ def test_frame_layout_in_the_documents_is_the_real_one() -> None:
     text = (ROOT / "docs" / "kv_transfer.md").read_text()
     rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", text, re.M)
     values = [struct.unpack_from("<" + formats.get(kind, kind), header, int(offset))[0] for offset, kind in rows]
-    assert values == [b"SSKV", 2, 2, 2, b"\xab" * 16, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 1, 15, b"\0\0"]
+    assert values == [b"SSKV", VERSION, 2, 2, b"\xab" * 16, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 1, 15, b"\0\0"]
     assert sum(struct.calcsize("<" + formats.get(kind, kind)) for _, kind in rows) == len(header) == HEADER_BYTES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import grpc.aio
 import pytest
 from splitserve.core.errors import KvCorrupted, StaleMessage, TransferFailed
-from splitserve.kv_transfer.frames import HEADER_BYTES, SERVICE, FrameHeader, checksum
+from splitserve.kv_transfer.frames import HEADER_BYTES, SERVICE, VERSION, FrameHeader, checksum
 from splitserve.kv_transfer.grants import Grant
 from splitserve.proto import kv_transfer_pb2 as pb
 from splitserve.proto.rpc import MAX_MESSAGE_BYTES
@@ -94,7 +95,7 @@ EDITS: dict[str, tuple[type[Exception], Edit]] = {
     "empty range": (KvCorrupted, lambda f: [part_of(f[0], token_end=0), *f[1:]]),
     "other heads": (KvCorrupted, lambda f: [part_of(f[0], head_end=1), *f[1:]]),
     "other magic": (KvCorrupted, lambda f: [b"KVSS" + f[0][4:], *f[1:]]),
-    "version of the future": (KvCorrupted, lambda f: [f[0][:4] + b"\x03\0" + f[0][6:], *f[1:]]),
+    "version of the future": (KvCorrupted, lambda f: [f[0][:4] + struct.pack("<H", VERSION + 1) + f[0][6:], *f[1:]]),
     "no end": (TransferFailed, lambda f: f[:-1]),
     "nothing": (TransferFailed, lambda f: []),
 }
