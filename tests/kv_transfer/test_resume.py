@@ -263,7 +263,7 @@ async def test_breaks_at_random_moments_lose_nothing(pair, monkeypatch, transpor
         for number in range(num_breaks):
             p.target.clear()
             hows = ("link", "damage", "lane")
-            breaks = [(choose.randrange(14), choose.choice(hows)) for _ in range(choose.randint(1, 2))]
+            breaks = [(choose.randrange(7), choose.choice(hows)) for _ in range(choose.randint(1, 2))]
             p.sender.breaks = tuple(breaks)
             request = p.request(choose.randint(20, NUM_TOKENS), f"r{number}")
             grant = p.grant(request, address=proxy.address)
@@ -281,5 +281,5 @@ async def test_breaks_at_random_moments_lose_nothing(pair, monkeypatch, transpor
             await p.receiver.commit(grant, proxy.address, received)
         assert p.released == [f"r{number}" for number in range(num_breaks)]
         assert p.reports == []
-        assert count(p.sender_metrics.transfer_resumes) >= num_breaks // 4  # others were over before their moment came
+        assert count(p.sender_metrics.transfer_resumes) > num_breaks // 3
         assert count(p.sender_metrics.transfer_resent_bytes) < count(p.sender_metrics.transfer_bytes)
