@@ -22,7 +22,7 @@ from .attention_kernels import (
     write_kv,
 )
 
-# From so many decoding sequences on, their programs are more than a GPU holds at once.
+# From so many decoding sequences on it pays to begin with the longest.
 ORDERED_FROM = 48
 # Below this many query tokens our own kernel is as fast as cuDNN's.
 CUDNN_FROM_TOKENS = 512
@@ -71,7 +71,7 @@ class DecodeRows:
     tables: Tensor  # [rows, max_blocks] int32
     table_rows: Tensor  # [count] int32
     lengths: Tensor  # [count] int32, the new token included; 0 for padding
-    order: Tensor | None  # [count] int64, the longest first; None for a few, whose programs all run at once
+    order: Tensor | None  # [count] int64, the longest first; None for a few
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
