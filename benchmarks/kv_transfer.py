@@ -38,6 +38,7 @@ from ..kv_transfer.identity import WorkerIdentity, current_host_id
 from ..kv_transfer.receiver import KvReceiver
 from ..kv_transfer.sender import KvSender
 from ..proto.rpc import SERVER_OPTIONS
+from ..proto.server import run as run_on_uvloop
 from .report import write_json
 
 # name of a row: transport and codec
@@ -146,7 +147,7 @@ def _print(num_bytes: int, rows: dict[str, list[Taken]], what: str) -> None:
 
 
 def _sender(control: Connection, dtype: KvDtype, num_tokens: int) -> None:
-    asyncio.run(_serve(control, dtype, num_tokens))
+    run_on_uvloop(_serve(control, dtype, num_tokens))
 
 
 async def _serve(control: Connection, dtype: KvDtype, num_tokens: int) -> None:
@@ -183,7 +184,7 @@ def _send_raw(listener: socket.socket, payload: memoryview) -> None:
 
 
 def _receiver(control: Connection, dtype: KvDtype, sizes: list[int], rounds: int) -> Figures:
-    return asyncio.run(_measure(control, dtype, sizes, rounds))
+    return run_on_uvloop(_measure(control, dtype, sizes, rounds))
 
 
 async def _measure(control: Connection, dtype: KvDtype, sizes: list[int], rounds: int) -> Figures:

@@ -134,7 +134,7 @@ class Fetcher:
         self._threads.shutdown(wait=True)
 
     async def fetch(self, peer: Peer, transfer: Transfer, instead: pb.Transport.ValueType | None = None) -> Received:
-        """Open a stream for what is missing, and take all of it. Nothing writes to the blocks when this is left.
+        """Ask a stream for what is missing, and take all of it. Nothing writes to the blocks when this is left.
 
         Args: instead: of the link's transport.
         Raises: TransferFailed, and what the prefill worker says; `transfer` tells whether another stream can help.
@@ -157,8 +157,8 @@ class Fetcher:
             num_kept=transfer.num_kept,
         )
         transfer.was_open, transfer.is_link_lost, transfer.is_over = True, False, False
-        has_begun = False
-        call = peer.fetch()
+        has_begun = is_whole = False
+        call = peer.stream()
         try:
             while True:
                 frame = await self._next_frame(call, transfer, self._stall_s if has_begun else self._silence_s, request)
@@ -191,6 +191,7 @@ class Fetcher:
             ended_s = time.monotonic()
             await transfer.settle()
             end = self._accept_end(transfer, header, memoryview(frame)[HEADER_BYTES:])
+            is_whole = True
         except (SplitserveError, asyncio.CancelledError) as error:
             # A turn of ours may never be taken. Cancelled before anything came, a transfer leaves the lane to others;
             # if the sender saw it otherwise, its answer to the next one is StaleMessage.
@@ -200,8 +201,10 @@ class Fetcher:
                     raise LaneGone(error.message) from error
             raise
         finally:
-            call.cancel()
+            if not is_whole:
+                call.cancel()
             await transfer.quiet()
+        peer.keep(call)
         verified_s = time.monotonic()
         started_s = ended_s if transfer.started_s is None else transfer.started_s
         return Received(

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -40,6 +40,7 @@ TRANSPORTS = {
     "nccl": pb.TRANSPORT_NCCL,
 }
 TRANSPORT_NAMES = {number: name for name, number in TRANSPORTS.items()}
+MAX_IDLE = 16  # streams of a link that wait for a transfer
 # The receiver maps the sender's pool and copies whole blocks itself; frames hold their numbers.
 MAPPED = (pb.TRANSPORT_SHARED_MEMORY, pb.TRANSPORT_CUDA_IPC)
 
@@ -68,28 +69,51 @@ class Peer:
         self._fetch: Any = channel.stream_stream(
             f"/{SERVICE}/Fetch", request_serializer=pb.FetchRequest.SerializeToString, response_deserializer=None
         )
-        self._standing_by: Any = None  # a Fetch that has asked for nothing yet
-        self.commit: Any = channel.unary_unary(
-            f"/{SERVICE}/Commit",
-            request_serializer=pb.CommitRequest.SerializeToString,
-            response_deserializer=pb.CommitResponse.FromString,
-        )
+        self._idle: list[Any] = []  # streams of Fetch whose last request was answered
         self.channel = channel
         self.users = 0
         self.retired = False
         self.unused = asyncio.Event()
         self.watch: asyncio.Task[None] | None = None
 
-    def fetch(self) -> Any:
-        """A Fetch that has yet to ask: the one that stands by, if it still lives, or a new one."""
-        call, self._standing_by = self._standing_by, None
-        return self._fetch() if call is None or call.done() else call
+    def stream(self) -> Any:
+        """A stream of Fetch that nobody else asks: the one used last, if it still lives, or a new one."""
+        while self._idle:
+            if not (call := self._idle.pop()).done():
+                return call
+        return self._fetch()
 
-    def stand_by(self) -> None:
-        """Open a Fetch for the next transfer, now that nobody waits: accepting a call takes the prefill worker twice as
-        long as reading a message, and there it would take the interpreter from the thread that computes the prompt."""
-        if not self.retired and (self._standing_by is None or self._standing_by.done()):
-            self._standing_by = self._fetch()
+    def keep(self, stream: Any) -> None:
+        """Everything asked was answered: the next transfer finds it open. A call costs either side more than its
+        messages, and on a worker that takes the interpreter from the thread that computes."""
+        if self.retired or len(self._idle) == MAX_IDLE:
+            stream.cancel()
+        else:
+            self._idle.append(stream)
+
+    async def tell(self, request: pb.FetchRequest, timeout_s: float) -> None:
+        """A commit. Raises: TransferFailed, and what the prefill worker refuses it with."""
+        stream = self.stream()
+        try:
+            async with asyncio.timeout(timeout_s):
+                with suppress(asyncio.InvalidStateError):  # the call is over: reading tells why
+                    await stream.write(request)
+                answer = await stream.read()
+            if answer != b"":
+                stream.cancel()
+                raise TransferFailed("the prefill worker answered a commit with something else")
+        except TimeoutError:
+            stream.cancel()
+            raise LinkTimeout(f"the prefill worker did not answer within {timeout_s:g} s") from None
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        except asyncio.CancelledError:
+            stream.cancel()
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise TransferFailed("the link to the prefill worker was closed") from None
+        self.keep(stream)
 
 
 class Peers:

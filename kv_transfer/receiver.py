@@ -11,9 +11,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
-import grpc
-import grpc.aio
-
 from ..core.errors import SplitserveError, StaleMessage, TransferFailed
 from ..core.metrics import WorkerMetrics
 from ..core.request import Request
@@ -186,12 +183,8 @@ class KvReceiver:
             self._metrics.transfers.inc()
         try:
             async with self._peers.use(kv_address, grant.prefill_boot_id, lane=False) as peer:
-                await peer.commit(
-                    pb.CommitRequest(grant=grant.to_peer(), digest=received.digest, proof=self._granter.proof(grant)),
-                    timeout=COMMIT_TIMEOUT_S,
-                )
-                peer.stand_by()
-        except (grpc.aio.AioRpcError, SplitserveError) as error:
+                await peer.tell(self._commit(grant, digest=received.digest), COMMIT_TIMEOUT_S)
+        except SplitserveError as error:
             logger.warning("commit of %s was not taken: %s", grant, error)
 
     async def close(self) -> None:
@@ -258,14 +251,17 @@ class KvReceiver:
         """Let the sender free its copy at once. Best effort: if it does not hear, it waits a while for us to come."""
 
         async def tell() -> None:
-            request = pb.CommitRequest(grant=grant.to_peer(), proof=self._granter.proof(grant), abandoned=True)
-            with suppress(grpc.aio.AioRpcError, SplitserveError):  # it has freed it already, or is gone
+            with suppress(SplitserveError):  # it has freed it already, or is gone
                 async with self._peers.use(kv_address, grant.prefill_boot_id, lane=False) as peer:
-                    await peer.commit(request, timeout=COMMIT_TIMEOUT_S)
+                    await peer.tell(self._commit(grant, abandoned=True), COMMIT_TIMEOUT_S)
 
         task = asyncio.create_task(tell())
         self._abandoning.add(task)
         task.add_done_callback(self._abandoning.discard)
+
+    def _commit(self, grant: Grant, *, digest: bytes = b"", abandoned: bool = False) -> pb.FetchRequest:
+        commit = pb.Commit(digest=digest, abandoned=abandoned)
+        return pb.FetchRequest(grant=grant.to_peer(), proof=self._granter.proof(grant), commit=commit)
 
     def failed(self, kv_address: str) -> None:
         """A transfer from there failed, also to another rank: later grants are of another epoch."""

@@ -110,7 +110,7 @@ class KvSender:
         self._by_grant: dict[str, Outgoing] = {}
         self._parked: dict[str, asyncio.Event] = {}  # grant id -> its request was offered
         self._ended: OrderedDict[str, tuple[Grant, SplitserveError | None]] = OrderedDict()  # bounded
-        self._standing_by: set[asyncio.Task[Any]] = set()  # a Fetch each that has not asked for anything yet
+        self._standing_by: set[asyncio.Task[Any]] = set()  # a stream of Fetch each that is asked for nothing
         self._closed = False
 
     def register(self, server: grpc.aio.Server | ServiceMount) -> None:
@@ -122,11 +122,6 @@ class KvSender:
                 response_serializer=pb.ConnectResponse.SerializeToString,
             ),
             "Fetch": grpc.stream_stream_rpc_method_handler(self._fetch),
-            "Commit": grpc.unary_unary_rpc_method_handler(
-                self._commit,
-                request_deserializer=pb.CommitRequest.FromString,
-                response_serializer=pb.CommitResponse.SerializeToString,
-            ),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
@@ -302,7 +297,7 @@ class KvSender:
         return export_pool(self._bytes)
 
     async def _asked(self, context: Context) -> pb.FetchRequest | None:
-        """What a Fetch is for, which may come long after the call; None: the receiver left without a word."""
+        """The next request of a stream, which may come long after the last; None: the receiver left."""
         task = asyncio.current_task()
         assert task is not None
         self._standing_by.add(task)
@@ -322,8 +317,14 @@ class KvSender:
             self._standing_by.discard(task)
 
     async def _fetch(self, _: object, context: Context) -> None:
-        if (request := await self._asked(context)) is None:
-            return
+        while (request := await self._asked(context)) is not None:
+            if request.HasField("commit"):
+                await self._commit(request, context)
+            else:
+                await self._serve(request, context)
+
+    async def _serve(self, request: pb.FetchRequest, context: Context) -> None:
+        """One stream of a transfer, to its last frame."""
         grant = Grant.from_proto(request.grant)
         out: Outgoing | None = None
         stream = object()
@@ -356,30 +357,34 @@ class KvSender:
                 self._end(out, failure, report=True)
             await abort(context, failure)
 
-    async def _commit(self, request: pb.CommitRequest, context: Context) -> pb.CommitResponse:
+    async def _commit(self, request: pb.FetchRequest, context: Context) -> None:
         grant = Grant.from_proto(request.grant)
         try:
             out = self._live(grant)
             if out is not None:
                 self._check_proof(out.grant, request.proof)
-                if request.abandoned:
-                    gone = TransferFailed(f"{grant}: the decode worker gave the transfer up")
-                    self._end(out, gone, report=True)
-                    return pb.CommitResponse()
-                if out.digest is None:
-                    raise self._stale(f"{grant} was committed before it was sent")
-                if out.digest != request.digest:
-                    raise KvCorrupted(f"{grant}: the receiver's digest differs from what was sent")
-                if self._metrics is not None:
-                    self._metrics.transfers.inc()
-                self._end(out, None)
-            elif grant.grant_id not in self._ended and not request.abandoned:
+                self._take(out, request.commit)
+            elif grant.grant_id not in self._ended and not request.commit.abandoned:
                 raise self._stale(f"{grant} is unknown here; it may be from before a restart")
         except SplitserveError as error:
             await abort(context, error)
-        return pb.CommitResponse()
+        await context.write(pb.FetchResponse().SerializeToString())
 
     # -- inside --
+
+    def _take(self, out: Outgoing, commit: pb.Commit) -> None:
+        """What the receiver says of a transfer. Raises: StaleMessage, KvCorrupted."""
+        if commit.abandoned:
+            gone = TransferFailed(f"{out.grant}: the decode worker gave the transfer up")
+            self._end(out, gone, report=True)
+            return
+        if out.digest is None:
+            raise self._stale(f"{out.grant} was committed before it was sent")
+        if out.digest != commit.digest:
+            raise KvCorrupted(f"{out.grant}: the receiver's digest differs from what was sent")
+        if self._metrics is not None:
+            self._metrics.transfers.inc()
+        self._end(out, None)
 
     def _way(self, request: pb.FetchRequest) -> Way:
         """Raises: StaleMessage: its channel is gone. GeometryMismatch: we have no such transport."""

@@ -80,10 +80,13 @@ class Sending:
                         await in_flight.take(link, size)
                         held.append(size)
                     number = len(sent) + (frame is not None)
-                    packed = self._loop.run_in_executor(self._threads, self._pack, out, part, number, way)
-                    parts.append(part)
-                    if framing.mapped:
+                    if framing.mapped:  # block numbers are at hand sooner than a thread
+                        packed = self._loop.create_future()
+                        packed.set_result(self._pack(out, part, number, way))
                         checks.append(self._check(out, part))
+                    else:
+                        packed = self._loop.run_in_executor(self._threads, self._pack, out, part, number, way)
+                    parts.append(part)
                 if frame is not None:
                     began_s = time.monotonic()
                     if lane is not None and isinstance(frame, Apart):
@@ -150,7 +153,7 @@ class Sending:
             out.num_counted = num_bytes
 
     def _pack(self, out: Outgoing, part: KvPart, sequence: int, way: Way) -> Packed:
-        """Runs in a thread."""
+        """Runs in a thread, if it moves KV."""
         return self._packer.pack(out.grant, out.block_table, out.wire_bytes, part, sequence, way)
 
     def _check(self, out: Outgoing, part: KvPart) -> asyncio.Future[int]:

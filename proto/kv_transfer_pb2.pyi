@@ -117,7 +117,7 @@ class Grant(_message.Message):
     decode_rank: _builtins.int
     """The rank that receives."""
     proof_sha256: _builtins.bytes
-    """SHA-256 of the proof that Fetch and Commit must show: only the decode worker that made the grant has it."""
+    """SHA-256 of the proof that every request of Fetch must show: only the decode worker that made the grant has it."""
     source_key: _builtins.bytes
     """Key that the last frame is signed with. Only in grants to routers and prefill workers; a Fetch does not hold it."""
     @_builtins.property
@@ -415,7 +415,7 @@ Global___SharedPool: _TypeAlias = SharedPool  # noqa: Y015
 
 @_typing.final
 class FetchRequest(_message.Message):
-    """FetchRequest opens the stream of one grant."""
+    """FetchRequest asks for the KV of one grant or, with `commit`, tells what became of it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -425,6 +425,7 @@ class FetchRequest(_message.Message):
     PROOF_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
     NUM_KEPT_FIELD_NUMBER: _builtins.int
+    COMMIT_FIELD_NUMBER: _builtins.int
     transport: Global___Transport.ValueType
     """How its KV shall move: one that Connect offered. Unset reads as gRPC."""
     link_epoch: _builtins.int
@@ -439,6 +440,10 @@ class FetchRequest(_message.Message):
     def grant(self) -> Global___Grant:
         """The grant, as the router also gave it to the prefill worker."""
 
+    @_builtins.property
+    def commit(self) -> Global___Commit:
+        """Set after the transfer."""
+
     def __init__(
         self,
         *,
@@ -448,10 +453,11 @@ class FetchRequest(_message.Message):
         proof: _builtins.bytes = ...,
         round: _builtins.int = ...,
         num_kept: _builtins.int = ...,
+        commit: Global___Commit | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "grant", b"grant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant", "link_epoch", b"link_epoch", "num_kept", b"num_kept", "proof", b"proof", "round", b"round", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "grant", b"grant", "link_epoch", b"link_epoch", "num_kept", b"num_kept", "proof", b"proof", "round", b"round", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -459,7 +465,7 @@ Global___FetchRequest: _TypeAlias = FetchRequest  # noqa: Y015
 
 @_typing.final
 class FetchResponse(_message.Message):
-    """FetchResponse is never sent: see Fetch."""
+    """FetchResponse has no fields."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -537,54 +543,27 @@ class TransferEnd(_message.Message):
 Global___TransferEnd: _TypeAlias = TransferEnd  # noqa: Y015
 
 @_typing.final
-class CommitRequest(_message.Message):
-    """CommitRequest accepts a transfer."""
+class Commit(_message.Message):
+    """Commit tells that the KV arrived, was verified and belongs to a decoding sequence: the sender frees its hold."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    GRANT_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
-    PROOF_FIELD_NUMBER: _builtins.int
     ABANDONED_FIELD_NUMBER: _builtins.int
     digest: _builtins.bytes
     """The digest that the receiver computed."""
-    proof: _builtins.bytes
-    """Proves that the caller made the grant."""
     abandoned: _builtins.bool
-    """The receiver gives the transfer up instead: the sender frees its hold at once."""
-    @_builtins.property
-    def grant(self) -> Global___Grant:
-        """The grant; must match the sender's in every field."""
-
+    """The receiver gives the transfer up instead."""
     def __init__(
         self,
         *,
-        grant: Global___Grant | None = ...,
         digest: _builtins.bytes = ...,
-        proof: _builtins.bytes = ...,
         abandoned: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandoned", b"abandoned", "digest", b"digest", "grant", b"grant", "proof", b"proof"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___CommitRequest: _TypeAlias = CommitRequest  # noqa: Y015
-
-@_typing.final
-class CommitResponse(_message.Message):
-    """CommitResponse has no fields."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandoned", b"abandoned", "digest", b"digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CommitResponse: _TypeAlias = CommitResponse  # noqa: Y015
+Global___Commit: _TypeAlias = Commit  # noqa: Y015

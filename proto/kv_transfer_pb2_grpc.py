@@ -45,11 +45,6 @@ class KvTransferStub:
                 request_serializer=splitserve_dot_proto_dot_kv__transfer__pb2.FetchRequest.SerializeToString,
                 response_deserializer=splitserve_dot_proto_dot_kv__transfer__pb2.FetchResponse.FromString,
                 _registered_method=True)
-        self.Commit = channel.unary_unary(
-                '/splitserve.v1.KvTransfer/Commit',
-                request_serializer=splitserve_dot_proto_dot_kv__transfer__pb2.CommitRequest.SerializeToString,
-                response_deserializer=splitserve_dot_proto_dot_kv__transfer__pb2.CommitResponse.FromString,
-                _registered_method=True)
 
 
 class KvTransferServicer:
@@ -65,16 +60,9 @@ class KvTransferServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Fetch(self, request_iterator, context):
-        """Fetch streams one grant's KV as it is computed. The response messages are raw binary frames (header and payload,
-        docs/kv_transfer.md), not protobuf: FetchResponse only gives the method a legal signature. One request is read; a
-        receiver may open the call before it has one, so that a transfer finds its stream open.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Commit(self, request, context):
-        """Commit tells that the KV arrived, was verified and belongs to a decoding sequence; the sender frees its hold.
+        """Fetch streams a grant's KV as it is computed, to its last frame, and hears what became of it: request after request,
+        for as long as nothing fails, since a call costs more than its messages. The answer to a request for KV are raw binary
+        frames (header and payload, docs/kv_transfer.md), not protobuf; that to a commit is one FetchResponse.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,11 +80,6 @@ def add_KvTransferServicer_to_server(servicer, server):
                     servicer.Fetch,
                     request_deserializer=splitserve_dot_proto_dot_kv__transfer__pb2.FetchRequest.FromString,
                     response_serializer=splitserve_dot_proto_dot_kv__transfer__pb2.FetchResponse.SerializeToString,
-            ),
-            'Commit': grpc.unary_unary_rpc_method_handler(
-                    servicer.Commit,
-                    request_deserializer=splitserve_dot_proto_dot_kv__transfer__pb2.CommitRequest.FromString,
-                    response_serializer=splitserve_dot_proto_dot_kv__transfer__pb2.CommitResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -154,33 +137,6 @@ class KvTransfer:
             '/splitserve.v1.KvTransfer/Fetch',
             splitserve_dot_proto_dot_kv__transfer__pb2.FetchRequest.SerializeToString,
             splitserve_dot_proto_dot_kv__transfer__pb2.FetchResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Commit(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/splitserve.v1.KvTransfer/Commit',
-            splitserve_dot_proto_dot_kv__transfer__pb2.CommitRequest.SerializeToString,
-            splitserve_dot_proto_dot_kv__transfer__pb2.CommitResponse.FromString,
             options,
             channel_credentials,
             insecure,

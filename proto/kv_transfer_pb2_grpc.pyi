@@ -38,12 +38,10 @@ class KvTransferStub:
     pair is refused here, with the reason.
     """
     Fetch: _grpc.StreamStreamMultiCallable[_kv_transfer_pb2.FetchRequest, _kv_transfer_pb2.FetchResponse]
-    """Fetch streams one grant's KV as it is computed. The response messages are raw binary frames (header and payload,
-    docs/kv_transfer.md), not protobuf: FetchResponse only gives the method a legal signature. One request is read; a
-    receiver may open the call before it has one, so that a transfer finds its stream open.
+    """Fetch streams a grant's KV as it is computed, to its last frame, and hears what became of it: request after request,
+    for as long as nothing fails, since a call costs more than its messages. The answer to a request for KV are raw binary
+    frames (header and payload, docs/kv_transfer.md), not protobuf; that to a commit is one FetchResponse.
     """
-    Commit: _grpc.UnaryUnaryMultiCallable[_kv_transfer_pb2.CommitRequest, _kv_transfer_pb2.CommitResponse]
-    """Commit tells that the KV arrived, was verified and belongs to a decoding sequence; the sender frees its hold."""
 
 @_typing.type_check_only
 class KvTransferAsyncStub(KvTransferStub):
@@ -55,12 +53,10 @@ class KvTransferAsyncStub(KvTransferStub):
     pair is refused here, with the reason.
     """
     Fetch: _aio.StreamStreamMultiCallable[_kv_transfer_pb2.FetchRequest, _kv_transfer_pb2.FetchResponse]  # type: ignore[assignment]
-    """Fetch streams one grant's KV as it is computed. The response messages are raw binary frames (header and payload,
-    docs/kv_transfer.md), not protobuf: FetchResponse only gives the method a legal signature. One request is read; a
-    receiver may open the call before it has one, so that a transfer finds its stream open.
+    """Fetch streams a grant's KV as it is computed, to its last frame, and hears what became of it: request after request,
+    for as long as nothing fails, since a call costs more than its messages. The answer to a request for KV are raw binary
+    frames (header and payload, docs/kv_transfer.md), not protobuf; that to a commit is one FetchResponse.
     """
-    Commit: _aio.UnaryUnaryMultiCallable[_kv_transfer_pb2.CommitRequest, _kv_transfer_pb2.CommitResponse]  # type: ignore[assignment]
-    """Commit tells that the KV arrived, was verified and belongs to a decoding sequence; the sender frees its hold."""
 
 class KvTransferServicer(metaclass=_abc_1.ABCMeta):
     """KvTransfer is served by every prefill worker. The receiver opens each stream, so cancel and back-pressure are gRPC's."""
@@ -81,17 +77,9 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_kv_transfer_pb2.FetchRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kv_transfer_pb2.FetchResponse], _abc.AsyncIterator[_kv_transfer_pb2.FetchResponse]]:
-        """Fetch streams one grant's KV as it is computed. The response messages are raw binary frames (header and payload,
-        docs/kv_transfer.md), not protobuf: FetchResponse only gives the method a legal signature. One request is read; a
-        receiver may open the call before it has one, so that a transfer finds its stream open.
+        """Fetch streams a grant's KV as it is computed, to its last frame, and hears what became of it: request after request,
+        for as long as nothing fails, since a call costs more than its messages. The answer to a request for KV are raw binary
+        frames (header and payload, docs/kv_transfer.md), not protobuf; that to a commit is one FetchResponse.
         """
-
-    @_abc_1.abstractmethod
-    def Commit(
-        self,
-        request: _kv_transfer_pb2.CommitRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_kv_transfer_pb2.CommitResponse, _abc.Awaitable[_kv_transfer_pb2.CommitResponse]]:
-        """Commit tells that the KV arrived, was verified and belongs to a decoding sequence; the sender frees its hold."""
 
 def add_KvTransferServicer_to_server(servicer: KvTransferServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

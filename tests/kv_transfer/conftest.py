@@ -156,14 +156,22 @@ class Pair:
     def receive(self, grant: Grant, request: Request) -> Awaitable[Received]:
         return self.receiver.receive(grant, self.address, request.prompt_token_ids, self.target_table)
 
-    def fetch(self, grant: Grant, transport: int = kv_transfer_pb2.TRANSPORT_GRPC, proof: bytes | None = None) -> Any:
+    def fetch(
+        self,
+        grant: Grant,
+        transport: int = kv_transfer_pb2.TRANSPORT_GRPC,
+        proof: bytes | None = None,
+        commit: kv_transfer_pb2.Commit | None = None,
+    ) -> Any:
         """A raw Fetch, without a receiver. Args: proof: None: the right one."""
         channel = grpc.aio.insecure_channel(self.address)
         method = channel.unary_stream(
             f"/{SERVICE}/Fetch", request_serializer=kv_transfer_pb2.FetchRequest.SerializeToString
         )
         shown = self.receiver._granter.proof(grant) if proof is None else proof
-        return method(kv_transfer_pb2.FetchRequest(grant=grant.to_peer(), transport=transport, proof=shown))
+        return method(
+            kv_transfer_pb2.FetchRequest(grant=grant.to_peer(), transport=transport, proof=shown, commit=commit)
+        )
 
     def complete(self, grant: Grant, request: Request) -> None:
         """Offer it with everything written and its first token known."""

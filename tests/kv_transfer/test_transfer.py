@@ -72,32 +72,81 @@ async def test_kv_arrives_bit_exact_and_commit_frees_the_sender(pair, transport:
         assert count(p.receiver_metrics.transfer_bytes) == received.num_bytes
 
 
-async def test_a_transfer_takes_the_stream_that_stands_by_and_a_stopping_sender_ends_it(pair) -> None:
-    opened: asyncio.Queue[None] = asyncio.Queue()
+async def test_transfers_and_commits_share_a_stream_and_a_stopping_sender_ends_it(pair) -> None:
+    opened: list[object] = []
 
     class Watched(KvSender):
-        async def _asked(self, context):
-            opened.put_nowait(None)
-            return await super()._asked(context)
+        async def _fetch(self, requests, context):
+            opened.append(context)
+            await super()._fetch(requests, context)
 
     async with pair("grpc", sender_type=Watched) as p:
-        for number in range(2):
+        for number in range(3):
             request = p.request(100, f"r{number}")
             grant = p.grant(request)
             p.complete(grant, request)
             received = await p.receive(grant, request)
             p.assert_arrived(grant)
-            if number == 0:
-                await opened.get()
-            assert opened.empty()  # the second one opened none
             await p.receiver.commit(grant, p.address, received)
-            await opened.get()  # the next one's
-        request = p.request(100, "r2")
+            assert p.released == [f"r{n}" for n in range(number + 1)]
+            assert len(opened) == 1
+        request = p.request(100, "r3")
         grant = p.grant(request)
         await p.sender.close()
         with pytest.raises(Draining, match="is stopping"):  # by the stream that stood by, or one opened since
             await p.receive(grant, request)
         assert not p.sender._standing_by
+
+
+async def test_transfers_at_a_time_have_a_stream_each_and_one_that_failed_is_not_used_again(pair) -> None:
+    opened: list[object] = []
+
+    class Watched(KvSender):
+        async def _fetch(self, requests, context):
+            opened.append(context)
+            await super()._fetch(requests, context)
+
+    async with pair("grpc", sender_type=Watched) as p:
+        requests = [p.request(100, f"r{number}") for number in range(3)]
+        grants = [p.grant(request) for request in requests]
+        for request, grant in zip(requests, grants, strict=True):
+            p.offer(grant, request)
+        fetching = [asyncio.ensure_future(p.receive(g, r)) for g, r in zip(grants, requests, strict=True)]
+        while len(opened) < 3:
+            await asyncio.sleep(0.01)
+        p.sender.fail("r0", TransferFailed("for the test"))
+        for grant in grants[1:]:
+            p.write_all(grant)
+            p.sender.finish(grant.request_id, 7, final=False)
+        with pytest.raises(TransferFailed, match="for the test"):
+            await fetching[0]
+        for grant, receiving in zip(grants[1:], fetching[1:], strict=True):
+            await p.receiver.commit(grant, p.address, await receiving)
+        assert sorted(p.released) == ["r0", "r1", "r2"]
+        for number in (3, 4):
+            request = p.request(100, f"r{number}")
+            grant = p.grant(request)
+            p.complete(grant, request)
+            await p.receiver.commit(grant, p.address, await p.receive(grant, request))
+            p.assert_arrived(grant)
+        assert len(opened) == 3
+
+
+async def test_a_refused_commit_is_told_and_spoils_no_transfer(pair, caplog: pytest.LogCaptureFixture) -> None:
+    async with pair("grpc") as p:
+        request = p.request(100)
+        grant = p.grant(request)
+        p.complete(grant, request)
+        received = await p.receive(grant, request)
+        await p.receiver.commit(grant, p.address, replace(received, digest=b"another"))
+        assert "the receiver's digest differs from what was sent" in caplog.text
+        assert p.released == []
+        another = p.request(100, "r2")
+        second = p.grant(another)
+        p.complete(second, another)
+        await p.receiver.commit(second, p.address, await p.receive(second, another))
+        await p.receiver.commit(grant, p.address, received)
+        assert p.released == ["r2", "r1"]
 
 
 async def test_a_fetch_that_cannot_be_read_is_a_typed_error_and_one_that_asks_nothing_ends(pair) -> None:
