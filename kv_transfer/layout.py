@@ -7,7 +7,7 @@ byte views: any dtype, and in host memory, where numpy copies, one thread and no
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,8 @@ class PoolBytes:
         self._first_heads = tuple(first_heads or (0 for _ in layers))
         views = [(pool.keys(layer), pool.values(layer)) for layer in layers]
         self._planes = [tuple(self._array(view.view(torch.uint8)) for view in pair) for pair in views]
+        head_bytes = (sum(plane.shape[3] for plane in pair) for pair in self._planes)
+        self._head_bytes: list[int] = [0, *accumulate(head_bytes)]  # of a token and a head, of all layers before each
         first, itemsize = views[0][0], views[0][0].element_size()
         self._offsets = [(key.storage_offset() - first.storage_offset()) * itemsize for key, _ in views]
         self._offsets.append(pool.row_bytes)
@@ -55,9 +57,9 @@ class PoolBytes:
 
     def part_bytes(self, part: KvPart) -> int:
         """Canonical bytes of a part, whatever the block size."""
-        planes = self._planes[part.layer_start : part.layer_end]
-        per_head: int = sum(plane.shape[3] for pair in planes for plane in pair)
-        return part.num_tokens * part.num_heads * per_head
+        return (
+            part.num_tokens * part.num_heads * (self._head_bytes[part.layer_end] - self._head_bytes[part.layer_start])
+        )
 
     def checksum(self, part: KvPart, block_ids: Ids) -> int:
         """64 bits over the part's layers of these blocks, in order: what a copy of them must have as well."""

@@ -160,13 +160,10 @@ class Peers:
 
         Raises: StaleMessage: another boot runs there now. TransferFailed: nobody answers.
         """
-        async with self._setting_up(address):
-            peer = self._peers.get(address)
-            if peer is None or peer.boot_id != boot_id:
-                peer = await self._replace(address, peer)
-            if peer.boot_id != boot_id:
-                raise StaleMessage(f"boot {boot_id} of the prefill worker at {address} is gone, {peer.boot_id} runs")
-            peer.users += 1  # from here on, a link that breaks is not closed under us
+        peer = self._peers.get(address)
+        if peer is None or peer.boot_id != boot_id:
+            peer = await self._set_up(address, boot_id)
+        peer.users += 1  # from here on, a link that breaks is not closed under us
         try:
             if lane and peer.lane is not None:
                 await self._await_lane(address, peer)
@@ -175,6 +172,16 @@ class Peers:
             peer.users -= 1
             if peer.users == 0:
                 peer.unused.set()
+
+    async def _set_up(self, address: str, boot_id: str) -> Peer:
+        """Connect, or wait for who does. Raises: what `use` does."""
+        async with self._setting_up(address):
+            peer = self._peers.get(address)
+            if peer is None or peer.boot_id != boot_id:
+                peer = await self._replace(address, peer)
+            if peer.boot_id != boot_id:
+                raise StaleMessage(f"boot {boot_id} of the prefill worker at {address} is gone, {peer.boot_id} runs")
+            return peer
 
     @asynccontextmanager
     async def _setting_up(self, address: str) -> AsyncIterator[None]:

@@ -28,12 +28,17 @@ class KvProgress:
     def __init__(
         self, geometry: KvGeometry, num_cached_tokens: int, num_tokens: int, heads: Sequence[range] | None = None
     ) -> None:
-        self._geometry = geometry
         self._heads = tuple(heads or (range(layer.num_kv_heads) for layer in geometry.layers))
+        # Bytes of a token, per layer: of all heads that are written, and of those that are sent.
+        self._written_bytes = [geometry.layer_bytes_per_token(layer) for layer in range(geometry.num_layers)]
+        self._token_bytes = [
+            written // layer.num_kv_heads * len(sent)
+            for written, layer, sent in zip(self._written_bytes, geometry.layers, self._heads, strict=True)
+        ]
         self._start = [num_cached_tokens if sent else num_tokens for sent in self._heads]
         self._num_tokens = num_tokens
         self._lock = threading.Lock()
-        self._written = [0] * geometry.num_layers
+        self._written = [0] * len(self._heads)
         self._bytes_since_wake = 0
         self._woke = False
         self._granularity = 1
@@ -62,11 +67,8 @@ class KvProgress:
                 self.torn = self.torn or self._taken != self._start
                 self._written = [min(written, token_start) for written in self._written]
             self._written[layer_start:layer_end] = [token_end] * (layer_end - layer_start)
-            self._bytes_since_wake += sum(
-                self._geometry.layer_bytes_per_token(layer) * (token_end - token_start)
-                for layer in range(layer_start, layer_end)
-            )
-            last = layer_end == self._geometry.num_layers and token_end == self._num_tokens
+            self._bytes_since_wake += sum(self._written_bytes[layer_start:layer_end]) * (token_end - token_start)
+            last = layer_end == len(self._heads) and token_end == self._num_tokens
             due = (last and self._woke) or self.torn or self._bytes_since_wake >= WAKE_BYTES
             if due:
                 self._woke, self._bytes_since_wake = True, 0
@@ -77,27 +79,27 @@ class KvProgress:
 
         Args: whole_rows: many layers of few tokens rather than many tokens of few layers: the longest runs of a block.
         """
-        num_layers = self._geometry.num_layers
+        num_layers = len(self._heads)
         with self._lock:
             for start in range(num_layers):
                 token_start, token_end = self._taken[start], self._ready(start)
                 if token_start == token_end:
                     continue
-                token_bytes = self._token_bytes(start)
+                token_bytes = self._token_bytes[start]
                 if whole_rows:
                     alike = takewhile(partial(self._goes_with, start, token_end), range(start, num_layers))
-                    token_bytes = sum(map(self._token_bytes, alike))
+                    token_bytes = sum(self._token_bytes[layer] for layer in alike)
                 # What is too much is cut evenly; up to one and a half times too much, cutting costs more.
                 pieces = (token_bytes * (token_end - token_start) + max_bytes // 2) // max_bytes
                 if pieces > 1:
                     piece = -(-(token_end - token_start) // pieces)
                     token_end = min(token_end, token_start + -(-piece // self._granularity) * self._granularity)
                 most = max(max_bytes, token_bytes * (token_end - token_start))
-                end, size = start + 1, self._token_bytes(start) * (token_end - token_start)
+                end, size = start + 1, self._token_bytes[start] * (token_end - token_start)
                 while (
                     end < num_layers
                     and self._goes_with(start, token_end, end)
-                    and (size := size + self._token_bytes(end) * (token_end - token_start)) <= most
+                    and (size := size + self._token_bytes[end] * (token_end - token_start)) <= most
                 ):
                     end += 1
                 self._taken[start:end] = [token_end] * (end - start)
@@ -120,10 +122,6 @@ class KvProgress:
         """Whether a part that begins at layer `first` and ends at `token_end` may hold this layer too."""
         alike = self._heads[layer] == self._heads[first] and self._taken[layer] == self._taken[first]
         return alike and self._ready(layer) >= token_end
-
-    def _token_bytes(self, layer: int) -> int:
-        each = self._geometry.layer_bytes_per_token(layer) // self._geometry.layers[layer].num_kv_heads
-        return each * len(self._heads[layer])
 
     def _ready(self, layer: int) -> int:
         written = self._written[layer]
