@@ -9,12 +9,7 @@ from itertools import takewhile
 
 from ..core.kv_geometry import KvGeometry
 from .frames import KvPart
-
-# Waking the event loop for every layer of a small chunk takes the interpreter from the thread that computes the next
-# one: 30 wake-ups slowed a 64-token prefill by 15 %. What is left at the end is at most this, under a millisecond.
-# A transfer that is no larger than this as a whole waits for the first token: packing it meanwhile delayed that by 0.4
-# ms, and packing it afterwards takes no longer.
-WAKE_BYTES = 1 << 20
+from .framing import WAKE_BYTES
 
 
 class KvProgress:
@@ -41,23 +36,32 @@ class KvProgress:
         self._written = [0] * len(self._heads)
         self._bytes_since_wake = 0
         self._woke = False
-        self._granularity = 1
+        self._granularity, self._wake_bytes, self._wake_share = 1, WAKE_BYTES, 0.0
         self._taken = list(self._start)
         self.torn = False  # written again after some of it was taken: what was sent may not be what it seemed
 
-    def restart(self, granularity: int, kept: Iterable[KvPart] = ()) -> None:
+    def restart(
+        self,
+        granularity: int,
+        kept: Iterable[KvPart] = (),
+        *,
+        wake_bytes: int = WAKE_BYTES,
+        wake_share: float = 0.0,
+    ) -> None:
         """A new stream begins: all but what the receiver kept is to be taken again, in order.
 
-        Args: granularity: parts end at multiples of it (but for the last).
+        Args:
+            granularity: parts end at multiples of it (but for the last).
+            wake_bytes, wake_share: how much is worth sending; see `Framing`.
         """
         with self._lock:
-            self._granularity = granularity
+            self._granularity, self._wake_bytes, self._wake_share = granularity, wake_bytes, wake_share
             self._taken = list(self._start)
             for part in kept:
                 self._taken[part.layer_start : part.layer_end] = [part.token_end] * (part.layer_end - part.layer_start)
 
     def wrote(self, layer_start: int, layer_end: int, token_start: int, token_end: int) -> bool:
-        """Any thread. Returns whether it is time to send: WAKE_BYTES have come together, or this was the last part and
+        """Any thread. Returns whether it is time to send: enough has come together, or this was the last part and
         they had before. Whoever has less is told by the first token.
 
         A preempted sequence starts over; harmless unless a stream has taken something before.
@@ -69,7 +73,7 @@ class KvProgress:
             self._written[layer_start:layer_end] = [token_end] * (layer_end - layer_start)
             self._bytes_since_wake += sum(self._written_bytes[layer_start:layer_end]) * (token_end - token_start)
             last = layer_end == len(self._heads) and token_end == self._num_tokens
-            due = (last and self._woke) or self.torn or self._bytes_since_wake >= WAKE_BYTES
+            due = (last and self._woke) or self.torn or self._is_enough()
             if due:
                 self._woke, self._bytes_since_wake = True, 0
             return due
@@ -117,6 +121,16 @@ class KvProgress:
     def all_taken(self) -> bool:
         with self._lock:
             return all(taken == self._num_tokens for taken in self._taken)
+
+    def _is_enough(self) -> bool:
+        """Whether what came since the last wake-up is worth another."""
+        if self._bytes_since_wake < self._wake_bytes or not self._wake_share:
+            return self._bytes_since_wake >= self._wake_bytes
+        to_come = sum(
+            size * (self._num_tokens - written)
+            for size, written in zip(self._written_bytes, self._written, strict=True)
+        )
+        return self._bytes_since_wake >= self._wake_share * to_come
 
     def _goes_with(self, first: int, token_end: int, layer: int) -> bool:
         """Whether a part that begins at layer `first` and ends at `token_end` may hold this layer too."""

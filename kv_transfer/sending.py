@@ -55,7 +55,12 @@ class Sending:
         sent = out.sent  # a newer stream has a list of its own
         digest = RunningDigest(out.grant, out.token_ids)  # before prefill ends: what follows is what a token waits for
         granularity = self._bytes.block_size if framing.mapped else GROUP_TOKENS if lossy else 1
-        out.progress.restart(granularity, (frame.part for frame in sent))
+        out.progress.restart(
+            granularity,
+            (frame.part for frame in sent),
+            wake_bytes=framing.wake_bytes,
+            wake_share=framing.wake_share,
+        )
         checks = [self._check(out, frame.part) for frame in sent if frame.has_late_checksum]
         write_s = 0.0
         parts: deque[KvPart] = deque()  # taken and not sent

@@ -86,6 +86,20 @@ def test_the_sender_is_woken_for_a_mebibyte_at_a_time_and_for_less_only_at_the_e
     assert small.take(MIB) == box(layers=(0, 30), tokens=(0, 16))
 
 
+def test_where_the_link_is_fast_frames_get_smaller_towards_the_end() -> None:
+    progress = KvProgress(SMOLLM2, 0, 1000)
+    progress.restart(16, wake_bytes=MIB, wake_share=0.25)
+    layer = 1000 * SMOLLM2.layer_bytes_per_token(0)
+    assert layer > MIB
+    woken = [number for number in range(30) if progress.wrote(number, number + 1, 0, 1000)]
+    sizes = [end - start for start, end in zip([-1, *woken], woken, strict=False)]
+    assert woken[-1] == 29
+    assert sizes == sorted(sizes, reverse=True) == [6, 5, 4, 3, 3, 2, 2, 1, 1, 1, 1, 1]
+    small = KvProgress(SMOLLM2, 0, 1000)
+    small.restart(16, wake_bytes=40 * layer, wake_share=0.25)
+    assert not any(small.wrote(number, number + 1, 0, 1000) for number in range(30))  # the first token tells
+
+
 def test_whole_blocks_wait_for_their_last_token_but_for_the_prompts_end() -> None:
     progress = KvProgress(SMOLLM2, 0, 100)
     progress.restart(16)
