@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 from ..core.errors import InvalidRequest, ProtocolMismatch, SplitserveError, Superseded, from_code
 from ..core.logprobs import TokenLogprob, TopLogprob
@@ -104,25 +107,35 @@ def transport_name(transport: int) -> str:
     return name.removeprefix("TRANSPORT_").lower()
 
 
-def request_to_proto(request: Request, timeout_s: float, waited_s: float = 0.0) -> worker_pb2.WorkRequest:
-    """Args: timeout_s, waited_s: seconds left until the deadline, and since its arrival, as of now."""
-    return worker_pb2.WorkRequest(
-        request_id=request.request_id,
-        attempt=request.attempt,
-        prompt_token_ids=request.prompt_token_ids,
-        output_token_ids=request.output_token_ids,
-        max_tokens=request.max_tokens,
-        sampling=sampling_to_proto(request.sampling),
-        stop_token_ids=sorted(request.stop_token_ids),
-        priority=request.priority,
-        timeout_s=timeout_s,
-        waited_s=waited_s,
-        tenant=request.tenant,
-        min_tokens=request.min_tokens,
-        logprobs=request.logprobs,
-        prompt_logprobs=request.prompt_logprobs,
-        output_format=format_to_proto(request.output_format),
-    )
+def ids_from_proto(ids: Sequence[int]) -> list[int]:
+    """A repeated uint32 as a list: numpy reads its memory, twice as fast as asking for one after the other."""
+    numbers: list[int] = np.array(ids, dtype=np.uint32).tolist()
+    return numbers
+
+
+def request_to_proto(
+    request: Request, timeout_s: float, waited_s: float = 0.0, into: worker_pb2.WorkRequest | None = None
+) -> worker_pb2.WorkRequest:
+    """Args:
+    timeout_s, waited_s: seconds left until the deadline, and since its arrival, as of now.
+    into: a field of another message; made apart and copied in, a long prompt costs twice as much.
+    """
+    message = worker_pb2.WorkRequest() if into is None else into
+    message.request_id, message.attempt = request.request_id, request.attempt
+    message.prompt_token_ids.extend(request.prompt_token_ids)
+    message.output_token_ids.extend(request.output_token_ids)
+    message.max_tokens, message.min_tokens = request.max_tokens, request.min_tokens
+    message.sampling.CopyFrom(sampling_to_proto(request.sampling))
+    message.stop_token_ids.extend(sorted(request.stop_token_ids))
+    message.priority, message.tenant = request.priority, request.tenant
+    message.timeout_s, message.waited_s = timeout_s, waited_s
+    if request.logprobs is not None:
+        message.logprobs = request.logprobs
+    if request.prompt_logprobs is not None:
+        message.prompt_logprobs = request.prompt_logprobs
+    if request.output_format is not None:
+        message.output_format.CopyFrom(format_to_proto(request.output_format))
+    return message
 
 
 def request_from_proto(message: worker_pb2.WorkRequest, request_id: str = "") -> Request:
@@ -135,7 +148,7 @@ def request_from_proto(message: worker_pb2.WorkRequest, request_id: str = "") ->
     return Request(
         request_id=request_id or message.request_id,
         attempt=message.attempt,
-        prompt_token_ids=tuple(message.prompt_token_ids),
+        prompt_token_ids=tuple(ids_from_proto(message.prompt_token_ids)),
         output_token_ids=tuple(message.output_token_ids),
         max_tokens=message.max_tokens,
         sampling=sampling_from_proto(message.sampling),

@@ -98,19 +98,21 @@ class DecodeLink(WorkerLink):
         )
 
     def request_grant(self, request: Request, timeout_s: float, waited_s: float, prefill: PrefillLink) -> None:
-        grant = worker_pb2.RequestGrant(
-            request=request_to_proto(request, timeout_s, waited_s),
-            kv_address=prefill.kv_address,
-            kv_rank_addresses=prefill.info.kv_rank_addresses if prefill.info is not None else (),
-            prefill_boot_id=prefill.boot_id,
-            prefill_kv_dtype=prefill.info.kv_dtype if prefill.info is not None else "",
-        )
-        self._send(grant=grant)
+        message = worker_pb2.DecodeSessionRequest()
+        asked = message.grant
+        request_to_proto(request, timeout_s, waited_s, asked.request)
+        asked.kv_address, asked.prefill_boot_id = prefill.kv_address, prefill.boot_id
+        if prefill.info is not None:
+            asked.kv_rank_addresses.extend(prefill.info.kv_rank_addresses)
+            asked.prefill_kv_dtype = prefill.info.kv_dtype
+        self._outbox.put_nowait(message)
 
     def run_local(self, request: Request, timeout_s: float, waited_s: float, num_tokens: int) -> None:
         """Have it compute the prompt, of which its cache lacks `num_tokens`, and answer."""
         self._local_tokens[request.request_id] = num_tokens
-        self._send(run=worker_pb2.RunLocal(request=request_to_proto(request, timeout_s, waited_s)))
+        message = worker_pb2.DecodeSessionRequest()
+        request_to_proto(request, timeout_s, waited_s, message.run.request)
+        self._outbox.put_nowait(message)
 
     def _send(self, **message: Any) -> None:
         self._outbox.put_nowait(worker_pb2.DecodeSessionRequest(**message))

@@ -13,7 +13,14 @@ from ..core.logprobs import TokenLogprob
 from ..core.request import MAX_SEED, FinishReason, Request, seed_of_key
 from ..engine.output_format import check_format
 from ..proto import inference_pb2
-from ..proto.convert import check_protocol, format_from_proto, logprob_to_proto, reason_to_proto, sampling_from_proto
+from ..proto.convert import (
+    check_protocol,
+    format_from_proto,
+    ids_from_proto,
+    logprob_to_proto,
+    reason_to_proto,
+    sampling_from_proto,
+)
 from ..scheduling.admission import ModelLimits, check_model, make_request
 from .conversation import template_input
 from .dispatch import Dispatcher
@@ -193,7 +200,7 @@ class FrontDoor:
             case "messages":
                 return await self._text.encode_chat(*template_input(message.messages))
             case "token_ids" if isinstance(message, inference_pb2.GenerateRequest):
-                return list(message.token_ids.ids)
+                return ids_from_proto(message.token_ids.ids)
             case _:
                 raise InvalidRequest("the request has no input; send text, messages or token_ids", field="input")
 

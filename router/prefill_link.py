@@ -74,8 +74,11 @@ class PrefillLink(WorkerLink):
         self, request: Request, timeout_s: float, waited_s: float, grant: kv_transfer_pb2.Grant | None = None
     ) -> None:
         """Have it compute a prompt. Without a grant, that must follow."""
-        work = request_to_proto(request, timeout_s, waited_s)
-        self._send(run=worker_pb2.RunPrefill(request=work, grant=grant))
+        message = worker_pb2.PrefillSessionRequest()
+        request_to_proto(request, timeout_s, waited_s, message.run.request)
+        if grant is not None:
+            message.run.grant.CopyFrom(grant)
+        self._outbox.put_nowait(message)
 
     def grant(self, grant: kv_transfer_pb2.Grant) -> None:
         """Where the KV goes of a run that was sent without."""
