@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -23,7 +23,6 @@ from ..core.errors import (
     SplitserveError,
     Superseded,
     TransferFailed,
-    Unavailable,
     WorkerLost,
 )
 from ..core.events import Event, Recorder
@@ -43,6 +42,7 @@ from ..scheduling.routing import ClusterView, Placement, PrefillLoad, RoutingPol
 from .idempotency import EndedRequests, can_read, check_same
 from .job import Job, Phase
 from .membership import WorkerPool
+from .patience import Patience
 from .prefill_link import PrefillLink
 from .reading import Reading
 from .routing_view import RoutingView
@@ -96,16 +96,12 @@ class Dispatcher:
         self._policy = policy
         self._retries = retries
         self._ended = EndedRequests(keep_answers_s)
-        self._no_worker_wait_s = no_worker_wait_s
         self._jobs: dict[str, Job] = {}
         self._queue: FairQueue[Job] = FairQueue(ageing_s)
+        self._patience = Patience(pool, self._queue, wait_s=no_worker_wait_s, end=self._end)
         self._pumping = False
         self._quotas = Quotas()
         self._num_submitted = 0
-        self._ready_weights: frozenset[str] = frozenset()
-        self._stranded: set[Job] = set()  # queued, begun by weights that no ready worker has: others pass them
-        self._unusable_since = time.monotonic()
-        self._give_up_timer: asyncio.TimerHandle | None = None
         self.traffic = Traffic()
         self.num_finished = 0
         self.num_failed = 0
@@ -224,13 +220,7 @@ class Dispatcher:
     # What workers tell.
 
     def workers_changed(self) -> None:
-        was_usable = self._pool.usable
-        self._pool.refresh()
-        if was_usable and not self._pool.usable:
-            self._unusable_since = time.monotonic()
-        if self._ready_weights != self._pool.ready_weights:
-            self._ready_weights = self._pool.ready_weights
-            self._mind_stranded(list(self._queue))
+        self._patience.workers_changed()
         self._pump()
 
     def granted(self, worker: WorkerLink, grant: kv_transfer_pb2.Grant) -> None:
@@ -364,7 +354,7 @@ class Dispatcher:
         job.phase = Phase.QUEUED
         job.queued_at = time.monotonic()
         self._queue.push(job.ticket, job)
-        self._mind_stranded([job])
+        self._patience.queued([job])
         self._pump()
         if job.phase is Phase.QUEUED and job.untouched and not job.answer.ended:
             at = self._admission.latest_start(job.ticket, deadline_at=job.deadline_at, prefills=self._prefill_loads())
@@ -380,7 +370,7 @@ class Dispatcher:
         finally:
             self._pumping = False
         self._metrics.queued.set(self.num_queued)
-        self._mind_the_queue()
+        self._patience.watch()
 
     def _starts_in_time(self, job: Job) -> bool:
         """Whether its work would still be worth something; ends it otherwise."""
@@ -396,20 +386,6 @@ class Dispatcher:
             return False
         return True
 
-    def _mind_stranded(self, jobs: Iterable[Job]) -> None:
-        """Give requests that nobody can go on with `no_worker_wait_s`: others' tokens would not be theirs."""
-        for job in jobs:
-            if not job.weights or job.weights in self._pool.ready_weights:
-                self._stranded.discard(job)
-            elif job not in self._stranded:
-                self._stranded.add(job)
-                asyncio.get_running_loop().call_later(self._no_worker_wait_s, self._give_up_stranded, job)
-
-    def _give_up_stranded(self, job: Job) -> None:
-        if job in self._stranded and job.phase is Phase.QUEUED:
-            gone = f"no worker is ready that has the weights which began this answer ({job.weights})"
-            self._end(job, Unavailable(f"{gone}; send the request again", retry_after_s=1.0))
-
     def _too_late(self, job: Job) -> None:
         """It waited in the queue until there was no point in waiting longer."""
         job.queue_timer = None
@@ -420,9 +396,7 @@ class Dispatcher:
     # Of scheduling.dispatch_order.Source.
 
     def in_order(self) -> Iterator[Job]:
-        if not self._stranded:
-            return self._queue.in_order()
-        return (job for job in self._queue.in_order() if job not in self._stranded)
+        return self._patience.in_order()
 
     def view(self) -> ClusterView:
         return self._routing.view()
@@ -438,7 +412,7 @@ class Dispatcher:
         request, now = job.request, time.monotonic()
         _cancel(job.queue_timer)
         job.queue_timer = None
-        self._stranded.discard(job)
+        self._patience.left(job)
         job.decode = decode = self._pool.decodes[placement.decode]
         job.begun_by = decode.group.weights if decode.group is not None else ""
         job.prefill = prefill = self._pool.prefills[placement.prefill] if placement.prefill is not None else None
@@ -467,32 +441,6 @@ class Dispatcher:
         job.phase = Phase.PREFILLING
         job.timeline.mark(Event.PREFILL_QUEUED, now, job.request.attempt, worker=prefill.worker_id)
         prefill.run(job.request, job.deadline_at - now, now - job.timeline.arrived_at, grant)
-
-    def _mind_the_queue(self) -> None:
-        """While nobody can serve, each queued request has `no_worker_wait_s`, then it is told."""
-        if self._give_up_timer is not None:
-            self._give_up_timer.cancel()
-            self._give_up_timer = None
-        if self._pool.usable or self.num_queued == 0:
-            return
-        oldest = min(job.queued_at for job in self._queue)
-        wait_s = max(oldest, self._unusable_since) + self._no_worker_wait_s - time.monotonic()
-        self._give_up_timer = asyncio.get_running_loop().call_later(wait_s, self._give_up)
-
-    def _give_up(self) -> None:
-        self._give_up_timer = None
-        latest = time.monotonic() - self._no_worker_wait_s + 0.001  # timers may fire that early
-        for job in list(self._queue):
-            if max(job.queued_at, self._unusable_since) <= latest:
-                self._end(
-                    job,
-                    Unavailable(
-                        f"no pair of prefill and decode worker was ready within {self._no_worker_wait_s:g} s; "
-                        "try again, or see the router's status for why",
-                        retry_after_s=1.0,
-                    ),
-                )
-        self._mind_the_queue()
 
     # Attempts and the end.
 
@@ -589,7 +537,7 @@ class Dispatcher:
         """The one terminal event; later calls do nothing."""
         if not job.answer.end():
             return
-        self._stranded.discard(job)
+        self._patience.left(job)
         now = time.monotonic()
         self._queue.discard(job.ticket)
         num_new = len(job.answer.token_ids) - job.num_given
