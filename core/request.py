@@ -9,8 +9,6 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
-import numpy as np
-
 from .api_key import ANYBODY, ApiKey
 from .errors import InvalidRequest, PromptTooLong
 from .logprobs import MAX_TOP_LOGPROBS
@@ -227,6 +225,8 @@ class Request:
 
 def _range_of(token_ids: Collection[int]) -> tuple[int, int]:
     """The smallest and the largest; 0 of none. A long prompt's in a quarter of the time that min() and max() take."""
+    import numpy as np  # not by whoever only asks for --help
+
     if not token_ids:
         return 0, 0
     try:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from ..core.errors import InvalidRequest, ProtocolMismatch, SplitserveError, Superseded, from_code
 from ..core.logprobs import TokenLogprob, TopLogprob
 from ..core.request import FinishReason, FormatKind, OutputFormat, Request, SamplingParams
@@ -109,6 +107,8 @@ def transport_name(transport: int) -> str:
 
 def ids_from_proto(ids: Sequence[int]) -> list[int]:
     """A repeated uint32 as a list: numpy reads its memory, twice as fast as asking for one after the other."""
+    import numpy as np  # not in clients
+
     numbers: list[int] = np.array(ids, dtype=np.uint32).tolist()
     return numbers
 
