@@ -42,7 +42,7 @@ class Way:
 
 
 class Packer:
-    """Of one pool. Holds no state of its own: `pack` and `checksum` run in threads."""
+    """Of one pool. Holds no state of its own: `checksum` runs in threads, and so does `pack` where it moves KV."""
 
     def __init__(self, pool: KvPool, pool_bytes: PoolBytes) -> None:
         self._pool = pool

@@ -134,7 +134,7 @@ class KvSender:
 
         Args:
             token_ids: all tokens that the grant covers.
-            block_table: the request's blocks, called from a thread of ours whenever a part is packed.
+            block_table: the request's blocks, called whenever a part is packed, by a thread or the loop.
         Raises: StaleMessage, GeometryMismatch: the grant is not for this process, this model or these tokens.
         """
         if grant.prefill_boot_id != self._identity.boot_id:
@@ -335,7 +335,8 @@ class KvSender:
             self._check_proof(out.grant, request.proof)
             self._begin(out, stream, request)
             await self._send(out, stream, context.write, way)
-            self._sent(out)
+            if out.stream is stream:  # a commit by another stream may have ended it already
+                self._sent(out)
         except TransferInterrupted as error:
             if out is not None and out.stream is stream:
                 self._suspend(out)

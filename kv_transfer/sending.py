@@ -154,7 +154,7 @@ class Sending:
         )
         await write(last)
         if self._metrics is not None:
-            self._metrics.transfer_bytes.inc(num_bytes - out.num_counted)
+            self._metrics.transfer_bytes.inc(max(0, num_bytes - out.num_counted))
             out.num_counted = num_bytes
 
     def _pack(self, out: Outgoing, part: KvPart, sequence: int, way: Way) -> Packed:
