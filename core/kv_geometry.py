@@ -33,6 +33,10 @@ class KvGeometry:
     layers: tuple[LayerGeometry, ...]
     dtype: KvDtype
 
+    def __hash__(self) -> int:
+        """Of what tells models apart at once: over every layer, a look-up takes longer than what was looked up."""
+        return hash((self.model_id, self.dtype, len(self.layers)))
+
     @property
     def num_layers(self) -> int:
         return len(self.layers)

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -31,7 +30,7 @@ from .frames import HEADER_BYTES, FrameHeader, FrameKind, checksum
 from .grants import Grant
 from .incoming import Incoming
 from .layout import Bytes, PoolBytes
-from .peer import MAPPED, TRANSPORT_NAMES, Peer
+from .peer import MAPPED, TRANSPORT_NAMES, LinkClosed, Peer, ask
 from .pool import KvPool
 from .staging import Staging
 from .wire import WireBytes
@@ -240,11 +239,7 @@ class Fetcher:
     ) -> bytes:
         """Args: request: to be sent first."""
         try:
-            async with asyncio.timeout(timeout_s):
-                if request is not None:
-                    with suppress(asyncio.InvalidStateError):  # the call is over: reading tells why
-                        await call.write(request)
-                frame = await call.read()
+            frame = await ask(call, request, timeout_s)
         except TimeoutError:
             raise TransferFailed(
                 f"{transfer.grant}: the prefill worker said nothing for {timeout_s:g} s; prefill it again"
@@ -256,12 +251,9 @@ class Fetcher:
             raise typed or TransferFailed(
                 f"{transfer.grant}: the prefill worker cannot be reached any more: {error.details()}"
             ) from error
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
+        except LinkClosed as error:
             transfer.is_link_lost = True
-            raise TransferFailed(f"{transfer.grant}: the link to the prefill worker was closed") from None
+            raise TransferFailed(f"{transfer.grant}: {error.message}") from None
         if frame is grpc.aio.EOF:
             raise TransferFailed(f"{transfer.grant}: the stream ended before its last frame; prefill it again")
         assert isinstance(frame, bytes)

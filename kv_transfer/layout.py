@@ -57,9 +57,8 @@ class PoolBytes:
 
     def part_bytes(self, part: KvPart) -> int:
         """Canonical bytes of a part, whatever the block size."""
-        return (
-            part.num_tokens * part.num_heads * (self._head_bytes[part.layer_end] - self._head_bytes[part.layer_start])
-        )
+        per_head = self._head_bytes[part.layer_end] - self._head_bytes[part.layer_start]
+        return part.num_tokens * part.num_heads * per_head
 
     def checksum(self, part: KvPart, block_ids: Ids) -> int:
         """64 bits over the part's layers of these blocks, in order: what a copy of them must have as well."""

@@ -49,6 +49,28 @@ class LinkTimeout(TransferFailed):
     """A prefill worker did not answer in time."""
 
 
+class LinkClosed(TransferFailed):
+    """We closed the link ourselves."""
+
+
+async def ask(stream: Any, request: pb.FetchRequest | None, timeout_s: float) -> Any:
+    """Send a request, if there is one, on a stream of Fetch, and read the next message: bytes, or EOF.
+
+    Raises: TimeoutError. grpc.aio.AioRpcError. LinkClosed.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            if request is not None:
+                with suppress(asyncio.InvalidStateError):  # the call is over: reading tells why
+                    await stream.write(request)
+            return await stream.read()
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise LinkClosed("the link to the prefill worker was closed") from None
+
+
 class MappedPool(Protocol):
     """A peer's pool in our address space."""
 
@@ -93,26 +115,18 @@ class Peer:
 
     async def tell(self, request: pb.FetchRequest, timeout_s: float) -> None:
         """A commit. Raises: TransferFailed, and what the prefill worker refuses it with."""
-        stream = self.stream()
+        stream, is_taken = self.stream(), False
         try:
-            async with asyncio.timeout(timeout_s):
-                with suppress(asyncio.InvalidStateError):  # the call is over: reading tells why
-                    await stream.write(request)
-                answer = await stream.read()
-            if answer != b"":
-                stream.cancel()
-                raise TransferFailed("the prefill worker answered a commit with something else")
+            is_taken = await ask(stream, request, timeout_s) == b""
         except TimeoutError:
-            stream.cancel()
             raise LinkTimeout(f"the prefill worker did not answer within {timeout_s:g} s") from None
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
-        except asyncio.CancelledError:
-            stream.cancel()
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise TransferFailed("the link to the prefill worker was closed") from None
+        finally:
+            if not is_taken:
+                stream.cancel()
+        if not is_taken:
+            raise TransferFailed("the prefill worker answered a commit with something else")
         self.keep(stream)
 
 

@@ -62,7 +62,7 @@ class KvProgress:
 
     def wrote(self, layer_start: int, layer_end: int, token_start: int, token_end: int) -> bool:
         """Any thread. Returns whether it is time to send: enough has come together, or this was the last part and
-        they had before. Whoever has less is told by the first token.
+        some had before. Whoever has less is told by the first token.
 
         A preempted sequence starts over; harmless unless a stream has taken something before.
         """

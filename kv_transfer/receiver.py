@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
 from typing import Literal
 
 from ..core.errors import SplitserveError, StaleMessage, TransferFailed
@@ -28,7 +27,7 @@ from .incoming import Incoming
 from .layout import pool_bytes
 from .peer import MAPPED, TRANSPORTS, Peers
 from .pool import KvPool
-from .ranges import KvLayout, Route, route
+from .ranges import KvLayout, route
 from .wire import payload_bytes
 
 logger = logging.getLogger(__name__)
@@ -80,7 +79,6 @@ class KvReceiver:
         self._lease_s = lease_s
         self._granter = granter or Granter.new()
         self._geometry_digest = self._layout.geometry.digest()
-        self._route_from = lru_cache(maxsize=64)(self._find_route)
         self._peers = Peers(pool, self._bytes, self._layout, rank, identity, transports, tls)
         self._epochs: defaultdict[str, int] = defaultdict(lambda: 1)  # per address, raised after every failure
         self._speeds: defaultdict[str, LinkSpeed] = defaultdict(LinkSpeed)  # per address
@@ -157,7 +155,8 @@ class KvReceiver:
         Raises: TransferFailed, KvCorrupted, LeaseExpired, StaleMessage, GeometryMismatch, or the error that the
             request ended with on the prefill worker.
         """
-        due = self._route_from(grant.prefill_ranks, grant.prefill_rank)
+        source = KvLayout(geometry=self._layout.geometry, num_ranks=grant.prefill_ranks)
+        due = route(source, grant.prefill_rank, self._layout, self._rank)
         transfer = Transfer(
             grant=grant,
             block_ids=block_ids,
@@ -259,11 +258,6 @@ class KvReceiver:
         task = asyncio.create_task(tell())
         self._abandoning.add(task)
         task.add_done_callback(self._abandoning.discard)
-
-    def _find_route(self, num_ranks: int, rank: int) -> Route:
-        """What comes from one of so many ranks. Raises: GeometryMismatch."""
-        source = KvLayout(geometry=self._layout.geometry, num_ranks=num_ranks)
-        return route(source, rank, self._layout, self._rank)
 
     def _commit(self, grant: Grant, *, digest: bytes = b"", abandoned: bool = False) -> pb.FetchRequest:
         commit = pb.Commit(digest=digest, abandoned=abandoned)

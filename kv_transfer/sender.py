@@ -8,7 +8,6 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import grpc
@@ -45,7 +44,7 @@ from .outgoing import Outgoing
 from .packing import Packer, Way
 from .pool import KvPool
 from .progress import KvProgress
-from .ranges import KvLayout, Route, check_pair, route
+from .ranges import KvLayout, check_pair, route
 from .sending import WAIT_INTERVAL_S, Sending, Write, is_set
 from .wire import WireBytes
 
@@ -107,7 +106,6 @@ class KvSender:
             for transport in CHANNELS
             if is_usable(transport, pool)
         }
-        self._route_to = lru_cache(maxsize=64)(self._find_route)
         self._by_request: dict[str, Outgoing] = {}
         self._by_grant: dict[str, Outgoing] = {}
         self._parked: dict[str, asyncio.Event] = {}  # grant id -> its request was offered
@@ -163,7 +161,8 @@ class KvSender:
             if older.grant.attempt >= grant.attempt:
                 raise self._stale(f"{grant} is not newer than attempt {older.grant.attempt}, which is still here")
             self._end(older, StaleMessage(f"attempt {grant.attempt} replaced attempt {older.grant.attempt}"))
-        sent = self._route_to(grant.decode_ranks, grant.decode_rank)
+        target = KvLayout(geometry=self._layout.geometry, num_ranks=grant.decode_ranks)
+        sent = route(self._layout, self._rank, target, grant.decode_rank)
         out = Outgoing(
             grant=grant,
             token_ids=token_ids,
@@ -373,11 +372,6 @@ class KvSender:
         await context.write(pb.FetchResponse().SerializeToString())
 
     # -- inside --
-
-    def _find_route(self, num_ranks: int, rank: int) -> Route:
-        """What goes to one of so many ranks. Raises: GeometryMismatch."""
-        target = KvLayout(geometry=self._layout.geometry, num_ranks=num_ranks)
-        return route(self._layout, self._rank, target, rank)
 
     def _take(self, out: Outgoing, commit: pb.Commit) -> None:
         """What the receiver says of a transfer. Raises: StaleMessage, KvCorrupted."""

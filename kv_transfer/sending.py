@@ -154,8 +154,9 @@ class Sending:
         )
         await write(last)
         if self._metrics is not None:
-            self._metrics.transfer_bytes.inc(max(0, num_bytes - out.num_counted))
-            out.num_counted = num_bytes
+            counted = max(num_bytes, out.num_counted)  # what a resumed transfer repeats may take fewer, coded
+            self._metrics.transfer_bytes.inc(counted - out.num_counted)
+            out.num_counted = counted
 
     def _pack(self, out: Outgoing, part: KvPart, sequence: int, way: Way) -> Packed:
         """Runs in a thread, if it moves KV."""

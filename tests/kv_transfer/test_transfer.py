@@ -25,6 +25,7 @@ from splitserve.core.errors import (
 from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
 from splitserve.kv_transfer import sending
 from splitserve.kv_transfer.frames import SERVICE
+from splitserve.kv_transfer.outgoing import Outgoing
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.proto.rpc import from_rpc_error
 
@@ -72,15 +73,18 @@ async def test_kv_arrives_bit_exact_and_commit_frees_the_sender(pair, transport:
         assert count(p.receiver_metrics.transfer_bytes) == received.num_bytes
 
 
-async def test_transfers_and_commits_share_a_stream_and_a_stopping_sender_ends_it(pair) -> None:
-    opened: list[object] = []
-
+def counting_streams(opened: list[object]) -> type[KvSender]:
     class Watched(KvSender):
         async def _fetch(self, requests, context):
             opened.append(context)
             await super()._fetch(requests, context)
 
-    async with pair("grpc", sender_type=Watched) as p:
+    return Watched
+
+
+async def test_transfers_and_commits_share_a_stream_and_a_stopping_sender_ends_it(pair) -> None:
+    opened: list[object] = []
+    async with pair("grpc", sender_type=counting_streams(opened)) as p:
         for number in range(3):
             request = p.request(100, f"r{number}")
             grant = p.grant(request)
@@ -98,15 +102,11 @@ async def test_transfers_and_commits_share_a_stream_and_a_stopping_sender_ends_i
         assert not p.sender._standing_by
 
 
-async def test_transfers_at_a_time_have_a_stream_each_and_one_that_failed_is_not_used_again(pair) -> None:
+async def test_transfers_at_a_time_have_a_stream_each_and_later_ones_take_those_that_are_left(
+    pair,
+) -> None:
     opened: list[object] = []
-
-    class Watched(KvSender):
-        async def _fetch(self, requests, context):
-            opened.append(context)
-            await super()._fetch(requests, context)
-
-    async with pair("grpc", sender_type=Watched) as p:
+    async with pair("grpc", sender_type=counting_streams(opened)) as p:
         requests = [p.request(100, f"r{number}") for number in range(3)]
         grants = [p.grant(request) for request in requests]
         for request, grant in zip(requests, grants, strict=True):
@@ -130,6 +130,25 @@ async def test_transfers_at_a_time_have_a_stream_each_and_one_that_failed_is_not
             await p.receiver.commit(grant, p.address, await p.receive(grant, request))
             p.assert_arrived(grant)
         assert len(opened) == 3
+
+
+async def test_a_commit_that_overtakes_the_end_of_its_stream_leaves_no_lease_behind(pair) -> None:
+    """With several streams, it may come by another before the sender has seen its last write return."""
+    sent: list[Outgoing] = []
+
+    class Overtaken(KvSender):
+        async def _send(self, out, *args):
+            await super()._send(out, *args)
+            self._end(out, None)
+            sent.append(out)
+
+    async with pair("grpc", sender_type=Overtaken) as p:
+        request = p.request(100)
+        grant = p.grant(request)
+        p.complete(grant, request)
+        await p.receiver.commit(grant, p.address, await p.receive(grant, request))
+        assert p.released == ["r1"]
+        assert sent[0].lease.cancelled()
 
 
 async def test_a_refused_commit_is_told_and_spoils_no_transfer(pair, caplog: pytest.LogCaptureFixture) -> None:
