@@ -79,7 +79,9 @@ def main(
     seconds: Annotated[float, typer.Option(help="Seconds of load that are.")] = 60.0,
     clients: Annotated[int, typer.Option(help="Client processes that share the load.")] = 4,
     routers: Annotated[int, typer.Option(help="Router processes; each client uses one of them.")] = 4,
-    log_dir: Annotated[Path | None, typer.Option(help="Keep the processes' logs here.")] = None,
+    log_dir: Annotated[
+        Path | None, typer.Option(help="Keep the processes' logs and each request's times here.")
+    ] = None,
     trace_dir: Annotated[Path | None, typer.Option(help="Write step records and events here.")] = None,
     seed: Annotated[int, typer.Option(help="Of arrivals and prompts.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
@@ -119,7 +121,7 @@ async def _measure(
             idle_s = await _bare_prefill_s(cluster.router.address, load[0], in_flight=1)
             prefill_s = await _bare_prefill_s(cluster.router.address, load[0], in_flight=3)
             addresses = [router.address for router in cluster.routers]
-            requests = await _load(addresses, load, warmup_s + seconds, clients, seed)
+            requests = await _load(addresses, load, warmup_s + seconds, clients, seed, log_dir)
             measured.append(_row(load, requests, prefill_s, idle_s, warmup_s, seconds))
             print(measured[-1], file=sys.stderr, flush=True)
             if json_file is not None:  # after each row: a run of many minutes may be cut short
@@ -155,33 +157,32 @@ async def _bare_prefill_s(address: str, input_len: int, *, in_flight: int) -> fl
 
 
 async def _load(
-    addresses: Sequence[str], load: tuple[int, int, float], seconds: float, clients: int, seed: int
+    addresses: Sequence[str], load: tuple[int, int, float], seconds: float, clients: int, seed: int, folder: Path
 ) -> list[dict[str, Any]]:
     """Every request of all client processes, in order of arrival."""
     input_len, output_len, rate = load
     start_at = time.monotonic() + _CLIENT_START_S
-    with tempfile.TemporaryDirectory() as folder:
-        outs = [Path(folder) / f"{number}.jsonl" for number in range(clients)]
-        processes = [
-            await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "splitserve.benchmarks.load_client",
-                "--address", addresses[number % len(addresses)],
-                "--rate", str(rate / clients), "--seconds", str(seconds),
-                "--input-len", str(input_len), "--output-len", str(output_len), "--start-at", str(start_at),
-                "--seed", str(seed * 1000 + number), "--out", str(out),
-            )
-            for number, out in enumerate(outs)
-        ]  # fmt: skip
-        try:
-            async with asyncio.timeout(_CLIENT_START_S + seconds + _DRAIN_S):
-                codes = await asyncio.gather(*(process.wait() for process in processes))
-        finally:
-            for process in processes:
-                if process.returncode is None:
-                    process.kill()
-        if any(codes):
-            raise SystemExit("a load client failed; see above")
-        rows = [json.loads(line) for out in outs for line in out.read_text(encoding="utf-8").splitlines()]
+    outs = [folder / f"requests-{input_len}-{output_len}-{rate:g}-{number}.jsonl" for number in range(clients)]
+    processes = [
+        await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "splitserve.benchmarks.load_client",
+            "--address", addresses[number % len(addresses)],
+            "--rate", str(rate / clients), "--seconds", str(seconds),
+            "--input-len", str(input_len), "--output-len", str(output_len), "--start-at", str(start_at),
+            "--seed", str(seed * 1000 + number), "--out", str(out),
+        )
+        for number, out in enumerate(outs)
+    ]  # fmt: skip
+    try:
+        async with asyncio.timeout(_CLIENT_START_S + seconds + _DRAIN_S):
+            codes = await asyncio.gather(*(process.wait() for process in processes))
+    finally:
+        for process in processes:
+            if process.returncode is None:
+                process.kill()
+    if any(codes):
+        raise SystemExit("a load client failed; see above")
+    rows = [json.loads(line) for out in outs for line in out.read_text(encoding="utf-8").splitlines()]
     return sorted(rows, key=lambda row: float(row["scheduled_s"]))
 
 

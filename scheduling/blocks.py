@@ -67,11 +67,11 @@ class BlockAllocator:
         """Take blocks that hold nothing, evicting the least recently used cached ones; guard with `can_allocate`."""
         assert num_blocks <= self.num_available, "allocate without can_allocate"
         owners = self._granted if granted else self._live
-        taken = []
-        for _ in range(num_blocks):
-            block = self._free.pop() if self._free else self._evict()
+        taken = self._free[: -num_blocks - 1 : -1]  # from the top of the stack; a prompt's hundreds at once
+        del self._free[len(self._free) - len(taken) :]
+        taken += [self._evict() for _ in range(num_blocks - len(taken))]
+        for block in taken:
             owners[block] = 1  # the first, so there is no need for _own
-            taken.append(block)
         if granted:
             self._num_granted += num_blocks
         else:
@@ -98,10 +98,18 @@ class BlockAllocator:
 
     def grant_to_live(self, blocks: Iterable[int]) -> None:
         """The transfer is committed: what the reservation owned, a sequence owns now."""
+        live, granted = self._live, self._granted
+        num_moved = 0
         for block in blocks:
-            assert self._granted[block] > 0, f"block {block} is not granted"
-            self._own(block, 1, granted=False)
-            self._own(block, -1, granted=True)
+            assert granted[block] > 0, f"block {block} is not granted"
+            if granted[block] == 1 and not live[block]:  # its only owner, as of all but a shared prefix
+                granted[block], live[block] = 0, 1
+                num_moved += 1
+            else:
+                self._own(block, 1, granted=False)
+                self._own(block, -1, granted=True)
+        self._num_live += num_moved
+        self._num_granted -= num_moved
 
     def publish(self, block: int, prefix_hash: bytes) -> None:
         """Enter a full, owned block into the prefix index; the first block with a hash keeps it."""
