@@ -114,15 +114,20 @@ def ids_from_proto(ids: Sequence[int]) -> list[int]:
 
 
 def request_to_proto(
-    request: Request, timeout_s: float, waited_s: float = 0.0, into: worker_pb2.WorkRequest | None = None
+    request: Request,
+    timeout_s: float,
+    waited_s: float = 0.0,
+    into: worker_pb2.WorkRequest | None = None,
+    prompt_ids: Sequence[int] = (),
 ) -> worker_pb2.WorkRequest:
     """Args:
     timeout_s, waited_s: seconds left until the deadline, and since its arrival, as of now.
     into: a field of another message; made apart and copied in, a long prompt costs twice as much.
+    prompt_ids: the prompt's, if a message holds them: from there they are copied at once.
     """
     message = worker_pb2.WorkRequest() if into is None else into
     message.request_id, message.attempt = request.request_id, request.attempt
-    message.prompt_token_ids.extend(request.prompt_token_ids)
+    message.prompt_token_ids.extend(prompt_ids or request.prompt_token_ids)
     message.output_token_ids.extend(request.output_token_ids)
     message.max_tokens, message.min_tokens = request.max_tokens, request.min_tokens
     message.sampling.CopyFrom(sampling_to_proto(request.sampling))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -97,21 +97,25 @@ class DecodeLink(WorkerLink):
             tokens_per_s=self.status.prefill_tokens_per_s,
         )
 
-    def request_grant(self, request: Request, timeout_s: float, waited_s: float, prefill: PrefillLink) -> None:
+    def request_grant(
+        self, request: Request, timeout_s: float, waited_s: float, prefill: PrefillLink, prompt_ids: Sequence[int] = ()
+    ) -> None:
         message = worker_pb2.DecodeSessionRequest()
         asked = message.grant
-        request_to_proto(request, timeout_s, waited_s, asked.request)
+        request_to_proto(request, timeout_s, waited_s, asked.request, prompt_ids)
         asked.kv_address, asked.prefill_boot_id = prefill.kv_address, prefill.boot_id
         if prefill.info is not None:
             asked.kv_rank_addresses.extend(prefill.info.kv_rank_addresses)
             asked.prefill_kv_dtype = prefill.info.kv_dtype
         self._outbox.put_nowait(message)
 
-    def run_local(self, request: Request, timeout_s: float, waited_s: float, num_tokens: int) -> None:
+    def run_local(
+        self, request: Request, timeout_s: float, waited_s: float, num_tokens: int, prompt_ids: Sequence[int] = ()
+    ) -> None:
         """Have it compute the prompt, of which its cache lacks `num_tokens`, and answer."""
         self._local_tokens[request.request_id] = num_tokens
         message = worker_pb2.DecodeSessionRequest()
-        request_to_proto(request, timeout_s, waited_s, message.run.request)
+        request_to_proto(request, timeout_s, waited_s, message.run.request, prompt_ids)
         self._outbox.put_nowait(message)
 
     def _send(self, **message: Any) -> None:

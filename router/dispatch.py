@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -134,19 +134,27 @@ class Dispatcher:
 
     @contextmanager
     def open(
-        self, request: Request, *, arrived_at: float, deadline_at: float, call: int = 0, digest: bytes = b""
+        self,
+        request: Request,
+        *,
+        arrived_at: float,
+        deadline_at: float,
+        call: int = 0,
+        digest: bytes = b"",
+        prompt_ids: Sequence[int] = (),
     ) -> Iterator[Reading]:
         """Submit a request, or take it over from an earlier call; on leaving, whatever it still holds is freed.
 
         Args:
             call: how often the client asked before; see `GenerateRequest.call`.
             digest: of the request; a key that comes with another one is refused.
+            prompt_ids: the prompt's, in a message.
         Raises: Overloaded: no room, the first token would come too late, or the key has had its share.
             IdempotencyConflict: the id is another request's. DeadlineExceeded: it is past.
         """
         reading = self._take_over(request, arrived_at, deadline_at, digest)
         if reading is None:
-            reading = self._submit(request, arrived_at, deadline_at, call, digest).reading
+            reading = self._submit(request, arrived_at, deadline_at, call, digest, prompt_ids).reading
         job = reading.job
         try:
             yield reading
@@ -171,7 +179,15 @@ class Dispatcher:
         self._metrics.takeovers.labels("replayed" if job.answer.ended else "attached").inc()
         return job.reading
 
-    def _submit(self, request: Request, arrived_at: float, deadline_at: float, call: int, digest: bytes) -> Job:
+    def _submit(
+        self,
+        request: Request,
+        arrived_at: float,
+        deadline_at: float,
+        call: int,
+        digest: bytes,
+        prompt_ids: Sequence[int],
+    ) -> Job:
         timeline = Timeline(request_id=request.request_id, arrived_at=arrived_at, recorder=self._recorder)
         timeline.mark(Event.ARRIVED, arrived_at)
         now = time.monotonic()
@@ -179,7 +195,7 @@ class Dispatcher:
             raise DeadlineExceeded("the deadline is in the past; send the request with more time")
         attempt = max(first_attempt(call), self._ended.last_attempt(request.request_id) + 1)
         request = replace(request, attempt=attempt)
-        job = Job(request, timeline, deadline_at, self._ticket(request, arrived_at), digest)
+        job = Job(request, timeline, deadline_at, self._ticket(request, arrived_at), digest, prompt_ids)
         self._admit(job)
         timeline.mark(Event.ADMITTED, now)
         self._retries.budget.admitted(now)
@@ -426,12 +442,12 @@ class Dispatcher:
             job.phase = Phase.DECODING
             job.timeline.mark(Event.PREFILL_QUEUED, now, request.attempt, worker=decode.worker_id)
             num_tokens = self._routing.uncached_tokens(job, decode.address)
-            decode.run_local(request, timeout_s, waited_s, num_tokens)
+            decode.run_local(request, timeout_s, waited_s, num_tokens, job.prompt_ids)
             self._admission.ttft.dispatched(now, job.ticket.cost, self.num_queued)
         else:
             job.phase = Phase.GRANTING
             prefill.attach(request.request_id, self._routing.uncached_tokens(job, prefill.address), request.num_tokens)
-            decode.request_grant(request, timeout_s, waited_s, prefill)
+            decode.request_grant(request, timeout_s, waited_s, prefill, job.prompt_ids)
             if is_early and prefill.takes_late_grants:
                 self._run_prefill(job, prefill, now)
 
@@ -440,7 +456,7 @@ class Dispatcher:
     ) -> None:
         job.phase = Phase.PREFILLING
         job.timeline.mark(Event.PREFILL_QUEUED, now, job.request.attempt, worker=prefill.worker_id)
-        prefill.run(job.request, job.deadline_at - now, now - job.timeline.arrived_at, grant)
+        prefill.run(job.request, job.deadline_at - now, now - job.timeline.arrived_at, grant, job.prompt_ids)
 
     # Attempts and the end.
 
@@ -548,6 +564,7 @@ class Dispatcher:
         _cancel(job.queue_timer)
         _cancel(job.retry_timer)
         del self._jobs[job.request.request_id]
+        job.prompt_ids = ()
         job.error = error
         self._ended.add(job)
         job.timeline.ended_at = now

@@ -89,9 +89,15 @@ class FrontDoor:
             yield _finished(reason, work, len(work.output_token_ids))
             return
         deadline_at = arrived_at + work.timeout_s
-        digest = digest_of(request, CALLER.get().name)  # with the seed that _prepare stamped
+        prompt_ids = _take_prompt(request, work)
+        digest = digest_of(request, prompt_ids, CALLER.get().name)  # with the seed that _prepare stamped
         with self._dispatcher.open(
-            work, arrived_at=arrived_at, deadline_at=deadline_at, call=request.call, digest=digest
+            work,
+            arrived_at=arrived_at,
+            deadline_at=deadline_at,
+            call=request.call,
+            digest=digest,
+            prompt_ids=prompt_ids,
         ) as reading:
             job = reading.job
             await asyncio.sleep(0)  # what was queued for the workers just now leaves first
@@ -239,6 +245,17 @@ class FrontDoor:
                 seed=work.sampling.seed,
             )
         )
+
+
+def _take_prompt(message: inference_pb2.GenerateRequest, work: Request) -> Sequence[int]:
+    """The prompt's ids in a message, from which others copy them at once; `message` loses them."""
+    prompt = inference_pb2.TokenIds()
+    if message.HasField("token_ids"):
+        prompt.ids.extend(message.token_ids.ids)
+        message.token_ids.ClearField("ids")
+    else:
+        prompt.ids.extend(work.prompt_token_ids)
+    return prompt.ids
 
 
 def _already_complete(work: Request, answer: AnswerText) -> FinishReason | None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from ..core.errors import IdempotencyConflict
 from ..core.request import Request
@@ -18,8 +21,11 @@ LATE_S = 10.0  # for which messages of an ended attempt may still come, whether 
 DEADLINE_SLACK_S = 1.0  # that the deadlines of two calls for one request may differ by
 
 
-def digest_of(message: inference_pb2.GenerateRequest, caller: str) -> bytes:
-    """The same for every call of one request, different for another one or another caller. The seed must be stamped."""
+def digest_of(message: inference_pb2.GenerateRequest, prompt_ids: Sequence[int], caller: str) -> bytes:
+    """The same for every call of one request, different for another one or another caller. The seed must be stamped.
+
+    Args: prompt_ids: which `message` need not hold.
+    """
     request = inference_pb2.GenerateRequest()
     request.CopyFrom(message)
     # Not what is asked for, but how, how often, or what is there already.
@@ -31,6 +37,7 @@ def digest_of(message: inference_pb2.GenerateRequest, caller: str) -> bytes:
     request.ClearField("session")
     request.ClearField("protocol_version")
     digest = hashlib.blake2b(request.SerializeToString(deterministic=True), digest_size=16)
+    digest.update(np.array(prompt_ids, dtype=np.uint32).tobytes())
     digest.update(caller.encode())
     return digest.digest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 from enum import Enum
 
 from ..core.errors import SplitserveError
@@ -34,11 +35,18 @@ class Job:
     """One request from submission to its end. Made by `Dispatcher.open`."""
 
     def __init__(
-        self, request: Request, timeline: Timeline, deadline_at: float, ticket: Ticket, digest: bytes = b""
+        self,
+        request: Request,
+        timeline: Timeline,
+        deadline_at: float,
+        ticket: Ticket,
+        digest: bytes = b"",
+        prompt_ids: Sequence[int] = (),
     ) -> None:
         self.asked = request  # as the first call sent it
         self.request = request  # as the live attempt sends it
         self.digest = digest  # of all that makes it this request
+        self.prompt_ids = prompt_ids  # in a message, until the end; see `request_to_proto`
         self.answer = Answer(request.output_token_ids, request.attempt)
         self.reading = Reading(self, len(request.output_token_ids))  # of the newest call
         self.called_at = timeline.arrived_at  # of the newest call

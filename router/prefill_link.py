@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -71,11 +71,16 @@ class PrefillLink(WorkerLink):
         self._own_prompts -= load > 0
 
     def run(
-        self, request: Request, timeout_s: float, waited_s: float, grant: kv_transfer_pb2.Grant | None = None
+        self,
+        request: Request,
+        timeout_s: float,
+        waited_s: float,
+        grant: kv_transfer_pb2.Grant | None = None,
+        prompt_ids: Sequence[int] = (),
     ) -> None:
         """Have it compute a prompt. Without a grant, that must follow."""
         message = worker_pb2.PrefillSessionRequest()
-        request_to_proto(request, timeout_s, waited_s, message.run.request)
+        request_to_proto(request, timeout_s, waited_s, message.run.request, prompt_ids)
         if grant is not None:
             message.run.grant.CopyFrom(grant)
         self._outbox.put_nowait(message)

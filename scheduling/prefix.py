@@ -11,6 +11,7 @@ from ..core.kv_geometry import PREFIX_UNIT
 from ..core.request import Request
 
 _DIGEST_BYTES = 16
+_UNIT_BYTES = PREFIX_UNIT * array("I").itemsize
 
 
 def prefix_namespace(*, model_id: str, kv_dtype: str, tenant: str = "", codec: str = "none") -> bytes:
@@ -26,8 +27,10 @@ def prefix_namespace(*, model_id: str, kv_dtype: str, tenant: str = "", codec: s
 def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], namespace: bytes) -> None:
     """Append the hash of every further full unit of `token_ids`; hash i covers tokens [0, (i + 1) * PREFIX_UNIT)."""
     previous = hashes[-1] if hashes else namespace
-    for start in range(len(hashes) * PREFIX_UNIT, len(token_ids) - PREFIX_UNIT + 1, PREFIX_UNIT):
-        unit = array("q", token_ids[start : start + PREFIX_UNIT]).tobytes()
+    num_tokens = len(token_ids) // PREFIX_UNIT * PREFIX_UNIT
+    units = array("I", token_ids[len(hashes) * PREFIX_UNIT : num_tokens]).tobytes()
+    for start in range(0, len(units), _UNIT_BYTES):  # with what goes before, one block of the hash
+        unit = units[start : start + _UNIT_BYTES]
         previous = hashlib.blake2b(previous + unit).digest()[:_DIGEST_BYTES]  # cut: asking for so few takes longer
         hashes.append(previous)
 

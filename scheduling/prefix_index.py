@@ -81,6 +81,10 @@ class PrefixIndex:
         self._gone |= bit
         self._unswept = list(self._masks)  # from the start again: those swept before may have this bit
 
+    def holds(self, key: int) -> bool:
+        """Whether any worker holds the block."""
+        return self._at(key) != 0
+
     def match(self, keys: Sequence[int]) -> dict[str, int]:
         """How many leading keys each worker holds; those that hold none are left out.
 
