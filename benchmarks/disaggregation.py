@@ -77,7 +77,7 @@ def main(
     rows: Annotated[str, typer.Option(help="input length/output length/requests a second, with commas.")] = ROWS,
     warmup: Annotated[float, typer.Option(help="Seconds of load that are not counted.")] = 20.0,
     seconds: Annotated[float, typer.Option(help="Seconds of load that are.")] = 60.0,
-    clients: Annotated[int, typer.Option(help="Client processes that share the load.")] = 4,
+    clients: Annotated[int, typer.Option(help="Client processes that share the load.")] = 16,
     routers: Annotated[int, typer.Option(help="Router processes; each client uses one of them.")] = 4,
     log_dir: Annotated[
         Path | None, typer.Option(help="Keep the processes' logs and each request's times here.")

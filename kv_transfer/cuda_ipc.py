@@ -55,7 +55,7 @@ class PeerDevicePool:
         self._own = own
         with torch.cuda.device(own.device):
             self._base = cuda_runtime().open(shared.handle)
-            self._stream = torch.cuda.Stream(own.device, HIGH_PRIORITY)  # type: ignore[no-untyped-call]
+        self._of_thread = threading.local()
         self._rows = self._base + shared.offset
         self._lock = threading.Lock()
         self._num_copies = 0
@@ -95,20 +95,25 @@ class PeerDevicePool:
         width, row = span.stop - span.start, own.row_bytes
         sources = self._rows + span.start + source_ids * row
         targets = own.rows.data_ptr() + span.start + block_ids * row
-        with torch.cuda.device(own.device), torch.cuda.stream(self._stream):
+        stream = self._stream()
+        with torch.cuda.device(own.device), torch.cuda.stream(stream):
             on_device = own.on_device(block_ids)  # before the copies: nothing then stands between them and the checksum
             single = np.ones(len(sources), dtype=bool)
             for start, end in pairwise(_run_starts(source_ids, block_ids)):
                 if end - start >= _MIN_RECTANGLE:
-                    runtime.copy_rectangle(
-                        int(targets[start]), int(sources[start]), row, width, end - start, self._stream
-                    )
+                    runtime.copy_rectangle(int(targets[start]), int(sources[start]), row, width, end - start, stream)
                     single[start:end] = False
             if single.any():
-                runtime.copy_pieces(
-                    targets[single].astype(np.uint64), sources[single].astype(np.uint64), width, self._stream
-                )
+                runtime.copy_pieces(targets[single].astype(np.uint64), sources[single].astype(np.uint64), width, stream)
             return own.checksum_here(part, on_device)
+
+    def _stream(self) -> torch.cuda.Stream:
+        """The calling thread's: while one transfer's checksum is computed, another's blocks are copied."""
+        stream: torch.cuda.Stream | None = getattr(self._of_thread, "stream", None)
+        if stream is None:
+            stream = torch.cuda.Stream(self._own.device, HIGH_PRIORITY)  # type: ignore[no-untyped-call]
+            self._of_thread.stream = stream
+        return stream
 
     def _unmap_if_unused(self) -> None:
         if self._closed and self._num_copies == 0:

@@ -9,7 +9,8 @@ from torch import Tensor
 _WORDS = 2048  # of a program
 
 
-@triton.jit
+# Not compiled anew for numbers that happen to be 1 or whole multiples of 16.
+@triton.jit(do_not_specialize=["first_token", "num_tokens", "first_head", "num_heads", "first_word"])
 def _move_kernel(
     rows, table, flat, planes, row_words, block_size, first_token, num_tokens, first_head, num_heads, first_word,
     GATHER: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr,

@@ -41,9 +41,31 @@ class DevicePoolBytes(PoolBytes):
             before += dim
         self._shape_of_planes = planes
         self._planes_there = torch.tensor(planes, dtype=torch.int32, device=self.device)
+        self._load_kernels()
 
     def _array(self, view: Tensor) -> Any:
         return view
+
+    def _load_kernels(self) -> None:
+        """So that no transfer waits until they are compiled: one token of each layer, in a row that is no block."""
+        with self.on_own_stream() as stream:
+            size = -(-self.row_bytes // 8) * 8
+            row = torch.zeros((1, size), dtype=torch.uint8, device=self.device)
+            device_checksum(row, self.on_device(np.zeros(1, dtype=np.intp)), 0, size)
+            for layer, (keys, _) in enumerate(self._planes):
+                heads = range(self._first_heads[layer], self._first_heads[layer] + keys.shape[1])
+                part = KvPart(
+                    layer_start=layer,
+                    layer_end=layer + 1,
+                    head_start=heads.start,
+                    head_end=heads.stop,
+                    token_start=0,
+                    token_end=1,
+                )
+                flat = torch.empty(self.part_bytes(part), dtype=torch.uint8, device=self.device)
+                for gather in (True, False):
+                    self._move(part, (0,), flat, gather=gather, rows=row)
+            stream.synchronize()
 
     @contextmanager
     def on_own_stream(self) -> Iterator[torch.cuda.Stream]:
@@ -81,12 +103,20 @@ class DevicePoolBytes(PoolBytes):
             self.scatter(part, block_table, torch.tensor(payload).to(self.device))
             stream.synchronize()
 
-    def _move(self, part: KvPart, block_table: Sequence[int], flat: Tensor, *, gather: bool) -> None:
+    def _move(
+        self,
+        part: KvPart,
+        block_table: Sequence[int],
+        flat: Tensor,
+        *,
+        gather: bool,
+        rows: Tensor | None = None,
+    ) -> None:
         size, planes = self.block_size, slice(2 * part.layer_start, 2 * part.layer_end)
         first_block = part.token_start // size
         block_ids = np.asarray(block_table[first_block : -(-part.token_end // size)], dtype=np.int32)
         move(
-            self.rows.view(self._word),
+            (self.rows if rows is None else rows).view(self._word),
             self._planes_there[planes],
             self.on_device(block_ids),
             flat.view(self._word),
