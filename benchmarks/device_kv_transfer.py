@@ -260,12 +260,16 @@ async def _moved(link: _Link, receiver: KvReceiver, way: str, num_tokens: int, p
 async def _limits(control: Connection, plan: Plan, pool: KvPool) -> dict[str, dict[int, list[float]]]:
     """What the machine can do: one contiguous copy by the copy engines, one contiguous message."""
     sizes = [num_tokens * plan.geometry.bytes_per_token for num_tokens in plan.sizes]
-    name, message = ("peer copy", "NCCL, contiguous") if plan.devices[0] != "cpu" else ("copy", "gloo, contiguous")
+    on_gpus = plan.devices[0] != "cpu"
+    name, message = ("peer copy", "NCCL, contiguous") if on_gpus else ("copy", "gloo, contiguous")
     source = torch.empty(max(sizes), dtype=torch.uint8, device=plan.devices[0])
     target = pool.rows.view(-1)
-    found: dict[str, dict[int, list[float]]] = {name: {}, message: {}}
+    found: dict[str, dict[int, list[float]]] = {name: {}}
     for size in sizes:
         found[name][size] = [_copy_s(source[:size], target[:size]) for _ in range(plan.rounds + WARM_UP)][WARM_UP:]
+    if ("nccl" if on_gpus else "gloo") not in plan.ways:
+        return found
+    found[message] = {}
     control.send("channel")
     invitation = control.recv()
     channel = await asyncio.to_thread(_raw_rendezvous(plan, 1).accept, "127.0.0.1", invitation)
@@ -411,9 +415,22 @@ def _print_steps(console: Console, figures: Figures) -> None:
 
 
 def plan_of(
-    mib: Sequence[int], rounds: int, ways: Sequence[str], in_flight: int, step_seconds: float, **tuning: int | None
+    mib: Sequence[int],
+    rounds: int,
+    ways: Sequence[str],
+    in_flight: int,
+    step_seconds: float,
+    gpus: tuple[int, int],
+    **tuning: int | None,
 ) -> Plan:
-    """Args: mib: sizes of a transfer."""
+    """Args: mib: sizes of a transfer. gpus: of prefill and decode side."""
     sizes = tuple((number << 20) // LLAMA_8B.bytes_per_token for number in mib)
-    plan = Plan(ways=tuple(ways), sizes=sizes, rounds=rounds, in_flight=in_flight, step_seconds=step_seconds)
+    plan = Plan(
+        ways=tuple(ways),
+        sizes=sizes,
+        rounds=rounds,
+        in_flight=in_flight,
+        devices=(f"cuda:{gpus[0]}", f"cuda:{gpus[1]}"),
+        step_seconds=step_seconds,
+    )
     return replace(plan, **tuning)  # type: ignore[arg-type]

@@ -78,6 +78,10 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, or cuda: between two GPUs, KV of the Llama-3.1-8B shape.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="On cpu: float32, bfloat16 or float16.")] = "float32",
     ways: Annotated[str, typer.Option(help="On cuda: transports, with commas.")] = "cuda_ipc,nccl,grpc",
+    gpus: Annotated[
+        tuple[int, int],
+        typer.Option(help="On cuda: of the two sides; one twice shows what the hosts take."),
+    ] = (0, 1),
     in_flight: Annotated[int, typer.Option(min=1, help="On cuda: transfers at a time, of the sustained figure.")] = 4,
     beside_decode: Annotated[
         bool, typer.Option("--beside-decode", help="On cuda: time a decode-like step beside each transport.")
@@ -102,7 +106,7 @@ def main(
         seconds, frame_bytes = step_seconds if beside_decode else 0.0, frame_mib and frame_mib << 20
         sizes_mib = mib or (8, 64, 256, 1024)
         tuning = {"max_ctas": ctas, "frame_bytes": frame_bytes}
-        run(plan_of(sizes_mib, rounds, ways.split(","), in_flight, seconds, **tuning), json_file)
+        run(plan_of(sizes_mib, rounds, ways.split(","), in_flight, seconds, gpus, **tuning), json_file)
         return
     kv_dtype: KvDtype = next(name for name in DTYPE_BYTES if name == dtype)
     per_token = smollm2(kv_dtype).bytes_per_token
