@@ -106,7 +106,8 @@ async def test_killed_receiver_at_every_edge(pair, receiver_process, transport: 
         if edge == "half":
             await asyncio.to_thread(process.say, "open")
             p.sender.kv_written("r1", 0, p.source.geometry.num_layers, 0, NUM_TOKENS // 2)
-            await packing.wait()
+            async with asyncio.timeout(SEEN_S):
+                await packing.wait()
         elif edge == "received":
             p.write_all(grant)
             p.sender.finish("r1", 7, final=False)
