@@ -105,7 +105,7 @@ def run(plan: Plan, json_file: Path | None) -> Figures:
         sender.join()
     _print(figures, plan)
     if json_file is not None:
-        device = torch.cuda.get_device_name(0) if plan.devices[0] != "cpu" else "cpu"
+        device = torch.cuda.get_device_name(plan.devices[1]) if plan.devices[1] != "cpu" else "cpu"
         said = {name: value for name, value in asdict(plan).items() if name != "geometry"}
         write_json(json_file, {"plan": said, "warm_up": WARM_UP, **asdict(figures)}, device=device)
     return figures

@@ -77,7 +77,9 @@ def main(
     rows: Annotated[str, typer.Option(help="input length/output length/requests a second, with commas.")] = ROWS,
     warmup: Annotated[float, typer.Option(help="Seconds of load that are not counted.")] = 20.0,
     seconds: Annotated[float, typer.Option(help="Seconds of load that are.")] = 60.0,
-    clients: Annotated[int, typer.Option(help="Client processes that share the load.")] = 16,
+    clients: Annotated[
+        int | None, typer.Option(min=1, help="Client processes that share the load.", show_default="16; 4 on cpu")
+    ] = None,
     routers: Annotated[int, typer.Option(help="Router processes; each client uses one of them.")] = 4,
     log_dir: Annotated[
         Path | None, typer.Option(help="Keep the processes' logs and each request's times here.")
@@ -88,6 +90,7 @@ def main(
 ) -> None:
     """Measure and print a table."""
     loads = [_parse(text) for text in rows.split(",")]
+    clients = clients or (16 if device == "cuda" else 4)
     with tempfile.TemporaryDirectory() as folder:
         settings = model_settings(model, device, Path(folder))
         settings |= {"engine.prefix_cache": False, "router.replicas": routers}
@@ -162,7 +165,8 @@ async def _load(
     """Every request of all client processes, in order of arrival."""
     input_len, output_len, rate = load
     start_at = time.monotonic() + _CLIENT_START_S
-    outs = [folder / f"requests-{input_len}-{output_len}-{rate:g}-{number}.jsonl" for number in range(clients)]
+    run = f"{input_len}-{output_len}-{rate:g}-seed{seed}-{time.strftime('%H%M%S')}"
+    outs = [folder / f"requests-{run}-{number}.jsonl" for number in range(clients)]
     processes = [
         await asyncio.create_subprocess_exec(
             sys.executable, "-m", "splitserve.benchmarks.load_client",

@@ -103,6 +103,9 @@ def main(
     if device == "cuda":
         from .device_kv_transfer import plan_of, run
 
+        if gpus[0] == gpus[1] and "nccl" in ways.split(","):
+            raise typer.BadParameter("NCCL wants a GPU for each side; leave it out of --ways", param_hint="--gpus")
+
         seconds, frame_bytes = step_seconds if beside_decode else 0.0, frame_mib and frame_mib << 20
         sizes_mib = mib or (8, 64, 256, 1024)
         tuning = {"max_ctas": ctas, "frame_bytes": frame_bytes}

@@ -8,6 +8,8 @@ checksum runs on the receiver's multiprocessors: a decode step does not notice t
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 
 import numpy as np
@@ -96,7 +98,7 @@ class PeerDevicePool:
         sources = self._rows + span.start + source_ids * row
         targets = own.rows.data_ptr() + span.start + block_ids * row
         stream = self._stream()
-        with torch.cuda.device(own.device), torch.cuda.stream(stream):
+        with torch.cuda.device(own.device), torch.cuda.stream(stream), _quiet_after(stream):
             on_device = own.on_device(block_ids)  # before the copies: nothing then stands between them and the checksum
             single = np.ones(len(sources), dtype=bool)
             for start, end in pairwise(_run_starts(source_ids, block_ids)):
@@ -119,6 +121,17 @@ class PeerDevicePool:
         if self._closed and self._num_copies == 0:
             with torch.cuda.device(self._own.device):
                 cuda_runtime().close(self._base)
+
+
+@contextmanager
+def _quiet_after(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Whatever was queued has ended when this is left by an error: nobody writes to the blocks any more."""
+    try:
+        yield
+    except OSError:
+        with suppress(RuntimeError):  # as of a device that is lost, and writes nothing either
+            stream.synchronize()
+        raise
 
 
 def _run_starts(source_ids: Ids, block_ids: Ids) -> list[int]:

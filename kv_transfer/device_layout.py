@@ -49,9 +49,11 @@ class DevicePoolBytes(PoolBytes):
     def _load_kernels(self) -> None:
         """So that no transfer waits until they are compiled: one token of each layer, in a row that is no block."""
         with self.on_own_stream() as stream:
-            size = -(-self.row_bytes // 8) * 8
-            row = torch.zeros((1, size), dtype=torch.uint8, device=self.device)
-            device_checksum(row, self.on_device(np.zeros(1, dtype=np.intp)), 0, size)
+            words = -(-self.row_bytes // 8)
+            row = torch.zeros((1, words * 8), dtype=torch.uint8, device=self.device)
+            for num_words in (words, 17):  # one kernel for multiples of 16, another for the rest
+                data = torch.zeros((1, num_words * 8), dtype=torch.uint8, device=self.device)
+                device_checksum(data, self.on_device(np.zeros(1, dtype=np.intp)), 0, num_words * 8)
             for layer, (keys, _) in enumerate(self._planes):
                 heads = range(self._first_heads[layer], self._first_heads[layer] + keys.shape[1])
                 part = KvPart(

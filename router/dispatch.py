@@ -45,7 +45,7 @@ from .membership import WorkerPool
 from .patience import Patience
 from .prefill_link import PrefillLink
 from .reading import Reading
-from .routing_view import RoutingView
+from .routing_view import PrefixOfJob, RoutingView
 from .session import DecodeReport, PrefillReport, TransferReport, WorkerLink
 from .timeline import Timeline
 from .traffic import Traffic
@@ -564,7 +564,7 @@ class Dispatcher:
         _cancel(job.queue_timer)
         _cancel(job.retry_timer)
         del self._jobs[job.request.request_id]
-        job.prompt_ids = ()
+        job.prompt_ids, job.prefix = (), PrefixOfJob()
         job.error = error
         self._ended.add(job)
         job.timeline.ended_at = now

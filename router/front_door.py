@@ -248,7 +248,7 @@ class FrontDoor:
 
 
 def _take_prompt(message: inference_pb2.GenerateRequest, work: Request) -> Sequence[int]:
-    """The prompt's ids in a message, from which others copy them at once; `message` loses them."""
+    """The prompt's ids in a message of their own, from which others copy them at once. `message` loses them."""
     prompt = inference_pb2.TokenIds()
     if message.HasField("token_ids"):
         prompt.ids.extend(message.token_ids.ids)

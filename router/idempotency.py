@@ -24,7 +24,8 @@ DEADLINE_SLACK_S = 1.0  # that the deadlines of two calls for one request may di
 def digest_of(message: inference_pb2.GenerateRequest, prompt_ids: Sequence[int], caller: str) -> bytes:
     """The same for every call of one request, different for another one or another caller. The seed must be stamped.
 
-    Args: prompt_ids: which `message` need not hold.
+    Args: prompt_ids: that came in `message.token_ids`, which may have lost them since. Of a text or a conversation they
+        do not count: a template may print the time.
     """
     request = inference_pb2.GenerateRequest()
     request.CopyFrom(message)
@@ -36,9 +37,14 @@ def digest_of(message: inference_pb2.GenerateRequest, prompt_ids: Sequence[int],
     request.ClearField("priority")
     request.ClearField("session")
     request.ClearField("protocol_version")
-    digest = hashlib.blake2b(request.SerializeToString(deterministic=True), digest_size=16)
-    digest.update(np.array(prompt_ids, dtype=np.uint32).tobytes())
-    digest.update(caller.encode())
+    ids = b""
+    if request.HasField("token_ids"):
+        request.token_ids.ClearField("ids")
+        ids = np.array(prompt_ids, dtype=np.uint32).tobytes()
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (request.SerializeToString(deterministic=True), ids, caller.encode()):
+        digest.update(len(part).to_bytes(8, "little"))  # nothing is taken for the end of what goes before
+        digest.update(part)
     return digest.digest()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,15 +14,13 @@ from ..core.request import Request
 from ..proto import worker_pb2
 from ..scheduling.fair_queue import Ticket
 from ..scheduling.pairing import groups_of, one_group
-from ..scheduling.prefix import extend_hashes, prefix_namespace
-from ..scheduling.prefix_feed import block_key
+from ..scheduling.prefix import prefix_namespace
 from ..scheduling.prefix_index import PrefixIndex
+from ..scheduling.prompt_keys import PromptKeys
 from ..scheduling.ranked_loads import DecodeLoads, PrefillLoads
 from ..scheduling.routing import ClusterView, Placement, RoutedRequest, Snapshot
 from .membership import WorkerPool
 from .session import WorkerLink
-
-_SESSION_UNITS = 32  # of a prompt's beginning: what makes it one of a conversation, for policies that ask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,38 +36,11 @@ class _Hashing:
         return cls(model_id=info.prefix_model_id, kv_dtype=info.kv_dtype, block_size=info.block_size or PREFIX_UNIT)
 
 
-class _PromptKeys:
-    """Keys of a prompt's full blocks, hashed no further than somebody may hold them: most of a long prompt is new."""
-
-    def __init__(self, token_ids: Sequence[int], namespace: bytes, block_size: int) -> None:
-        self.keys: list[int] = []
-        self._token_ids = token_ids
-        self._namespace = namespace
-        self._hashes: list[bytes] = []
-        units, rest = divmod(block_size, PREFIX_UNIT)
-        self._units = 0 if rest else units  # of a block; none ends where a hash does, if there is a rest
-
-    @property
-    def session(self) -> bytes:
-        """What prompts that begin alike share."""
-        return self._hashes[min(_SESSION_UNITS, len(self._hashes)) - 1] if self._hashes else b""
-
-    def deepen(self) -> bool:
-        """Hash as much again as is hashed; False if that was all of it."""
-        num_units = max(_SESSION_UNITS, 2 * len(self._hashes))
-        before = len(self._hashes)
-        extend_hashes(self._hashes, self._token_ids[: num_units * PREFIX_UNIT], self._namespace)
-        if self._units:
-            ends = self._hashes[(len(self.keys) + 1) * self._units - 1 :: self._units]
-            self.keys += map(block_key, ends)
-        return len(self._hashes) > before
-
-
 @dataclass(slots=True)
 class PrefixOfJob:
-    """A request's prompt as the index knows it; hashed once, looked up again when the index has changed."""
+    """A request's prompt as the index knows it; looked up again when the index has changed."""
 
-    prompts: dict[_Hashing, _PromptKeys] = field(default_factory=dict)
+    prompts: dict[_Hashing, PromptKeys] = field(default_factory=dict)
     session: bytes = b""
     cached_tokens: Mapping[str, int] = field(default_factory=dict)  # by worker
     version: int = -1  # of the index that said so
@@ -180,16 +151,14 @@ class RoutingView:
             prompt = job.prefix.prompts.get(hashing)
             if prompt is None:
                 prompt = job.prefix.prompts[hashing] = _prompt_keys(job, hashing)
-            while (not prompt.keys or self.index.holds(prompt.keys[-1])) and prompt.deepen():
-                pass
+            found = prompt.match(self.index)
             job.prefix.session = prompt.session
-            found = self.index.match(prompt.keys)
             for link in links:
                 if (num_blocks := found.get(link.address, 0)) > 0:
                     yield link.address, num_blocks * hashing.block_size
 
 
-def _prompt_keys(job: RoutedJob, hashing: _Hashing) -> _PromptKeys:
+def _prompt_keys(job: RoutedJob, hashing: _Hashing) -> PromptKeys:
     request = job.request
     namespace = prefix_namespace(model_id=hashing.model_id, kv_dtype=hashing.kv_dtype, tenant=request.tenant)
-    return _PromptKeys(request.prompt_token_ids, namespace, hashing.block_size)
+    return PromptKeys(request.prompt_token_ids, namespace, hashing.block_size)

@@ -36,7 +36,7 @@ def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], namespace: byte
 
 
 def prefix_hashes(token_ids: Sequence[int], namespace: bytes) -> list[bytes]:
-    """Hashes of every full unit of `token_ids`, for lookups in a worker's or the router's index."""
+    """Hashes of every full unit of `token_ids`."""
     hashes: list[bytes] = []
     extend_hashes(hashes, token_ids, namespace)
     return hashes

@@ -27,3 +27,8 @@ def test_every_way_is_measured_alone_together_and_beside_steps(tmp_path: Path) -
     written = json.loads((tmp_path / "kv.json").read_text())
     assert written["plan"]["ways"] == list(ways)
     assert set(written["limits"]) == {"copy", "gloo, contiguous"}
+
+
+def test_without_a_way_by_messages_no_message_is_measured(tmp_path: Path) -> None:
+    plan = Plan(ways=("grpc",), sizes=(32,), rounds=1, in_flight=1, devices=("cpu", "cpu"), geometry=TINY)
+    assert set(run(plan, None).limits) == {"copy"}

@@ -39,6 +39,8 @@ async def granted(scene: Scene, decode: ScriptedWorker | None = None) -> tuple[S
     run = await prefill.receive("run")
     if not run.HasField("grant"):  # it did not wait for the grant, which follows
         await prefill.receive("grant")
+    assert run.request.prompt_token_ids, "a run without its prompt"
+    assert run.request.prompt_token_ids == request.request.prompt_token_ids
     return prefill, run.request
 
 

@@ -11,6 +11,7 @@ from splitserve.core.errors import IdempotencyConflict, PoisonRequest, RetryBudg
 from splitserve.core.request import seed_of_key
 from splitserve.proto import inference_pb2, worker_pb2
 from splitserve.proto.rpc import from_rpc_error
+from splitserve.router.idempotency import digest_of
 from splitserve.scheduling.attempts import first_attempt
 
 from .conftest import WAIT_S, Scene, ScriptedWorker, StartScene
@@ -61,6 +62,43 @@ async def begun(scene: Scene, num_tokens: int) -> worker_pb2.WorkRequest:
     scene.decode.transfer_done(work, ANSWER[0])
     speak(scene.decode, work, 1, num_tokens)
     return work
+
+
+def test_a_digest_is_of_what_was_asked_for_and_not_of_what_a_template_made_of_it() -> None:
+    def digest(prompt_ids: list[int], caller: str = "ada", **fields: Any) -> bytes:
+        return digest_of(inference_pb2.GenerateRequest(**fields), prompt_ids, caller)
+
+    by_text = digest([1, 2, 3], text="what day is it?")
+    assert digest([1, 2, 4], text="what day is it?", call=1, received_token_ids=[9]) == by_text
+    assert digest([1, 2, 3], text="what day was it?") != by_text
+    by_ids = digest([1, 2, 3], token_ids={})
+    assert digest([1, 2, 3], token_ids={"ids": [1, 2, 3]}) == by_ids  # whether or not they were taken out
+    others = [
+        digest([1, 2, 4], token_ids={}),
+        digest([1, 2, 3], token_ids={}, max_tokens=5),
+        digest([1, 2, 3], "eve", token_ids={}),
+        by_text,
+    ]
+    assert by_ids not in others
+    # The bytes of one tenant are those of one token id; nothing is taken for the end of what goes before.
+    assert digest([66154, 5], token_ids={}) != digest([5], token_ids={}, tenant="\x01\x00")
+
+
+async def test_prompts_reach_the_workers_as_they_are_whatever_they_came_as(start_scene: StartScene) -> None:
+    scene = await start_scene()
+    hello = list((await scene.client.tokenize("hello")).token_ids)
+    for input_, expected in (({"token_ids": {"ids": PROMPT}}, PROMPT), ({"text": "hello"}, hello)):
+        fields = {"token_ids": None, "idempotency_key": str(input_), **input_}
+        call = Call(scene, **fields)
+        prefill, work = await granted(scene)
+        assert list(work.prompt_token_ids) == expected
+        prefill.fail(work, "worker_lost")
+        _, again = await granted(scene)
+        assert again.attempt > work.attempt
+        assert list(again.prompt_token_ids) == expected
+        call.call.cancel()
+        await asyncio.wait({call.reading})
+        await scene.decode.cancels.get()
 
 
 async def test_a_second_call_goes_on_with_the_live_request_and_the_first_is_told(start_scene: StartScene) -> None:
