@@ -1,6 +1,6 @@
 """Does anything grow? Many short requests, some of them aborted, while memory and descriptors of each process are read.
 
-python -m splitserve.benchmarks.soak --requests 20000 --aborts 0.1
+python -m splitserve.benchmarks.soak --requests 40000 --aborts 0.1
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def slope_per_1000(num_requests: Sequence[int], values: Sequence[int]) -> float:
 
 
 def main(
-    requests: Annotated[int, typer.Option(min=100, help="Requests to send.")] = 20_000,
+    requests: Annotated[int, typer.Option(min=100, help="Requests to send.")] = 40_000,
     aborts: Annotated[float, typer.Option(min=0, max=1, help="Share whose client goes away.")] = 0.1,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way.")] = 16,
     seed: Annotated[int, typer.Option(help="Of prompts and aborts.")] = 0,
@@ -72,7 +72,7 @@ def main(
 ) -> None:
     """A split cluster of processes with a tiny random model. Exit code 1 if a process grows or a block stays behind.
 
-    $ python -m splitserve.benchmarks.soak --requests 20000 --aborts 0.1
+    $ python -m splitserve.benchmarks.soak --requests 40000 --aborts 0.1
     """
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     raise typer.Exit(0 if asyncio.run(_main(requests, aborts, concurrency, seed, json_file)) else 1)

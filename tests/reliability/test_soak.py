@@ -20,6 +20,6 @@ def test_a_leak_has_a_slope_and_a_warm_up_has_none() -> None:
 @pytest.mark.verify
 @pytest.mark.timeout(900)
 def test_memory_and_descriptors_stay_flat_and_every_block_comes_back() -> None:
-    command = [sys.executable, "-m", "splitserve.benchmarks.soak", "--requests", "20000"]
+    command = [sys.executable, "-m", "splitserve.benchmarks.soak", "--requests", "40000"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=880, check=False)
     assert run.returncode == 0, run.stdout + run.stderr[-4000:]
