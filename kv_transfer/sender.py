@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -33,10 +32,8 @@ from ..proto.convert import check_protocol
 from ..proto.mount import ServiceMount
 from ..proto.rpc import abort
 from .capability import check_proof
-from .channels import CHANNELS, is_usable, lanes_of, staging_of
 from .codecs import CODEC_NAMES, narrower
 from .frames import SERVICE, FrameKind
-from .framing import framing_of
 from .grants import Grant
 from .identity import WorkerIdentity
 from .layout import pool_bytes
@@ -46,6 +43,7 @@ from .pool import KvPool
 from .progress import KvProgress
 from .ranges import KvLayout, check_pair, route
 from .sending import WAIT_INTERVAL_S, Sending, Write, is_set
+from .ways import Ways
 from .wire import WireBytes
 
 logger = logging.getLogger(__name__)
@@ -101,11 +99,7 @@ class KvSender:
         self._packer = Packer(pool, self._bytes)
         self._loop = asyncio.get_running_loop()
         self._sending = Sending(self._packer, self._bytes, metrics)
-        self._channels = {
-            transport: (lanes_of(transport, pool, host), staging_of(transport, self._bytes))
-            for transport in CHANNELS
-            if is_usable(transport, pool)
-        }
+        self._ways = Ways(pool, self._bytes, identity, self._layout, rank, host)
         self._by_request: dict[str, Outgoing] = {}
         self._by_grant: dict[str, Outgoing] = {}
         self._parked: dict[str, asyncio.Event] = {}  # grant id -> its request was offered
@@ -229,8 +223,7 @@ class KvSender:
             fetch.cancel()
         for out in list(self._by_request.values()):
             self._end(out, self._stopping(), report=True)
-        for lanes, _ in self._channels.values():
-            lanes.close()
+        self._ways.close()
         self._sending.close()
 
     # -- the service --
@@ -240,61 +233,9 @@ class KvSender:
             check_protocol(request.protocol_version, f"decode worker {request.worker_id}")
             peer = KvLayout.from_proto(request.shape)
             check_pair(self._layout, peer)
-            return self._choose(request, peer)
+            return self._ways.choose(request, peer)
         except SplitserveError as error:
             await abort(context, error)
-
-    def _choose(self, request: pb.ConnectRequest, peer: KvLayout) -> pb.ConnectResponse:
-        """The receiver's best transport that works between the two."""
-        response = pb.ConnectResponse(
-            worker_id=self._identity.worker_id, boot_id=self._identity.boot_id, rank=self._rank
-        )
-        same_rows = peer == self._layout and request.rank == self._rank and request.block_size == self._pool.block_size
-        for transport in request.transports:
-            if transport == pb.TRANSPORT_GRPC:
-                response.transport = transport
-                return response
-            if transport in self._channels:
-                lanes, _ = self._channels[transport]
-                response.transport = transport
-                response.invitation = lanes.invite(request.boot_id, request.rank, request.link_epoch)
-                return response
-            if (
-                transport == pb.TRANSPORT_SHARED_MEMORY
-                and self._pool.fd is not None
-                and request.host_id == self._identity.host_id
-                and same_rows
-            ):
-                response.transport = transport
-                response.shared_pool.pid = os.getpid()
-                response.shared_pool.fd = self._pool.fd
-                response.shared_pool.size_bytes = self._pool.size_bytes
-                response.shared_pool.row_bytes = self._pool.row_bytes
-                response.shared_pool.block_size = self._pool.block_size
-                return response
-            if (
-                transport == pb.TRANSPORT_CUDA_IPC
-                and request.host_id == self._identity.host_id
-                and same_rows
-                and (device_pool := self._exported()) is not None
-            ):
-                response.transport = transport
-                response.device_pool.CopyFrom(device_pool)
-                return response
-        names = ", ".join(pb.Transport.Name(transport) for transport in request.transports)
-        raise GeometryMismatch(
-            f"no transport fits: the receiver offers [{names}]; shared memory needs one host, one block size, KV dtype "
-            "and tensor-parallel size, and a shared pool on the prefill worker, CUDA IPC the same and GPUs on both "
-            "sides; gRPC always works: allow it"
-        )
-
-    def _exported(self) -> pb.DevicePool | None:
-        """How our pool can be mapped, if it is a GPU's."""
-        if self._pool.keys(0).device.type != "cuda":
-            return None
-        from .cuda_ipc import export_pool
-
-        return export_pool(self._bytes)
 
     async def _asked(self, context: Context) -> pb.FetchRequest | None:
         """The next request of a stream, which may come long after the last; None: the receiver left."""
@@ -329,7 +270,7 @@ class KvSender:
         out: Outgoing | None = None
         stream = object()
         try:
-            way = self._way(request)  # first: without a lane the receiver connects anew and asks again
+            way = self._ways.of(request)  # first: without a lane the receiver connects anew and asks again
             out = await self._find(grant, context.write, request.round)
             self._check_proof(out.grant, request.proof)
             self._begin(out, stream, request)
@@ -386,18 +327,6 @@ class KvSender:
         if self._metrics is not None:
             self._metrics.transfers.inc()
         self._end(out, None)
-
-    def _way(self, request: pb.FetchRequest) -> Way:
-        """Raises: StaleMessage: its channel is gone. GeometryMismatch: we have no such transport."""
-        framing, grant = framing_of(request.transport), request.grant
-        if not framing.in_lane:
-            return Way(framing=framing, round=request.round)
-        if request.transport not in self._channels:
-            name = pb.Transport.Name(request.transport)
-            raise GeometryMismatch(f"{name} was not offered by this worker; connect anew")
-        lanes, staging = self._channels[request.transport]
-        lane = lanes.find(grant.decode_boot_id, grant.decode_rank, request.link_epoch)
-        return Way(framing=framing, lane=lane, staging=staging, round=request.round)
 
     def _live(self, grant: Grant) -> Outgoing | None:
         """The offered request of a grant that matches in every field; None if there is none (any more, or yet).

@@ -42,13 +42,13 @@ from ..scheduling.routing import ClusterView, Placement, PrefillLoad, RoutingPol
 from .idempotency import EndedRequests, can_read, check_same
 from .job import Job, Phase
 from .membership import WorkerPool
+from .outcomes import Outcomes
 from .patience import Patience
 from .prefill_link import PrefillLink
 from .reading import Reading
 from .routing_view import PrefixOfJob, RoutingView
 from .session import DecodeReport, PrefillReport, TransferReport, WorkerLink
 from .timeline import Timeline
-from .traffic import Traffic
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +102,7 @@ class Dispatcher:
         self._pumping = False
         self._quotas = Quotas()
         self._num_submitted = 0
-        self.traffic = Traffic()
-        self.num_finished = 0
-        self.num_failed = 0
-        self.num_cancelled = 0  # by their clients
+        self.outcomes = Outcomes(metrics)
         self.idle = asyncio.Event()
         self.idle.set()
 
@@ -262,7 +259,7 @@ class Dispatcher:
         job.timeline.prefill = report
         if report.ungranted and job.timeline.granted_at is None:  # no grant will say that it left the queue for good
             self._admission.ttft.dispatched(time.monotonic(), job.ticket.cost, self.num_queued)
-        self.traffic.prefilled(report.num_cached_tokens)
+        self.outcomes.traffic.prefilled(report.num_cached_tokens)
         if job.phase is Phase.DECODING:  # the KV was faster
             job.prefill.detach(tokens.request_id)
         else:
@@ -329,7 +326,7 @@ class Dispatcher:
 
     def _ticket(self, request: Request, arrived_at: float) -> Ticket:
         self._num_submitted += 1
-        self.traffic.arrived(request.num_tokens)
+        self.outcomes.traffic.arrived(request.num_tokens)
         return Ticket(
             order=self._num_submitted,
             arrived_at=arrived_at,
@@ -569,34 +566,11 @@ class Dispatcher:
         self._ended.add(job)
         job.timeline.ended_at = now
         self._admission.left(now)
-        self._record_end(job, now)
+        self.outcomes.ended(job, now, num_live=len(self._jobs))
         if not self._jobs:
             self.idle.set()
         job.reading.wake()
         self._pump()
-
-    def _record_end(self, job: Job, now: float) -> None:
-        reason, error, timeline, metrics = job.answer.finish_reason, job.error, job.timeline, self._metrics
-        outcome = error.code if error is not None else reason.value if reason is not None else "internal"
-        if error is None:
-            event = Event.FINISHED
-            self.num_finished += 1
-        elif isinstance(error, Cancelled):
-            event = Event.CANCELLED
-            self.num_cancelled += 1
-        else:
-            event = Event.FAILED
-            self.num_failed += 1
-        timeline.mark(event, now, job.request.attempt, outcome=outcome)
-        metrics.requests.labels(outcome).inc()
-        metrics.live.set(len(self._jobs))
-        self.traffic.ended(timeline, len(job.answer.token_ids), now=now)
-        metrics.duplicate_tokens.inc(job.answer.num_duplicates)
-        if timeline.first_token_at is not None:
-            metrics.ttft_seconds.observe(timeline.first_token_at - timeline.arrived_at)
-            num_gaps = len(job.answer.token_ids) - 1
-            if error is None and num_gaps > 0:
-                metrics.tpot_seconds.observe((now - timeline.first_token_at) / num_gaps)
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> None:

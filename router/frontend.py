@@ -92,10 +92,10 @@ class RouterAdmin(inference_pb2_grpc.RouterAdminServicer):
             workers=[*map(_view, self._pool), *map(_view_of_departed, self._pool.departed())],
             num_queued=self._dispatcher.num_queued,
             num_live=self._dispatcher.num_live,
-            num_finished=self._dispatcher.num_finished,
-            num_failed=self._dispatcher.num_failed,
-            num_cancelled=self._dispatcher.num_cancelled,
-            traffic=self._dispatcher.traffic.counts(self._dispatcher.num_queued_tokens),
+            num_finished=self._dispatcher.outcomes.num_finished,
+            num_failed=self._dispatcher.outcomes.num_failed,
+            num_cancelled=self._dispatcher.outcomes.num_cancelled,
+            traffic=self._dispatcher.outcomes.traffic.counts(self._dispatcher.num_queued_tokens),
         )
 
 

@@ -27,6 +27,7 @@ from splitserve.kv_transfer import sending
 from splitserve.kv_transfer.frames import SERVICE
 from splitserve.kv_transfer.outgoing import Outgoing
 from splitserve.kv_transfer.sender import KvSender
+from splitserve.kv_transfer.ways import Ways
 from splitserve.proto.rpc import from_rpc_error
 
 two_gpus = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
@@ -304,13 +305,19 @@ async def test_unmappable_pool_falls_back_to_grpc(pair) -> None:
         p.assert_arrived(grant)
 
 
+class WrongWays(Ways):
+    def choose(self, request, peer):
+        response = super().choose(request, peer)
+        response.invitation = b"1"
+        return response
+
+
 class WrongInvitations(KvSender):
     """Nobody listens where it invites to."""
 
-    def _choose(self, request, peer):
-        response = super()._choose(request, peer)
-        response.invitation = b"1"
-        return response
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self._ways.__class__ = WrongWays
 
 
 @pytest.mark.usefixtures("impatient_gloo")
