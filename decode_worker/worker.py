@@ -218,7 +218,13 @@ class DecodeWorker:
         request = run.request
         token_ids = request.prompt_token_ids + request.output_token_ids
         try:
-            arrived = await self._ranks.receive(grants, source, token_ids, reservation.block_ids)
+            arrived = await self._ranks.receive(
+                grants,
+                source,
+                token_ids,
+                reservation.block_ids,
+                on_covered=lambda: self.host.engine.expect_reserved(request.request_id),
+            )
             received = arrived.whole
             self._record(run, Event.TRANSFER_STARTED, received.started_at_s)
             self._record(run, Event.TRANSFER_FINISHED)

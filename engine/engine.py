@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _GPU_PACKED_TOKENS = 512  # from here on a prefill step is bound by arithmetic
 _RECENT = 4  # steps that tell how long the next one takes
+_HOLD = 0.1  # of a step that the next one waits for a sequence whose transfer is about to end
 _SLOW_LAUNCH_S = 0.05  # of a prompt kernel by kernel, until one was seen
 _SLACK_S = 3e-4  # between the launch of a step and the end of the one before it
 
@@ -143,6 +144,8 @@ class Engine:
         self._recorder = recorder
         self._kv_written = kv_written
         self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)
+        self._due: set[str] = set()  # reservations whose transfers are about to end
         on_cpu = model.model.device.type == "cpu"
         self._scheduler = StepScheduler(
             BlockAllocator(num_blocks, options.block_size, prefix_cache=options.prefix_cache),
@@ -205,6 +208,22 @@ class Engine:
         """
         with self._lock:
             self._scheduler.start_reserved(request_id, first_token_id)
+            self._no_longer_due(request_id)
+
+    def expect_reserved(self, request_id: str) -> None:
+        """`start_reserved` or `release` will follow within a millisecond or two: the next step may wait for it."""
+        with self._lock:
+            if self._scheduler.is_reserved(request_id):  # else it was released meanwhile, and nobody would take it out
+                self._due.add(request_id)
+
+    @property
+    def num_expected(self) -> int:
+        """Reservations that a step may wait for."""
+        return len(self._due)
+
+    def _no_longer_due(self, request_id: str) -> None:
+        self._due.discard(request_id)
+        self._arrived.notify_all()
 
     def release(self, request_id: str) -> bool:
         """Forget a request in whatever state and free its blocks, after the running step if that uses them.
@@ -212,6 +231,7 @@ class Engine:
         Returns False if there is no such request (any more).
         """
         with self._lock:
+            self._no_longer_due(request_id)
             released = self._scheduler.release(request_id)
             self._check_blocks()
             return released
@@ -364,6 +384,9 @@ class Engine:
         wait_s = expected_end_s - max(self._prepare_s) - _SLACK_S - time.monotonic()
         if wait_s > 0:
             time.sleep(wait_s)
+        if self._due:  # for a fraction of a step, which everybody else's token waits too
+            with self._lock:
+                self._arrived.wait_for(lambda: not self._due, timeout=_HOLD * min(self._decode_s))
 
     def _outlasts(self, running: _Launched, planned: _Planned) -> bool:
         """Whether a running step goes on for longer than the host takes to launch the next one kernel by kernel."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -58,11 +58,13 @@ class Transfer:
 
     grant: Grant
     block_ids: Sequence[int]
+    on_covered: Callable[[], None]
     incoming: Incoming
     checksums: list[int] = field(default_factory=list)  # of the frames that are in our blocks, in order
     copying: deque[asyncio.Future[int]] = field(default_factory=deque)  # frames that arrived since, in order
     started_s: float | None = None  # first KV frame of all streams
     round: int = 0
+    was_covered: bool = False
     was_open: bool = False  # the last stream began
     is_link_lost: bool = False  # as far as the last stream saw
     is_over: bool = False  # the prefill worker gave it up, or its KV is not what was granted: no other stream helps
@@ -70,6 +72,12 @@ class Transfer:
     @property
     def num_kept(self) -> int:
         return len(self.checksums)
+
+    def tell_if_covered(self) -> None:
+        """Once, whatever of it has to come again."""
+        if self.incoming.is_covered and not self.was_covered:
+            self.was_covered = True
+            self.on_covered()
 
     async def settle(self, most: int = 0) -> None:
         """Wait until at most so many copies run. Raises: their error. Cancelling the waiter does not disown them."""
@@ -169,6 +177,7 @@ class Fetcher:
                     if lane is not None:  # posted at once, so that others' turns can follow
                         payload = self._staging(transport).room(wire_bytes.part_bytes(header.part))
                         moving = await self._post(lane, header, payload)
+                    transfer.tell_if_covered()
                     await transfer.settle(self._most_copies - 1)
                     if payload is not None:
                         staging = self._staging(transport)

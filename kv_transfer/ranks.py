@@ -7,7 +7,7 @@ those shares together, so that a request's KV is whole or nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -62,11 +62,23 @@ class RankReceiver:
         source: Endpoint,
         token_ids: Sequence[int],
         block_ids: Sequence[int],
+        on_covered: Callable[[], None] = lambda: None,
     ) -> list[Received]:
-        """Pull all shares at once; when this returns or raises, nothing writes to the blocks any more."""
+        """Pull all shares at once; when this returns or raises, nothing writes to the blocks any more.
+
+        `on_covered` is called when the last share was announced whole.
+        """
+        num_open = len(grants)
+
+        def covered() -> None:
+            nonlocal num_open
+            num_open -= 1
+            if num_open == 0:
+                on_covered()
+
         return await _all_or_none(
             [
-                self._receiver.receive(grant, source.addresses[grant.prefill_rank], token_ids, block_ids)
+                self._receiver.receive(grant, source.addresses[grant.prefill_rank], token_ids, block_ids, covered)
                 for grant in grants
             ]
         )
@@ -89,6 +101,7 @@ class TargetRank(Protocol):
         source: Endpoint,
         token_ids: Sequence[int],
         block_ids: Sequence[int],
+        on_covered: Callable[[], None] = lambda: None,
     ) -> list[Received]: ...
 
     async def commit(self, grants: Sequence[Grant], source: Endpoint, received: Sequence[Received]) -> None: ...
@@ -150,13 +163,18 @@ class ReceiverGroup:
         source: Endpoint,
         token_ids: Sequence[int],
         block_ids: Sequence[int],
+        on_covered: Callable[[], None] = lambda: None,
     ) -> Arrived:
         """Pull and verify every rank's share; when this returns or raises, nothing writes to the blocks any more.
 
         Raises: what the first rank that failed raised.
         """
+        hints = [on_covered, *(lambda: None for _ in self._ranks[1:])]  # the ranks end within a millisecond or so
         shares = await _all_or_none(
-            [rank.receive(own, source, token_ids, block_ids) for rank, own in zip(self._ranks, grants, strict=True)]
+            [
+                rank.receive(own, source, token_ids, block_ids, hint)
+                for rank, own, hint in zip(self._ranks, grants, hints, strict=True)
+            ]
         )
         parts = [part for share in shares for part in share]
         if len({(part.first_token_id, part.finished) for part in parts}) != 1:

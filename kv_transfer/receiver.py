@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
@@ -145,8 +145,11 @@ class KvReceiver:
         kv_address: str,
         token_ids: Sequence[int],
         block_ids: Sequence[int],
+        on_covered: Callable[[], None] = lambda: None,
     ) -> Received:
         """Pull the KV of `token_ids` into `block_ids`; all of it is verified when this returns, not yet committed.
+
+        `on_covered` is called when all KV was announced: what is left takes a millisecond or two.
 
         When it returns, raises or is cancelled, nothing writes to the blocks any more.
         Raises: TransferFailed, KvCorrupted, LeaseExpired, StaleMessage, GeometryMismatch, or the error that the
@@ -157,6 +160,7 @@ class KvReceiver:
         transfer = Transfer(
             grant=grant,
             block_ids=block_ids,
+            on_covered=on_covered,
             incoming=Incoming(grant, self._layout.geometry, due, token_ids),
         )
         try:
