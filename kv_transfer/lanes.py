@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 
-from ..core.errors import StaleMessage
-from .channel import Lane, Rendezvous
+from ..core.errors import StaleMessage, TransferFailed
+from .channel import Channel, Lane, Rendezvous
+
+logger = logging.getLogger(__name__)
 
 MAX_LANES = 64  # each holds a thread and connections; the receiver of the oldest one connects anew if it still lives
 MAX_COMMUNICATORS = 16  # the same of NCCL, where each holds memory of the GPU as well
@@ -32,7 +35,15 @@ class Lanes:
             lane.abort(f"epoch {epoch} replaced epoch {known}")
         meeting = self._rendezvous.invite()
         name = f"the channel to rank {rank} of boot {boot_id}, epoch {epoch},"
-        self._lanes[boot_id, rank] = (epoch, Lane(name, meeting.join))
+
+        def join() -> Channel:
+            try:
+                return meeting.join()
+            except TransferFailed as error:  # its receiver, if it lives, only sees that nobody came
+                logger.warning("%s could not be set up: %s", name, error.message)
+                raise
+
+        self._lanes[boot_id, rank] = (epoch, Lane(name, join))
         while len(self._lanes) > self._max_lanes:
             _, (_, oldest) = self._lanes.popitem(last=False)
             oldest.abort("too many receivers are connected")

@@ -14,9 +14,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 import torch
-from splitserve.core.errors import KvCorrupted, TransferFailed
+from splitserve.core.errors import KvCorrupted, StaleMessage, TransferFailed
 from splitserve.kv_transfer.channel import Lane
 from splitserve.kv_transfer.gloo import GlooRendezvous
+from splitserve.kv_transfer.lanes import Lanes
 
 DEAD_PEER = """
 import sys
@@ -118,6 +119,17 @@ async def test_lanes_that_were_given_up_leave_no_connection_open() -> None:
 def peer_process(invitation: bytes) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", DEAD_PEER, invitation.decode()]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+async def test_a_sender_says_that_nobody_joined_its_lane(caplog: pytest.LogCaptureFixture) -> None:
+    lanes = Lanes(GlooRendezvous(set_up_s=0.2))
+    assert lanes.invite("boot", 0, 7)
+    with pytest.raises(TransferFailed, match="no receiver joined"):
+        await lanes.find("boot", 0, 7).ready()
+    assert "to rank 0 of boot boot, epoch 7, could not be set up: no receiver joined" in caplog.text
+    with pytest.raises(StaleMessage):
+        lanes.find("boot", 0, 7)
+    lanes.close()
 
 
 async def test_a_killed_peer_is_seen_at_once() -> None:
