@@ -148,6 +148,8 @@ class SimulatedWorker:
             plan = self.scheduler.schedule()
             if plan is not None:
                 self._begin_plan(plan)
+            for sequence in self.scheduler.take_preempted():
+                self._preempted(self._lives[sequence.request_id])
             return
         timing = time_run(
             self.spec.latency, num_steps=run.num_steps, batch=run.batch, context_tokens=run.num_context_tokens

@@ -114,7 +114,7 @@ class StepScheduler:
         self._waiting: list[Sequence] = []  # the preempted first, else in queue order
         self._running: list[Sequence] = []  # in queue order
         self._plans: deque[StepPlan] = deque()  # being run, the oldest first
-        self._preempted: list[Sequence] = []  # by the plan being made
+        self._preempted: list[Sequence] = []  # and in no plan yet
         self._starved = False  # somebody waits for blocks, so reservations must not take them
         self._arrivals = 0
         self.num_preemptions = 0
@@ -237,7 +237,7 @@ class StepScheduler:
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when no sequence can go on, or none before the running step is committed."""
         assert len(self._plans) < _MAX_PLANS, "commit the running steps first"
-        self._preempted = []
+        num_before = len(self._preempted)  # by an earlier call that came to no plan
         # Evaluated one by one: growing one sequence may preempt those behind it, which then no longer decode.
         parts: list[ScheduledTokens] = []
         for sequence in tuple(self._running):
@@ -259,7 +259,7 @@ class StepScheduler:
         started: list[Sequence] = []
         resumed: list[Sequence] = []
         full = self._max_step_tokens - self._max_packed_tokens
-        while budget > full and not self._preempted and (admitted := self._admit(logits_left)):
+        while budget > full and len(self._preempted) == num_before and (admitted := self._admit(logits_left)):
             parts.append(_part(admitted, min(budget, logits_left) if admitted.needs_prompt_logits else budget))
             budget -= parts[-1].num_tokens
             logits_left -= len(parts[-1].prompt_targets)
@@ -281,12 +281,17 @@ class StepScheduler:
             num_context_tokens=sum(part.end for part in parts),
             started=tuple(started),
             resumed=tuple(resumed),
-            preempted=tuple(self._preempted),
+            preempted=self.take_preempted(),
         )
         self._plans.append(plan)
         for part in parts:
             _advance(part)
         return plan
+
+    def take_preempted(self) -> tuple[Sequence, ...]:
+        """Those that no plan has told of: whoever preempts itself may leave nothing to plan."""
+        preempted, self._preempted = tuple(self._preempted), []
+        return preempted
 
     def commit(self, sampled: Mapping[str, int]) -> list[SampledToken]:
         """The oldest planned step ran: its sequences have the sampled token of each request id that has one.

@@ -224,6 +224,19 @@ def test_every_request_ends_once_and_every_block_comes_back(
     assert_idle(simulation)
 
 
+def test_a_sequence_that_preempts_itself_where_nobody_else_runs_keeps_its_gaps() -> None:
+    """The others' blocks are reserved for KV on its way: nothing is left to plan."""
+    answers = [(986, 120), (817, 100), (321, 64), (3, 120), (588, 5), (66, 78), (70, 15)]
+    requests = make_requests([(0.0, isl, osl) for isl, osl in answers])
+    sizes = {"num_blocks": 146, "max_step_tokens": 8192}
+    spec = cluster(pool(num_workers=3, **sizes), pool(num_workers=1, **sizes), link_bytes_per_s=2e9, prefix_cache=False)
+    simulation = Simulation(spec, requests, block_tokens=16)
+    result = simulation.run()
+    assert_counts_add_up(result, spec, requests)
+    assert_idle(simulation)
+    assert any(event is Event.PREEMPTED for life in result.events for event, _ in life)
+
+
 @settings(deadline=None, max_examples=50)
 @given(requests_strategy, clusters_strategy)
 def test_littles_law(rows: list[tuple[float, int, int]], spec: ClusterSpec) -> None:
