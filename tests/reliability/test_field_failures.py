@@ -260,6 +260,7 @@ async def test_11_scaling_down_aborts_nothing_and_prefill_waits_for_its_fetch(st
         receiver.receive = late
     asking = [asyncio.create_task(cluster.client.generate(p, **OPTIONS)) for p in prompts]
     await until_usage(cluster, "prefill-0", lambda usage: usage.num_held > 0)
+    await until_usage(cluster, "decode-0", lambda usage: usage.num_reserved > 0)  # both have something to wait for
     draining = [asyncio.create_task(cluster.host(name).drain(WAIT_S)) for name in ("prefill-0", "decode-0")]
     await asyncio.sleep(0)  # both have begun
     assert cluster.host("prefill-0").draining
