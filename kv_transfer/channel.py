@@ -124,6 +124,8 @@ class Lane:
         if turn > self._num_posted:
             self._due[turn] = self._loop.create_future()
             await self._due[turn]
+            if self.error is not None:  # since its turn came
+                raise self.error
         self._num_posted += 1
         moving = self._moving(False, data)
         if (following := self._due.pop(self._num_posted, None)) is not None and not following.done():
@@ -170,9 +172,10 @@ class Lane:
             self.abort(f"it could not be set up: {error}")
 
     def _move(self, payload: _Payload) -> None:
-        """Payloads come here in their order."""
+        """Payloads come here in their order. One that was posted ahead is waited for whatever happened since: until that
+        is over, its memory is the channel's."""
         try:
-            if self._channel is None or self._aborted:
+            if self._channel is None or (self._aborted and payload.posted is None):
                 raise TransferFailed(f"{self.name} was given up")
             payload.posted = payload.posted or self._channel.post(payload.data, is_send=payload.is_send)
             self._channel.wait(payload.posted, self._post_ahead)

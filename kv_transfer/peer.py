@@ -232,10 +232,12 @@ class Peers:
 
     async def _replace(self, address: str, known: Peer | None) -> Peer:
         """Connect anew; keep a known link if the worker there is still the same."""
+        if known is not None and not known.retired:
+            other = await self._connect(address, [pb.TRANSPORT_GRPC])  # another transport may end that link's channel
+            await other.channel.close()
+            if known.boot_id == other.boot_id and not known.retired:
+                return known
         peer = await self._connect(address, self._transports)
-        if known is not None and known.boot_id == peer.boot_id and not known.retired:
-            await peer.channel.close()
-            return known
         if known is not None and known.watch is not None:  # another boot in the same process: that link did not break
             known.watch.cancel()
         self._peers[address] = peer
@@ -361,10 +363,10 @@ class Peers:
             peer.retired = True
             if self._peers.get(address) is peer:
                 del self._peers[address]
-            if peer.pool is not None:
-                peer.pool.close()
             if peer.lane is not None:
                 peer.lane.abort("the link to the prefill worker broke or was closed")
+            if peer.pool is not None:
+                peer.pool.close()
             while peer.users:
                 peer.unused.clear()
                 await peer.unused.wait()

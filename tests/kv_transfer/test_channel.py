@@ -8,7 +8,8 @@ import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -73,6 +74,63 @@ async def test_abort_wakes_both_sides_and_the_lane_stays_closed(who: str) -> Non
             await receiver.recv(1, torch.empty(8, dtype=torch.uint8))
 
 
+async def test_an_abort_finds_who_has_its_turn_and_has_not_posted_yet() -> None:
+    async with joined(GlooRendezvous(stall_s=60.0)) as (_, receiver):
+        waiting = asyncio.ensure_future(receiver.recv(1, torch.empty(8, dtype=torch.uint8)))
+        await asyncio.sleep(0)  # let it begin to wait for its turn
+        moving = await receiver.recv(0, torch.empty(8, dtype=torch.uint8))  # which is next now
+        receiver.abort("another transfer broke")
+        for each in (waiting, moving):
+            with pytest.raises(TransferFailed):
+                await each
+
+
+class HeldChannel:
+    """Payloads stay on their way until they are let go; an abort is heard by whoever waits, as NCCL's is."""
+
+    def __init__(self) -> None:
+        self.on_their_way: set[int] = set()
+        self.first_may_end = threading.Event()
+        self.aborted = threading.Event()
+
+    def post(self, data: torch.Tensor, *, is_send: bool, is_ahead: bool = False) -> int:
+        self.on_their_way.add(data.data_ptr())
+        return data.data_ptr()
+
+    def wait(self, posted: int, meanwhile: Callable[[], None] = lambda: None) -> None:
+        while not self.first_may_end.wait(0.001):
+            meanwhile()
+        is_last = len(self.on_their_way) == 1
+        self.on_their_way.remove(posted)
+        if is_last and self.aborted.is_set():
+            raise TransferFailed("aborted")
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+    def close(self) -> None:
+        assert not self.on_their_way
+
+
+async def test_a_payload_posted_ahead_is_the_channels_until_its_abort_is_over() -> None:
+    """Otherwise its memory goes to somebody else while bytes still arrive in it."""
+    channel = HeldChannel()
+    lane = Lane("the receiver's lane", lambda: channel)
+    await lane.ready()
+    first, second = [await lane.recv(turn, torch.empty(8, dtype=torch.uint8)) for turn in (0, 1)]
+    try:
+        async with asyncio.timeout(10):
+            while len(channel.on_their_way) < 2:
+                await asyncio.sleep(0.002)
+    finally:
+        lane.abort("another transfer broke")
+        channel.first_may_end.set()
+    await first
+    with pytest.raises(TransferFailed, match="aborted"):
+        await second
+    assert not channel.on_their_way
+
+
 async def test_abort_wakes_a_sender_whom_nobody_receives_from() -> None:
     async with joined(GlooRendezvous(stall_s=60.0)) as (sender, _):
         _, leaving = sender.send(torch.zeros(64 << 20, dtype=torch.uint8))
@@ -133,7 +191,7 @@ async def test_a_sender_says_that_nobody_joined_its_lane(caplog: pytest.LogCaptu
 
 
 async def test_a_killed_peer_is_seen_at_once() -> None:
-    meeting = GlooRendezvous(stall_s=60.0).invite()
+    meeting = GlooRendezvous(set_up_s=60.0, stall_s=60.0).invite()
     peer = peer_process(meeting.invitation)
     try:
         lane = Lane("the sender's lane", meeting.join)

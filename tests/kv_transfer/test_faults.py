@@ -272,14 +272,21 @@ async def test_killed_sender_fails_the_transfer_and_is_unmapped(pair, sender_pro
         p.assert_arrived(grant)
 
 
-async def test_a_grant_of_another_boot_keeps_the_link(pair) -> None:
-    async with pair() as p:
+@pytest.mark.parametrize("transport", ["grpc", "shared_memory", "gloo"])
+async def test_a_grant_of_another_boot_keeps_the_link(pair, transport: str) -> None:
+    async with pair(transport) as p:
         request = p.request(40)
         stale = p.grant(request, boot_id="boot before")
         grant = p.grant(request)
         receiving = asyncio.ensure_future(p.receive(grant, request))
+        async with asyncio.timeout(10):
+            while (peer := p.receiver._peers._peers.get(p.address)) is None or not peer.users:
+                await asyncio.sleep(0.002)
         with pytest.raises(StaleMessage, match="boot before"):
             await p.receiver.receive(stale, p.address, request.prompt_token_ids, p.target_table)
         p.complete(grant, request)
-        await receiving
+        received = await receiving
+        assert received.transport == transport
         p.assert_arrived(grant)
+        assert p.receiver._peers._peers[p.address] is peer
+        assert p.receiver_metrics.transfer_resumes._value.get() == 0
