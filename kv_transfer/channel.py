@@ -172,8 +172,8 @@ class Lane:
             self.abort(f"it could not be set up: {error}")
 
     def _move(self, payload: _Payload) -> None:
-        """Payloads come here in their order. One that was posted ahead is waited for whatever happened since: until that
-        is over, its memory is the channel's."""
+        """Payloads come here in their order. One that was posted ahead is waited for, whatever happened since: until
+        then its memory is the channel's."""
         try:
             if self._channel is None or (self._aborted and payload.posted is None):
                 raise TransferFailed(f"{self.name} was given up")

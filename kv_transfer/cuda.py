@@ -13,6 +13,7 @@ HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
 _DEVICE_TO_DEVICE = 3
 _IN_STREAM_ORDER = 1
+_NON_BLOCKING = 1
 _BATCH_FROM_VERSION = 13_000  # earlier runtimes have another signature, or no such call
 
 
@@ -70,6 +71,13 @@ class CudaRuntime:
 
     def close(self, address: int) -> None:
         self._check(self._library.cudaIpcCloseMemHandle(ctypes.c_void_p(address)))
+
+    def new_stream(self, priority: int) -> int:
+        """A stream that waits for no other, not even for the default one."""
+        stream, flags = ctypes.c_void_p(), ctypes.c_uint(_NON_BLOCKING)
+        self._check(self._library.cudaStreamCreateWithPriority(ctypes.byref(stream), flags, ctypes.c_int(priority)))
+        assert stream.value is not None
+        return stream.value
 
     def copy_rectangle(
         self, target: int, source: int, pitch: int, width: int, height: int, stream: torch.cuda.Stream

@@ -7,6 +7,7 @@ checksum runs on the receiver's multiprocessors: a decode step does not notice t
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,8 @@ from .cuda import cuda_runtime
 from .device_layout import HIGH_PRIORITY, DevicePoolBytes
 from .frames import KvPart
 from .layout import Ids, PoolBytes
+
+logger = logging.getLogger(__name__)
 
 _MIN_RECTANGLE = 4  # consecutive blocks; fewer are cheaper as pieces of a batch
 
@@ -85,7 +88,7 @@ class PeerDevicePool:
             self._num_copies += 1
         try:
             return self._copy(part, source_ids.astype(np.int64), block_ids.astype(np.int64))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # of CUDA, and of PyTorch
             raise TransferFailed(f"copying from the prefill worker's memory failed: {error}") from error
         finally:
             with self._lock:
@@ -119,8 +122,11 @@ class PeerDevicePool:
 
     def _unmap_if_unused(self) -> None:
         if self._closed and self._num_copies == 0:
-            with torch.cuda.device(self._own.device):
-                cuda_runtime().close(self._base)
+            try:
+                with torch.cuda.device(self._own.device):
+                    cuda_runtime().close(self._base)
+            except (OSError, RuntimeError):  # of a GPU that is lost: what else ends with the link must end
+                logger.exception("a prefill worker's memory could not be unmapped")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.errors import TransferFailed
 from .device_checksum import device_checksum
 from .device_gather import move
 from .frames import KvPart
@@ -71,8 +72,12 @@ class DevicePoolBytes(PoolBytes):
 
     @contextmanager
     def on_own_stream(self) -> Iterator[torch.cuda.Stream]:
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            yield self._stream
+        """Raises: TransferFailed: the GPU has no memory for it, or failed."""
+        try:
+            with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+                yield self._stream
+        except RuntimeError as error:
+            raise TransferFailed(f"{self.device} could not move KV: {error}") from error
 
     def checksum(self, part: KvPart, block_ids: Ids) -> int:
         with self.on_own_stream():

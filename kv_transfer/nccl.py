@@ -9,17 +9,25 @@ sender is ready: the posted one spins on the multiprocessors of the decode worke
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from ..core.errors import TransferFailed
 from .channel import Channel, Meeting
+from .cuda import cuda_runtime
 from .device_layout import HIGH_PRIORITY
 from .nccl_library import UNIQUE_ID_BYTES, nccl, wait_until
+from .turns import Turns
+
+logger = logging.getLogger(__name__)
 
 _SENDER, _RECEIVER = 0, 1
 MAX_CTAS = 16
@@ -27,6 +35,12 @@ _BYTES_PER_S = 400e9  # of the fastest link
 # Sends that wait for their receivers hold multiprocessors. With more of them than fit, one whose receiver is ready
 # could wait for one whose receiver waits in turn; receives need no bound, since their sends are running.
 _sends = threading.BoundedSemaphore(4)
+_SLOT_LOOK_S = 0.02  # between two looks whether who waits for one of them was aborted
+# Those of communicators that are gone. None of PyTorch's, which hands out the same 32 of a device in turn: a receive
+# that spins would hold up the transfers and communicators that got its stream as well.
+_idle_streams: defaultdict[torch.device, deque[torch.cuda.Stream]] = defaultdict(deque)
+_turns = Turns()
+_FREE_PATIENCE_S = 1.0  # less than its receive may spin beside a decode step
 
 
 class NcclRendezvous:
@@ -97,56 +111,50 @@ class NcclChannel:
         self._stall_s = stall_s
         self._aborted = threading.Event()
         self._communicator: ctypes.c_void_p | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._unfinished: set[_Posted] = set()  # one that was posted ahead is waited for by nobody after an abort
         deadline_s = time.monotonic() + set_up_s
-        with torch.cuda.device(device):
-            self._stream = torch.cuda.Stream(device, HIGH_PRIORITY)  # type: ignore[no-untyped-call]
+        with self._whole(), _turns.making(set_up_s / 2), torch.cuda.device(device):
             self._communicator = nccl().begin(unique_id, rank, max_ctas)
             self._wait("set up", self._is_ready, deadline_s)
+            self._stream = _take_stream(device)
             # The first bytes connect the two GPUs and load the kernels: not the first payload's business.
-            first = self._post(
-                torch.empty(8, dtype=torch.uint8, device=device), _Posted(8, is_send=False), rank, deadline_s
-            )
+            first = self._post(_first_bytes(device), _Posted(8, is_send=False), rank, deadline_s)
             self._wait("set up", first.done.query, deadline_s)
 
     def post(self, data: Tensor, *, is_send: bool, is_ahead: bool = False) -> _Posted | None:
-        if is_send and not _sends.acquire(blocking=not is_ahead):
-            return None
-        posted = _Posted(data.numel(), is_send=is_send)
-        try:
-            rank = _SENDER if is_send else _RECEIVER
-            self._post(data, posted, rank, time.monotonic() + self._stall_s)
-        except TransferFailed:
-            posted.free()
-            raise
-        self._unfinished.add(posted)
-        return posted
+        with self._whole():
+            while is_send and not _sends.acquire(timeout=0.0 if is_ahead else _SLOT_LOOK_S):
+                if is_ahead:
+                    return None
+                if self._aborted.is_set():
+                    raise TransferFailed("NCCL was aborted before a payload could be sent")
+            posted = _Posted(data.numel(), is_send=is_send)
+            self._unfinished.add(posted)
+            return self._post(data, posted, _SENDER if is_send else _RECEIVER, time.monotonic() + self._stall_s)
 
     def wait(self, posted: _Posted, meanwhile: Callable[[], None] = lambda: None) -> None:
         try:
-            if self._communicator is None:
-                raise TransferFailed(f"the NCCL communicator was aborted while {posted.what}")
-            deadline_s = time.monotonic() + self._stall_s
-            self._wait(posted.what, posted.done.query, deadline_s, meanwhile, posted.expected_s)
+            with self._whole():
+                if self._communicator is None:
+                    raise TransferFailed(f"the NCCL communicator was aborted while {posted.what}")
+                deadline_s = time.monotonic() + self._stall_s
+                self._wait(posted.what, posted.done.query, deadline_s, meanwhile, posted.expected_s)
         finally:
             posted.free()
             self._unfinished.discard(posted)
 
     def _post(self, data: Tensor, posted: _Posted, rank: int, deadline_s: float) -> _Posted:
-        if self._communicator is None:
+        if self._communicator is None or self._stream is None:
             raise TransferFailed("the NCCL communicator was aborted before")
         with torch.cuda.device(self._device):
-            try:
-                nccl().post(
-                    self._communicator,
-                    is_send=rank == _SENDER,
-                    address=data.data_ptr(),
-                    size=data.numel(),
-                    stream=self._stream.cuda_stream,
-                )
-            except TransferFailed:
-                self._give_up()
-                raise
+            nccl().post(
+                self._communicator,
+                is_send=rank == _SENDER,
+                address=data.data_ptr(),
+                size=data.numel(),
+                stream=self._stream.cuda_stream,
+            )
             self._wait(posted.what, self._is_ready, deadline_s)  # only now its kernel is queued
             posted.done.record(self._stream)
         return posted
@@ -170,7 +178,7 @@ class NcclChannel:
         meanwhile: Callable[[], None] = lambda: None,
         expected_s: float = 0.0,
     ) -> None:
-        """Raises: TransferFailed: aborted, too late, or NCCL failed; the communicator is gone then."""
+        """Raises: TransferFailed: aborted, too late, or NCCL failed."""
 
         def is_over() -> bool:
             if is_done():
@@ -183,18 +191,48 @@ class NcclChannel:
             meanwhile()
             return False
 
+        wait_until(is_over, expected_s)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What fails here ends the communicator. Raises: TransferFailed, also for what PyTorch says of the GPU."""
         try:
-            wait_until(is_over, expected_s)
-        except TransferFailed:
+            yield
+        except BaseException as error:
             self._give_up()
+            if isinstance(error, RuntimeError | OSError):
+                raise TransferFailed(f"the GPU failed a transfer by NCCL: {error}") from error
             raise
 
     def _give_up(self) -> None:
         """Abort and wait until no kernel of ours touches a payload any more."""
         communicator, self._communicator = self._communicator, None
-        if communicator is not None:
-            with torch.cuda.device(self._device):
-                nccl().abort(communicator)
-                self._stream.synchronize()
-        while self._unfinished:
-            self._unfinished.pop().free()
+        try:
+            if communicator is not None:
+                with _turns.freeing(_FREE_PATIENCE_S), torch.cuda.device(self._device):
+                    nccl().abort(communicator)
+                    if self._stream is not None:
+                        self._stream.synchronize()
+                        _idle_streams[self._device].append(self._stream)
+        except RuntimeError:  # of a GPU that is lost, and writes nothing either
+            logger.exception("a GPU failed while an NCCL communicator was given up")
+        finally:
+            while self._unfinished:
+                self._unfinished.pop().free()
+
+
+def _take_stream(device: torch.device) -> torch.cuda.Stream:
+    """Nobody else's. On the thread's device."""
+    try:
+        return _idle_streams[device].pop()
+    except IndexError:
+        handle = cuda_runtime().new_stream(HIGH_PRIORITY)
+        return torch.cuda.ExternalStream(handle, device=device)  # type: ignore[no-untyped-call]
+
+
+@cache
+def _first_bytes(device: torch.device) -> Tensor:
+    """[8] uint8 that every set-up on a device moves, and nobody reads."""
+    data = torch.zeros(8, dtype=torch.uint8, device=device)
+    torch.cuda.current_stream(device).synchronize()
+    return data

@@ -98,6 +98,8 @@ class Nccl:
         value = _UniqueId.from_buffer_copy(unique_id)
         code = self._library.ncclCommInitRankConfig(ctypes.byref(communicator), 2, value, rank, ctypes.byref(config))
         if code not in (_SUCCESS, _IN_PROGRESS) or not communicator.value:
+            if communicator.value:
+                self.abort(communicator)
             raise TransferFailed(f"NCCL refuses a communicator: {self.error_text(code)}")
         return communicator
 
