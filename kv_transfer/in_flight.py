@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+
+Wait = Callable[[asyncio.Future[None]], Awaitable[None]]
 
 
 class InFlight:
@@ -27,8 +30,11 @@ class InFlight:
         """Whether `take` would not wait."""
         return not any(waiting == link for waiting, _, _ in self._waiting) and self._fits(link, num_bytes)
 
-    async def take(self, link: str, num_bytes: int) -> None:
-        """Wait for room. Whoever waits here must hold nothing that others wait for."""
+    async def take(self, link: str, num_bytes: int, wait: Wait | None = None) -> None:
+        """Wait for room. Whoever waits here must hold nothing that others wait for.
+
+        Args: wait: how, if there is none yet: it returns once the future is done.
+        """
         if self.has_room(link, num_bytes):
             self._add(link, num_bytes)
             return
@@ -36,8 +42,8 @@ class InFlight:
         entry = (link, num_bytes, granted)
         self._waiting.append(entry)
         try:
-            await granted
-        except asyncio.CancelledError:
+            await (granted if wait is None else wait(granted))
+        except BaseException:
             if granted.done() and not granted.cancelled():  # granted and cancelled at once
                 self.give(link, num_bytes)
             elif entry in self._waiting:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from ..core.errors import StaleMessage, TransferFailed, TransferInterrupted
 from ..core.metrics import WorkerMetrics
@@ -68,6 +69,18 @@ class Sending:
         leaving: asyncio.Future[None] | None = None  # the payload before, in the lane
         link = f"{out.grant.decode_boot_id}/{out.grant.decode_rank}"
         held: deque[int] = deque()  # bytes of the pieces that count as in flight, oldest first
+
+        async def say_wait() -> None:
+            await write(self._packer.control(out.grant, FrameKind.WAIT, len(sent), round_number=way.round))
+
+        async def wait(*futures: asyncio.Future[Any]) -> None:
+            """Until they are done; none is cancelled. What others hold up must not look like our silence."""
+            pending = {future for future in futures if not future.done()}
+            while pending:
+                _, pending = await asyncio.wait(pending, timeout=WAIT_INTERVAL_S)
+                if pending:
+                    await say_wait()
+
         try:
             while True:
                 _check_newest(out, stream)
@@ -82,7 +95,7 @@ class Sending:
                 ):
                     if not framing.mapped:
                         size = out.wire_bytes.part_bytes(part)
-                        await in_flight.take(link, size)
+                        await in_flight.take(link, size, wait)
                         held.append(size)
                     number = len(sent) + (frame is not None)
                     if framing.mapped:  # block numbers are at hand sooner than a thread
@@ -96,7 +109,7 @@ class Sending:
                     began_s = time.monotonic()
                     if lane is not None and isinstance(frame, Apart):
                         if leaving is not None and leaving.done():
-                            await _left(leaving)  # it may have failed
+                            _check_left(leaving)
                         turn, leaving = _post(lane, frame)
                         leaving.add_done_callback(partial(_give, in_flight, link, held.popleft()))
                         frame = replace(frame.header, turn=turn).pack()
@@ -118,10 +131,12 @@ class Sending:
                     if out.first_token_id is not None and (out.finished or out.progress.all_taken):
                         break
                     if not await is_set(out.changed, WAIT_INTERVAL_S):
-                        await write(self._packer.control(out.grant, FrameKind.WAIT, len(sent), round_number=way.round))
+                        await say_wait()
                     out.changed.clear()
-            await _left(leaving)
-            checksums = [await check for check in checks]
+            await wait(*checks, *([leaving] if leaving is not None else []))
+            if leaving is not None:
+                _check_left(leaving)
+            checksums = [check.result() for check in checks]
             _check_newest(out, stream)
         except BaseException:
             if lane is not None and leaving is not None:  # its turn may never be taken
@@ -176,11 +191,8 @@ def _check_newest(out: Outgoing, stream: object) -> None:
         raise StaleMessage(f"{out.grant}: a newer Fetch replaced this one")
 
 
-async def _left(leaving: asyncio.Future[None] | None) -> None:
-    """Wait until the lane has moved its last payload. Raises: TransferInterrupted."""
-    if leaving is None:
-        return
-    await asyncio.wait({leaving})  # who is cancelled here must not take it out of the lane's order
+def _check_left(leaving: asyncio.Future[None]) -> None:
+    """Raises: TransferInterrupted: the lane could not move a payload."""
     try:
         leaving.result()
     except TransferFailed as error:

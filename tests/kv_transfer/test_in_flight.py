@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from splitserve.kv_transfer.in_flight import InFlight
@@ -63,3 +64,17 @@ async def test_a_full_link_does_not_hold_up_the_others() -> None:
     in_flight.give("a", LINK)
     await waiting
     assert in_flight.num_bytes == LINK + 1
+
+
+async def test_who_cannot_wait_any_longer_leaves_its_place() -> None:
+    in_flight = InFlight(link_bytes=LINK, total_bytes=TOTAL)
+    await in_flight.take("a", LINK)
+
+    async def lose_patience(granted: asyncio.Future[None]) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        await in_flight.take("a", 1, lose_patience)
+    in_flight.give("a", LINK)
+    assert in_flight.num_bytes == 0
+    assert in_flight.has_room("a", LINK)

@@ -23,7 +23,7 @@ from splitserve.core.errors import (
     Unavailable,
 )
 from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
-from splitserve.kv_transfer import sending
+from splitserve.kv_transfer import framing, sending
 from splitserve.kv_transfer.frames import SERVICE
 from splitserve.kv_transfer.outgoing import Outgoing
 from splitserve.kv_transfer.sender import KvSender
@@ -200,6 +200,24 @@ async def test_kv_that_is_told_of_behind_the_first_token_leaves_at_once(pair, mo
         await arriving
         p.assert_arrived(grant)
         assert count(p.receiver_metrics.transfer_resumes) == 0  # else the receiver had given the stream up
+
+
+@pytest.mark.parametrize("link", ["another", "ours"])
+async def test_a_sender_that_waits_for_room_is_not_silent(pair, monkeypatch: pytest.MonkeyPatch, link: str) -> None:
+    """Slow receivers may have all bytes that may be in flight: that is not the fault of the next one."""
+    monkeypatch.setattr(sending, "WAIT_INTERVAL_S", 0.05)
+    async with pair("grpc", receiver_options={"silence_s": 1.0, "stall_s": 1.0}) as p:
+        request = p.request(100)
+        grant = p.grant(request)
+        in_flight = p.sender._sending.in_flight
+        taken = (f"{grant.decode_boot_id}/0" if link == "ours" else link), framing.MAX_BYTES
+        await in_flight.take(*taken)
+        p.complete(grant, request)
+        asyncio.get_running_loop().call_later(2.5, in_flight.give, *taken)
+        await p.receive(grant, request)
+        p.assert_arrived(grant)
+        assert count(p.receiver_metrics.transfer_resumes) == 0
+        assert in_flight.num_bytes == 0
 
 
 @both
