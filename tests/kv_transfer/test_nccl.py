@@ -132,6 +132,33 @@ async def test_lanes_that_were_given_up_leave_no_memory_behind() -> None:
     assert all(a - b < 64 << 20 for a, b in zip(before, after, strict=True))
 
 
+async def test_a_lane_opens_in_its_time_while_others_are_given_up() -> None:
+    """What frees a communicator waits for the GPU, and may not hold up the first bytes of the next one."""
+    for _ in range(20):
+        async with asyncio.timeout(60), joined(set_up_s=30.0, stall_s=60.0) as (sender, receiver):
+            moving = await receiver.recv(0, on(1, 64 << 20))  # spins, for nobody sends
+            for lane in (sender, receiver):
+                lane.abort("the test says so")
+            async with joined() as lanes:  # with the limits of a worker
+                assert all(lane.error is None for lane in lanes)
+            with pytest.raises(TransferFailed):
+                await moving
+
+
+async def test_a_receive_that_spins_holds_up_no_other_stream() -> None:
+    async with joined(set_up_s=30.0, stall_s=60.0) as (_, receiver):
+        moving = await receiver.recv(0, on(1, 64 << 20))
+        async with asyncio.timeout(10):
+            while receiver._payloads[0].posted is None:
+                await asyncio.sleep(0.002)
+        streams = [torch.cuda.Stream(1, -1) for _ in range(32)]  # as many as PyTorch has
+        ends = [stream.record_event() for stream in streams]
+        async with asyncio.timeout(10):
+            while not all(end.query() for end in ends):
+                await asyncio.sleep(0.002)
+        assert not moving.done()
+
+
 @pytest.mark.parametrize("codec", ["none", "int8", "fp8"])
 @pytest.mark.parametrize("sizes", [(16, 32), (32, 16), (16, 16)])
 async def test_block_sizes_and_codecs_are_converted_on_the_gpus(pair, tiny, codec: str, sizes: tuple) -> None:
