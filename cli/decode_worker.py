@@ -19,7 +19,7 @@ def command(
     role: Annotated[
         Literal["decode", "colocated"], typer.Option(help="decode fetches KV; colocated prefills by itself.")
     ] = "decode",
-    host: Host = "127.0.0.1",
+    host: Host = "",
     port: Port = 0,
     metrics_port: MetricsPort = 0,
     worker_id: WorkerId = "",
@@ -40,7 +40,7 @@ def command(
     options = worker_options(
         config,
         role,
-        host=host,
+        host=host or config.worker_host or "127.0.0.1",
         port=port,
         metrics_port=metrics_port,
         worker_id=worker_id,

@@ -14,8 +14,10 @@ from rich.table import Table
 
 from ..client import Client
 from ..client.address import find_routers
+from ..client.routers import find_tls
 from ..core.errors import SplitserveError
 from ..proto import worker_pb2, worker_pb2_grpc
+from ..proto.tls import PeerRole
 from .diagnosis import Examination, Finding, diagnose
 from .workers import worker_admin
 
@@ -50,7 +52,7 @@ def command(
     if worker is not None:
         examined = [_examine(worker, worker)]
     else:
-        with Client(find_routers(router)[0]) as client:
+        with Client(find_routers(router)[0], tls=find_tls(role=PeerRole.OPERATOR)) as client:
             views = client.status().workers
         examined = [_examine(view.worker_id or view.address, view.address, view.reason) for view in views]
     findings = [finding for each in examined for finding in diagnose(each)]

@@ -55,7 +55,7 @@ SUBCOMMANDS = {
 _NESTED = {"plan verify", "keys new", "certs init"}
 
 # Subcommands that call a router or a worker, and so take the flags for TLS.
-_CALLERS = {"status", "drain", "switch", "generate", "chat", "bench", "calibrate"}
+_CALLERS = {"status", "doctor", "drain", "switch", "generate", "chat", "bench", "calibrate"}
 
 # What the default install leaves out, by the extra that brings it.
 _EXTRAS = {

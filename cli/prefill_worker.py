@@ -25,7 +25,7 @@ KvAddress = Annotated[
 @config_flags(role_keys("prefill"))
 def command(
     config: ClusterConfig,
-    host: Host = "127.0.0.1",
+    host: Host = "",
     port: Port = 0,
     metrics_port: MetricsPort = 0,
     worker_id: WorkerId = "",
@@ -47,7 +47,7 @@ def command(
     options = worker_options(
         config,
         "prefill",
-        host=host,
+        host=host or config.worker_host or "127.0.0.1",
         port=port,
         metrics_port=metrics_port,
         worker_id=worker_id,

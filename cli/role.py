@@ -12,7 +12,13 @@ import typer
 from ..core.errors import ConfigError, SplitserveError
 from ..deploy.process import report_ready
 
-Host = Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise.")]
+Host = Annotated[
+    str,
+    typer.Option(
+        help="Address to listen on; loopback unless you say otherwise.",
+        show_default="worker_host of the file, or 127.0.0.1",
+    ),
+]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
 MetricsPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of Prometheus /metrics; 0 takes a free one.")]
 WorkerId = Annotated[str, typer.Option(help="Name, unique in the cluster.", show_default="role and port")]

@@ -230,7 +230,13 @@ class AsyncClient:
         """End a request by its id or idempotency key, whichever router has it; False if it is unknown or over."""
         request = pb.CancelRequest(request_id=request_id)
         calls = (self._call(lambda each: self.inference(each).Cancel, request, at) for at in self.addresses)
-        return any(answer.found for answer in await asyncio.gather(*calls))
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        if any(not isinstance(answer, BaseException) and answer.found for answer in answers):
+            return True
+        for answer in answers:  # whoever did not answer may have had it
+            if isinstance(answer, BaseException):
+                raise answer
+        return False
 
     async def models(self) -> tuple[results.Model, ...]:
         """What can be asked for right now."""

@@ -13,6 +13,7 @@ from ..proto.tls import PeerRole, Tls
 
 _REST_S = 1.0  # after the first failure; doubles
 _MAX_REST_S = 30.0
+_MAX_DOUBLINGS = 5
 
 
 class Rotation:
@@ -41,7 +42,7 @@ class Rotation:
         """It cannot serve now. Returns whether another can be asked at once."""
         now = time.monotonic()
         with self._lock:
-            rest_s = min(_MAX_REST_S, _REST_S * 2.0 ** self._failures[address])
+            rest_s = min(_MAX_REST_S, _REST_S * 2.0 ** min(self._failures[address], _MAX_DOUBLINGS))
             self._failures[address] += 1
             self._rests_until[address] = now + max(rest_s, retry_after_s or 0.0)
             return any(until <= now for until in self._rests_until.values())

@@ -207,8 +207,15 @@ class Client:
     def cancel(self, request_id: str) -> bool:
         """End a request by its id or idempotency key, whichever router has it; False if it is unknown or over."""
         request = pb.CancelRequest(request_id=request_id)
-        found = [self._call(lambda each: self.inference(each).Cancel, request, at).found for at in self.addresses]
-        return any(found)
+        found, failure = False, None
+        for at in self.addresses:  # the others are asked whatever becomes of one: it may be gone, and the request not
+            try:
+                found |= self._call(lambda each: self.inference(each).Cancel, request, at).found
+            except SplitserveError as error:
+                failure = error
+        if failure is not None and not found:
+            raise failure
+        return found
 
     def models(self) -> tuple[results.Model, ...]:
         """What can be asked for right now."""

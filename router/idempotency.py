@@ -16,7 +16,7 @@ from ..proto import inference_pb2
 from .job import Job
 
 MAX_ENDED = 1_024
-MAX_KEPT_TOKENS = 1_000_000  # of prompts and answers that are kept
+MAX_KEPT_TOKENS = 1_000_000  # of prompts, answers and their logprobs that are kept
 LATE_S = 10.0  # for which messages of an ended attempt may still come, whether or not its answer is kept
 DEADLINE_SLACK_S = 1.0  # that the deadlines of two calls for one request may differ by
 
@@ -74,6 +74,7 @@ class _Ended:
     at_s: float
     last_attempt: int
     job: Job | None  # of an answer that is kept
+    size: int  # of that, in tokens
 
 
 class EndedRequests:
@@ -90,10 +91,10 @@ class EndedRequests:
 
     def add(self, job: Job) -> None:
         kept = job if job.error is None else None
-        ended = _Ended(time.monotonic(), job.answer.attempt, kept)
+        ended = _Ended(time.monotonic(), job.answer.attempt, kept, _size_of(kept))
         self._forget(job.request.request_id)
         self._ended[job.request.request_id] = ended
-        self._num_tokens += _num_tokens(ended)
+        self._num_tokens += ended.size
         self._make_room()
 
     def last_attempt(self, request_id: str) -> int:
@@ -118,9 +119,12 @@ class EndedRequests:
 
     def _forget(self, request_id: str) -> None:
         if (ended := self._ended.pop(request_id, None)) is not None:
-            self._num_tokens -= _num_tokens(ended)
+            self._num_tokens -= ended.size
 
 
-def _num_tokens(ended: _Ended) -> int:
-    job = ended.job
-    return 0 if job is None else job.request.num_prompt_tokens + len(job.answer.token_ids)
+def _size_of(job: Job | None) -> int:
+    """In tokens; a token of which a logprob is told counts once more, and so does each that could have been chosen."""
+    if job is None:
+        return 0
+    told = [row for row in (*job.answer.prompt_logprobs, *job.answer.logprobs) if row is not None]
+    return job.request.num_prompt_tokens + len(job.answer.token_ids) + sum(1 + len(row.top) for row in told)

@@ -33,7 +33,7 @@ class Patience:
         self._wait_s = wait_s
         self._end = end
         self._ready_weights: frozenset[str] = frozenset()
-        self._stranded: set[Job] = set()  # begun by weights that no ready worker has: others pass them
+        self._stranded: dict[Job, asyncio.TimerHandle] = {}  # begun by weights that no ready worker has: others pass
         self._unusable_since = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -57,14 +57,15 @@ class Patience:
         """Give those that nobody can go on with `wait_s`: others' tokens would not be theirs."""
         for job in jobs:
             if not job.weights or job.weights in self._pool.ready_weights:
-                self._stranded.discard(job)
+                self.left(job)
             elif job not in self._stranded:
-                self._stranded.add(job)
-                asyncio.get_running_loop().call_later(self._wait_s, self._give_up_stranded, job)
+                loop = asyncio.get_running_loop()
+                self._stranded[job] = loop.call_later(self._wait_s, self._give_up_stranded, job)
 
     def left(self, job: Job) -> None:
-        """It is queued no more."""
-        self._stranded.discard(job)
+        """It is queued no more, or somebody can go on with it."""
+        if (timer := self._stranded.pop(job, None)) is not None:
+            timer.cancel()
 
     def watch(self) -> None:
         """While nobody can serve, each queued request has `wait_s`, then it is told."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..core.api_key import ApiKey
@@ -13,7 +14,7 @@ _PRUNE_ABOVE = 1_024  # keys remembered; those that have all of their allowance 
 
 @dataclass(slots=True, kw_only=True)
 class _Account:
-    """What a key has left. Allowances flow back evenly and fill up to a minute's worth."""
+    """What a key has left; without a limit, infinity. Allowances flow back evenly and fill up to a minute's worth."""
 
     requests: float
     tokens: float  # below 0: an answer was longer than what was left
@@ -80,15 +81,14 @@ class Quotas:
 
     def _account(self, key: ApiKey, now: float) -> _Account:
         """As of now."""
-        most_requests, most_tokens = key.max_requests_per_min or 0, key.max_tokens_per_min or 0
         account = self._accounts.get(key.name)
         if account is None:
             self._prune(now)
-            account = _Account(requests=most_requests, tokens=most_tokens, at=now)
+            account = _Account(requests=math.inf, tokens=math.inf, at=now)
             self._accounts[key.name] = account
         minutes = (now - account.at) / 60
-        account.requests = min(most_requests, account.requests + minutes * most_requests)
-        account.tokens = min(most_tokens, account.tokens + minutes * most_tokens)
+        account.requests = _refilled(account.requests, key.max_requests_per_min, minutes)
+        account.tokens = _refilled(account.tokens, key.max_tokens_per_min, minutes)
         account.at = now
         return account
 
@@ -99,6 +99,11 @@ class Quotas:
                 for name, account in self._accounts.items()
                 if account.num_live or account.tokens < 0 or now - account.at < 60
             }
+
+
+def _refilled(left: float, most: int | None, minutes: float) -> float:
+    """What is left of a minute's allowance by now. Without a limit nothing is used up, for one that comes later."""
+    return math.inf if most is None else min(most, left + minutes * most)
 
 
 def _has_limits(key: ApiKey) -> bool:

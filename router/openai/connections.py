@@ -38,7 +38,8 @@ class BoundedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._first_request = self.loop.call_later(self.first_request_s, self._close_unless_asked)
+        self._ends_unless_asked: asyncio.TimerHandle | None = None
+        self._await_request()
         if len(self.connections) > self.max_connections:
             self._refused = True
             transport.write(_refusal(self.max_connections))
@@ -50,13 +51,28 @@ class BoundedProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if not self._refused:
             super().data_received(data)
+            self._await_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._first_request.cancel()
+        if self._ends_unless_asked is not None:
+            self._ends_unless_asked.cancel()
         super().connection_lost(exc)
 
+    @property
+    def _is_asked(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _await_request(self) -> None:
+        """What came may be the beginning of a request: its end is due in time, and further bytes do not put it off."""
+        if self._is_asked and self._ends_unless_asked is not None:
+            self._ends_unless_asked.cancel()
+            self._ends_unless_asked = None
+        elif not self._is_asked and self._ends_unless_asked is None:
+            self._ends_unless_asked = self.loop.call_later(self.first_request_s, self._close_unless_asked)
+
     def _close_unless_asked(self) -> None:
-        if not self.cycle and not self.transport.is_closing():
+        self._ends_unless_asked = None
+        if not self._is_asked and not self.transport.is_closing():
             self.transport.close()
 
 

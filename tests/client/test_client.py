@@ -224,6 +224,28 @@ def test_a_router_that_fails_rests_and_comes_back() -> None:
     assert {rotation.pick() for _ in range(4)} == {"a:1"}
 
 
+def test_a_router_that_has_been_gone_for_long_only_rests() -> None:
+    rotation = Rotation(["a:1"])
+    for _ in range(3_000):
+        assert rotation.failed("a:1") is False
+    assert rotation.pick() == "a:1"
+
+
+async def test_a_request_is_cancelled_though_another_router_is_gone() -> None:
+    with ScriptedRouter() as gone, ScriptedRouter() as router:
+        addresses = [gone.address, router.address]
+        gone.stop()
+        with Client(addresses, retry=NO_RETRY) as client:
+            assert await asyncio.to_thread(client.cancel, "r-1") is True
+            with pytest.raises(Unavailable):  # it may have been there
+                await asyncio.to_thread(client.cancel, "r-2")
+        async with AsyncClient(addresses, retry=NO_RETRY) as other:
+            assert await other.cancel("r-1") is True
+            with pytest.raises(Unavailable):
+                await other.cancel("r-2")
+        assert router.cancelled_ids == ["r-1", "r-2"] * 2
+
+
 def test_a_batch_is_bounded_and_in_order() -> None:
     running, most = 0, 0
 

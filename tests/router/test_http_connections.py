@@ -103,6 +103,26 @@ async def test_a_connection_that_asks_for_nothing_is_closed(monkeypatch: pytest.
         writer.close()
 
 
+async def test_a_connection_that_begins_another_request_and_stops_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's own patience with idle connections ends at the first byte."""
+    monkeypatch.setattr(BoundedProtocol, "first_request_s", 0.2)
+
+    async def ping(request: Request) -> Response:
+        return Response(b"pong")
+
+    async with served(Route("/", ping)) as address:
+        reader, writer = await asyncio.open_connection(*address)
+        async with asyncio.timeout(WAIT_S):
+            for _ in range(3):
+                writer.write(b"GET / HTTP/1.1\r\nhost: here\r\n\r\n")
+                assert (await reader.readuntil(b"pong")).startswith(b"HTTP/1.1 200 ")
+            for byte in (b"G", b"E", b"T"):
+                writer.write(byte)
+                await asyncio.sleep(0.01)
+            assert await reader.read() == b""
+        writer.close()
+
+
 async def test_a_body_that_stops_coming_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "BODY_S", 0.05)
 

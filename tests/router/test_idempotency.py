@@ -16,6 +16,7 @@ from splitserve.scheduling.attempts import first_attempt
 
 from .conftest import WAIT_S, Scene, ScriptedWorker, StartScene
 from .test_dispatch import ANSWER, PROMPT, ask, end_of, granted, speak
+from .test_logprobs import first_token, tokens
 
 
 class Call:
@@ -62,6 +63,19 @@ async def begun(scene: Scene, num_tokens: int) -> worker_pb2.WorkRequest:
     scene.decode.transfer_done(work, ANSWER[0])
     speak(scene.decode, work, 1, num_tokens)
     return work
+
+
+async def test_kept_logprobs_count_as_what_they_take(start_scene: StartScene) -> None:
+    scene = await start_scene()
+    calls = [Call(scene, idempotency_key=f"k{n}", logprobs=1) for n in range(2)]
+    ended = scene.router.dispatcher._ended
+    for call in calls:
+        prefill, work = await granted(scene)
+        first_token(prefill, work, ANSWER[0])
+        scene.decode.transfer_done(work, ANSWER[0])
+        tokens(scene.decode, work, 1, ANSWER[1:])
+        await call.end()
+    assert ended._num_tokens == 2 * (len(PROMPT) + 3 * len(ANSWER))  # a token, its logprob, and one of another
 
 
 def test_a_digest_is_of_what_was_asked_for_and_not_of_what_a_template_made_of_it() -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from splitserve.client import SplitserveError
+from splitserve.router.job import Phase
+from splitserve.router.patience import Patience
+from splitserve.scheduling.fair_queue import FairQueue
 
 from .conftest import WAIT_S, Scene, StartScene
 from .test_dispatch import ANSWER, ask, end_of, granted, speak
@@ -96,3 +101,22 @@ async def test_a_worker_without_a_counterpart_says_so(start_scene: StartScene) -
     speak(scene.decodes[0], work, 1, len(ANSWER))
     assert list((await end_of(task)).token_ids) == ANSWER
     assert odd.inbox.empty()
+
+
+async def test_who_found_its_weights_again_has_all_its_time_if_they_go_once_more() -> None:
+    ready: set[str] = set()
+    pool = SimpleNamespace(ready_weights=ready, usable=True, refresh=lambda: None)
+    job = Mock(weights="old", phase=Phase.QUEUED)
+    ended: list[object] = []
+    patience = Patience(pool, FairQueue(ageing_s=1.0), wait_s=0.05, end=lambda each, _: ended.append(each))
+    patience.queued([job])
+    first = patience._stranded[job]
+    ready.add("old")
+    patience.queued([job])
+    assert first.cancelled()
+    ready.clear()
+    patience.queued([job])
+    async with asyncio.timeout(WAIT_S):
+        while not ended:
+            await asyncio.sleep(0.002)
+    assert ended == [job]

@@ -95,3 +95,13 @@ def test_what_resumes_may_overdraw_by_as_much_again(key: ApiKey) -> None:
         quotas.begin(key, 10, 0.0, resumes=True)
     with pytest.raises(RateLimited):  # it is no way around the limits
         quotas.begin(key, 10, 0.0, resumes=True)
+
+
+@pytest.mark.parametrize("limit", ["max_requests_per_min", "max_tokens_per_min"])
+def test_a_limit_that_a_key_gets_later_begins_then(limit: str) -> None:
+    quotas, before = Quotas(), ApiKey(name="a", max_concurrent=8)
+    for _ in range(1_000):
+        quotas.begin(before, 100, 0.0)
+        quotas.end(before, 100, 0.0)
+    after = ApiKey(name="a", max_concurrent=8, **{limit: 200})
+    assert allowed(quotas, after, 1.0, 100)
