@@ -10,11 +10,13 @@ from typing import Any
 import grpc.aio
 import httpx2
 import pytest
+from splitserve.cli.main import app
 from splitserve.client import AsyncClient, PermissionDenied, RetryPolicy, Tls, Unavailable
 from splitserve.core.api_key import ApiKey
 from splitserve.proto import inference_pb2, inference_pb2_grpc, kv_transfer_pb2
 from splitserve.proto.tls import PeerRole, open_channel
 from splitserve.router.key_file import add_key
+from typer.testing import CliRunner
 
 from .conftest import StartCluster
 
@@ -31,13 +33,21 @@ def https(cluster: Any, tls: Tls | None, ca: Path) -> httpx2.AsyncClient:
     return httpx2.AsyncClient(base_url=f"https://{cluster.router.http_address}", verify=context, timeout=30)
 
 
+def paths_of(tls: Tls) -> tuple[Path | None, ...]:
+    return tls.ca, tls.cert, tls.key
+
+
 def refused(metrics: Any, reason: str) -> float:
     return metrics.links.refused.labels(reason)._value.get()
 
 
 @pytest.mark.parametrize("transport", ["grpc", "shared_memory"])
 async def test_every_link_serves_and_refuses(
-    start_cluster: StartCluster, certificates: Any, strangers: Any, transport: str
+    start_cluster: StartCluster,
+    certificates: Any,
+    strangers: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    transport: str,
 ) -> None:
     """Client to router over gRPC and HTTP, router to workers, worker to worker, operator to all of them."""
     cluster = await start_cluster(transports=(transport,), tls=certificates.tls, router={"http_port": 0})
@@ -53,6 +63,12 @@ async def test_every_link_serves_and_refuses(
             await client.status()
     assert len((await cluster.client.status()).workers) == 2  # an operator may
     assert refused(cluster.router.metrics, "role") == 1
+    with monkeypatch.context() as environment:
+        for name, path in zip(("CA", "CERT", "KEY"), paths_of(certificates.tls("operator")), strict=True):
+            environment.setenv(f"SPLITSERVE_TLS_{name}", str(path))
+        examined = await asyncio.to_thread(CliRunner().invoke, app, ["doctor", "--router", cluster.router.address])
+    assert examined.exit_code == 0, examined.output
+    assert "2 workers, nothing wrong" in examined.output
 
     for tls in (stranger, Tls(ca=ca), None):
         async with AsyncClient(cluster.router.address, tls=tls, retry=NO_RETRY) as client:
