@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from .config_section import Section
+from .config_section import File, Section
 from .errors import ConfigError
 from .pool_config import MAX_REPLICAS, PlacementConfig, PoolConfig, ScalingSection, SloConfig
 from .security_config import SecurityConfig
@@ -102,7 +102,7 @@ class RouterConfig(Section):
         le=65535,
         description="Port of the first router's OpenAI API; empty: 8000, or a free one where port is 0; -1: none",
     )
-    api_key_file: Path | None = Field(
+    api_key_file: File = Field(
         default=None,
         description="File of API keys (`splitserve keys new`), asked of every caller; empty: everybody may call",
     )
@@ -215,12 +215,8 @@ class ClusterConfig(Section):
         default=None,
         description="Address that workers listen on; empty: loopback, or the node's address on a joined Ray",
     )
-    trace_dir: Path | None = Field(
-        default=None, description="Directory for step records and request events as JSON lines"
-    )
-    log_dir: Path | None = Field(
-        default=None, description="Directory for the processes' logs; empty: beside the state file"
-    )
+    trace_dir: File = Field(default=None, description="Directory for step records and request events as JSON lines")
+    log_dir: File = Field(default=None, description="Directory for the processes' logs; empty: beside the state file")
     startup_timeout_s: float = Field(default=300.0, gt=0, description="Seconds for a process to serve")
     lease_s: float = Field(default=30.0, gt=0, description="Seconds that finished KV waits to be fetched")
     drain_timeout_s: float = Field(

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Self
+from typing import Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-# Processes may start in other directories than the one where the file was read.
-_File = Annotated[Path, AfterValidator(Path.absolute)]
+from .config_section import File, Section
+
 _ROLE = "; {role} stands for router, prefill, decode (colocated too) or operator (the controller)"
 
 
-class SecurityConfig(BaseModel):
+class SecurityConfig(Section):
     """Mutual TLS on every link, or none; files are in PEM and read again when they change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    ca: _File | None = Field(
+    ca: File = Field(
         default=None, description="Certificate of the authority that signs everybody's; empty: no TLS anywhere"
     )
-    cert: _File | None = Field(default=None, description=f"Certificate of each process{_ROLE}")
-    key: _File | None = Field(default=None, description="Its private key, named likewise")
+    cert: File = Field(default=None, description=f"Certificate of each process{_ROLE}")
+    key: File = Field(default=None, description="Its private key, named likewise")
     tls_required: bool = Field(
         default=False, description="Refuse to listen on another address than loopback without TLS, instead of warning"
     )

@@ -32,7 +32,7 @@ def _type(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     names = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", Path: "path"}
-    return names.get(annotation, "labels")
+    return names.get(annotation, "map")
 
 
 def _default(field: Any) -> str:

@@ -97,3 +97,14 @@ def test_pools_scale_within_their_bounds() -> None:
         config.scaled({"prefill": 5})
     with pytest.raises(ConfigError, match="decode: got 0 workers, wanted: 1 to"):
         config.scaled({"decode": 0})
+
+
+@pytest.mark.parametrize("key", ["log_dir", "trace_dir", "router.api_key_file", "scaling.calibration", "security.ca"])
+def test_a_path_means_the_same_in_every_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str) -> None:
+    """Processes start in other directories than the command that read the file."""
+    monkeypatch.chdir(tmp_path)
+    others = {"security.cert": "own.pem", "security.key": "own.key"} if key == "security.ca" else {}
+    value: object = load_config(None, {key: "here", **others})
+    for name in key.split("."):
+        value = getattr(value, name)
+    assert value == tmp_path / "here"
