@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
-from ..core.errors import ConfigError, StaleMessage, TransferFailed
+from ..core.errors import ConfigError, SplitserveError, StaleMessage, TransferFailed
 from ..proto import kv_transfer_pb2 as pb
 from ..proto.convert import PROTOCOL_VERSION
 from ..proto.rpc import from_rpc_error
@@ -40,6 +40,7 @@ TRANSPORTS = {
     "nccl": pb.TRANSPORT_NCCL,
 }
 TRANSPORT_NAMES = {number: name for name, number in TRANSPORTS.items()}
+REOPEN_S, MAX_REOPEN_S = 30.0, 600.0  # until a channel that could not be set up is tried again; doubles
 MAX_IDLE = 16  # streams of a link that wait for a transfer
 # The receiver maps the sender's pool and copies whole blocks itself; frames hold their numbers.
 MAPPED = (pb.TRANSPORT_SHARED_MEMORY, pb.TRANSPORT_CUDA_IPC)
@@ -87,6 +88,7 @@ class Peer:
         self.transport = response.transport
         self.pool = pool
         self.lane: Lane | None = None
+        self.reopening: asyncio.Task[None] | None = None  # of a channel that could not be set up
         self.link_epoch = 0
         self._fetch: Any = channel.stream_stream(
             f"/{SERVICE}/Fetch", request_serializer=pb.FetchRequest.SerializeToString, response_deserializer=None
@@ -317,17 +319,20 @@ class Peers:
 
     def _open_lane(self, address: str, peer: Peer, response: pb.ConnectResponse) -> None:
         """Join the channel that the answer to Connect invites to, if the transport has one."""
-        if (rendezvous := self._rendezvous.get(response.transport)) is None:
-            return
+        if response.transport in self._rendezvous:
+            peer.lane, peer.link_epoch = self._join(address, response)
+
+    def _join(self, address: str, response: pb.ConnectResponse) -> tuple[Lane, int]:
+        """The channel, and its epoch."""
         host = address.rpartition(":")[0].strip("[]")
-        peer.link_epoch = self._link_epochs[address]
-        name = f"the channel from {address}, epoch {peer.link_epoch},"
-        peer.lane = Lane(name, partial(rendezvous.accept, host, response.invitation))
+        epoch = self._link_epochs[address]
+        accept = self._rendezvous[response.transport].accept
+        return Lane(f"the channel from {address}, epoch {epoch},", partial(accept, host, response.invitation)), epoch
 
     async def _await_lane(self, address: str, peer: Peer) -> None:
         """Until it is open; one that broke is set up anew, under a new epoch.
 
-        A set-up that fails once fails again, and takes its whole time-out: from then on KV goes by gRPC, if it may.
+        A set-up that failed may fail again, and take its whole time-out: until one works, KV goes by gRPC, if it may.
         Raises: TransferFailed: it may not.
         """
         async with self._setting_up(address):
@@ -343,8 +348,35 @@ class Peers:
                 return
             if pb.TRANSPORT_GRPC not in self._transports:
                 raise
-            logger.warning("%s; its KV goes by gRPC from now on", error.message)
-            peer.lane, peer.transport = None, pb.TRANSPORT_GRPC
+            if peer.lane is not lane:  # another user of it was here
+                return
+            logger.warning("%s; its KV goes by gRPC meanwhile", error.message)
+            transport, peer.lane, peer.transport = peer.transport, None, pb.TRANSPORT_GRPC
+            if not peer.retired:
+                peer.reopening = asyncio.create_task(self._reopen(address, peer, transport))
+
+    async def _reopen(self, address: str, peer: Peer, transport: pb.Transport.ValueType) -> None:
+        """Set a channel up beside the transfers that go by gRPC, and let the next ones have it."""
+        pause_s = REOPEN_S
+        while True:
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, MAX_REOPEN_S)
+            lane: Lane | None = None
+            try:
+                async with self._setting_up(address):
+                    response = await self._introduce(address, peer.channel, [transport], sum(CONNECT_TRIES_S))
+                    lane, epoch = self._join(address, response)
+                await lane.ready()
+            except SplitserveError as error:
+                logger.warning("%s; its KV goes by gRPC still", error.message)
+            except BaseException:
+                if lane is not None:
+                    lane.abort("the link to the prefill worker broke or was closed")
+                raise
+            else:
+                peer.lane, peer.link_epoch, peer.transport = lane, epoch, transport
+                logger.info("%s is open", lane.name)
+                return
 
     def _map(self, response: pb.ConnectResponse) -> MappedPool:
         """Raises: OSError, ValueError: it cannot be mapped."""
@@ -367,6 +399,9 @@ class Peers:
                 peer.lane.abort("the link to the prefill worker broke or was closed")
             if peer.pool is not None:
                 peer.pool.close()
+            if peer.reopening is not None:
+                peer.reopening.cancel()
+                await asyncio.wait({peer.reopening})
             while peer.users:
                 peer.unused.clear()
                 await peer.unused.wait()

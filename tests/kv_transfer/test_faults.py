@@ -8,12 +8,15 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import pytest
 from splitserve.core.errors import KvCorrupted, StaleMessage, TransferFailed
+from splitserve.kv_transfer import peer
 from splitserve.kv_transfer.frames import HEADER_BYTES, SERVICE, VERSION, FrameHeader, checksum
 from splitserve.kv_transfer.grants import Grant
+from splitserve.kv_transfer.peer import TRANSPORTS
 from splitserve.proto import kv_transfer_pb2 as pb
 from splitserve.proto.rpc import MAX_MESSAGE_BYTES
 
@@ -290,3 +293,49 @@ async def test_a_grant_of_another_boot_keeps_the_link(pair, transport: str) -> N
         p.assert_arrived(grant)
         assert p.receiver._peers._peers[p.address] is peer
         assert p.receiver_metrics.transfer_resumes._value.get() == 0
+
+
+async def test_a_channel_that_could_not_be_set_up_is_tried_again_beside_transfers_by_grpc(
+    pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer, "REOPEN_S", 0.05)
+    async with pair("gloo", "grpc") as p:
+        rendezvous = p.receiver._peers._rendezvous[TRANSPORTS["gloo"]]
+        accept, failures = rendezvous.accept, iter((True, True))
+
+        def fail_twice(host: str, invitation: bytes) -> Any:
+            if next(failures, False):
+                raise TransferFailed("it is too busy")
+            return accept(host, invitation)
+
+        monkeypatch.setattr(rendezvous, "accept", fail_twice)
+        transports: list[str] = []
+        async with asyncio.timeout(30):
+            while not transports or transports[-1] != "gloo":
+                request = p.request(40, f"r{len(transports)}")
+                grant = p.grant(request)
+                p.complete(grant, request)
+                received = await p.receive(grant, request)
+                p.assert_arrived(grant)
+                await p.receiver.commit(grant, p.address, received)
+                transports.append(received.transport)
+        assert transports[0] == "grpc"
+        assert next(failures, None) is None
+
+
+async def test_a_link_that_goes_does_not_leave_a_set_up_behind(pair) -> None:
+    async with pair("gloo", "grpc") as p:
+        rendezvous = p.receiver._peers._rendezvous[TRANSPORTS["gloo"]]
+
+        def fail(host: str, invitation: bytes) -> Any:
+            raise TransferFailed("it is too busy")
+
+        rendezvous.accept = fail
+        request = p.request(40)
+        grant = p.grant(request)
+        p.complete(grant, request)
+        await p.receive(grant, request)
+        reopening = p.receiver._peers._peers[p.address].reopening
+        assert not reopening.done()
+        await p.receiver.close()
+        assert reopening.cancelled()
