@@ -6,7 +6,7 @@ import sys
 import types
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
@@ -29,6 +29,8 @@ def tables() -> str:
 def _type(annotation: Any) -> str:
     if isinstance(annotation, types.UnionType) or type(None) in get_args(annotation):
         return " or ".join(_type(kind) for kind in get_args(annotation) if kind is not type(None))
+    if get_origin(annotation) is Annotated:
+        return _type(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     names = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", Path: "path"}
