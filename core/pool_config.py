@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from .config_section import Section
 
@@ -105,7 +105,7 @@ class ScalingSection(Section):
         default=None, ge=1, description="GPUs of both pools together; on CPUs a worker counts as one; empty: no bound"
     )
     percentile: float = Field(default=90.0, gt=0, le=100, description="Percent of the requests that must meet the slo")
-    calibration: Path | None = Field(
+    calibration: Annotated[Path, AfterValidator(Path.absolute)] | None = Field(  # the controller may run elsewhere
         default=None,
         description="File of `splitserve calibrate`: what steps take; empty: what the workers measure themselves",
     )

@@ -20,7 +20,7 @@ from .neighbours import preferred_nodes
 from .options import tls_of
 from .roles import role_command, with_threads
 from .router_links import RouterLinks
-from .scaler import Scaling
+from .scaler import Scaling, check_scaling
 from .worker_watch import WorkerWatch
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,8 @@ class Controller:
         try:
             async with asyncio.TaskGroup() as group:
                 self._tasks = group
+                if not self.ready.is_set():
+                    check_scaling(self.config)
                 for name, role in self._adopt.items():
                     self._add(role, name)
                 self._reconcile()
@@ -313,8 +315,12 @@ class Controller:
             if not self.config.scaling.enabled:
                 self._scaling = None
                 continue
-            if self._scaling is None or self._scaling.outdated(self.config):
-                self._scaling = Scaling(self.config, self._log_dir)
+            try:
+                if self._scaling is None or self._scaling.outdated(self.config):
+                    self._scaling = Scaling(self.config, self._log_dir)
+            except ConfigError as error:
+                logger.error("pools keep their sizes: %s", error.message)
+                continue
             members = [keeper.member for keeper in self._keepers.values()]
             signals = self._scaling.signals.gather(time.monotonic(), members, self._watch.statuses, self._links.counts)
             self._enact(await asyncio.to_thread(self._scaling.decide, signals))

@@ -203,3 +203,25 @@ async def test_a_worker_that_was_switched_by_hand_counts_in_its_new_pool(tmp_pat
         assert await switch_worker(before["prefill-0"].address, "decode", 1.0) is not None
         view = await until(controller, lambda view: view.settled and controller.roles.get("prefill-0") != "prefill")
         assert (size_of(view, "prefill"), size_of(view, "decode")) == (1, 2)
+
+
+async def test_scaling_that_cannot_decide_is_an_error_at_the_start(tmp_path: Path) -> None:
+    cluster = scaled_config(tmp_path / "load", scaling={"max_gpus": 1})
+    with pytest.raises(ConfigError, match="the GPU budget is 1 and the fewest workers of both pools hold 2"):
+        await Controller(cluster, tmp_path, command=stand_in).run()
+
+
+async def test_a_cluster_serves_on_while_scaling_cannot_decide(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def num_decisions() -> int:
+        return sum(len(log.read_text().splitlines()) for log in tmp_path.glob("scaling-*.jsonl"))
+
+    cluster = scaled_config(tmp_path / "load", scaling={}, prefill__max=1, decode__max=1)
+    async with running(cluster, tmp_path) as controller:
+        scaling = cluster.scaling.model_copy(update={"calibration": tmp_path / "calibration.json"})
+        controller.apply(cluster.model_copy(update={"scaling": scaling}))
+        await until(controller, lambda view: "pools keep their sizes: --calibration: cannot read" in caplog.text)
+        before = num_decisions()
+        controller.apply(cluster)
+        await until(controller, lambda view: num_decisions() > before)
