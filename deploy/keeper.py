@@ -82,6 +82,7 @@ class Keeper:
         self._lost_node = ""
         self._on_cpu = False
         self._ports: tuple[int, int] | None = None  # of a router, which its clients find again
+        self._started_with = ""  # digest of the launch that was tried last
         self._restarts: deque[float] = deque()
 
     @property
@@ -90,8 +91,10 @@ class Keeper:
 
     @property
     def outdated(self) -> bool:
-        """Whether the process runs with other settings than it should."""
+        """Whether the process runs with other settings than it should, or failed with others."""
         endpoint = self.member.endpoint
+        if self.member.phase is Phase.FAILED:
+            return self._started_with != self._launch(fixed_ports=False).digest
         if endpoint is None or self.member.phase is Phase.SWITCHING:
             return False
         return endpoint.launch != self._launch(fixed_ports=False).digest
@@ -204,11 +207,12 @@ class Keeper:
         if launch is None:
             return None
         self._update(phase=Phase.STARTING, reason="")
+        self._started_with = self._launch(fixed_ports=False).digest
         started: Endpoint | StartFailure = await self._actor.start.remote(
             launch.command,
             {**launch.environment, **self._environment},
             self.config.startup_timeout_s,
-            self._launch(fixed_ports=False).digest,
+            self._started_with,
         )
         if isinstance(started, Endpoint):
             logger.info("%s serves at %s, pid %d", self.name, started.address, started.pid)

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from splitserve.core.config import ClusterConfig
 from splitserve.core.errors import ConfigError, SplitserveError
 from splitserve.deploy.controller import Controller
 from splitserve.deploy.members import ClusterView, MemberFailed, Phase
@@ -23,6 +24,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster"), pytes
 
 def size_of(view: ClusterView, role: str) -> int:
     return next(pool.ready for pool in view.pools if pool.role == role)
+
+
+def phase_of(view: ClusterView, name: str) -> Phase | None:
+    return next((member.phase for member in view.members if member.name == name), None)
 
 
 async def test_everything_starts_is_restarted_and_ends(tmp_path: Path) -> None:
@@ -137,6 +142,64 @@ async def test_pools_grow_and_shrink_and_new_settings_are_rolled_out(tmp_path: P
         with pytest.raises(ConfigError, match=r"there is no 'decode-7'; the cluster has decode-1, prefill-1, router-0"):
             controller.drain("decode-7", restart=True)
     assert not ray.util.list_named_actors()
+
+
+async def test_the_successor_of_a_pools_only_worker_outlives_other_changes(tmp_path: Path) -> None:
+    async with running(config(), tmp_path) as controller:
+        before = endpoints(controller.view())
+        held = tmp_path / "held"
+        os.mkfifo(held)
+        controller.apply(config(prefill__env={"STARTS_AFTER": str(held)}))
+        await until(controller, lambda view: phase_of(view, "prefill-1") is Phase.STARTING)
+        controller.apply(controller.config.scaled({"decode": 2}))
+        view = await until(controller, lambda view: size_of(view, "decode") == 2)
+        assert phase_of(view, "prefill-1") is Phase.STARTING
+        assert [(pool.role, pool.wanted, pool.ready) for pool in view.pools] == [("prefill", 1, 1), ("decode", 2, 2)]
+        assert endpoints(view)["prefill-0"] == before["prefill-0"]
+        writer = os.open(held, os.O_RDWR)
+        view = await until(controller, lambda view: view.settled)
+        os.close(writer)
+        assert set(endpoints(view)) == {"prefill-1", "decode-0", "decode-1", "router-0"}
+        assert endpoints(view)["decode-0"] == before["decode-0"]
+
+
+async def test_settings_that_do_not_serve_cost_one_process_until_they_are_corrected(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def cluster(**overrides: object) -> ClusterConfig:
+        return config(decode__replicas=2, restart__max_restarts=0, **overrides)
+
+    broken = {"FAILS": "silent"}
+    async with running(cluster(), tmp_path) as controller:
+        before = endpoints(controller.view())
+
+        # The successor of the only prefill worker fails: nothing else is touched.
+        controller.apply(cluster(prefill__env=broken, decode__env=broken))
+        await until(controller, lambda view: "prefill-1 does not serve with new settings" in caplog.text)
+        view = controller.view()
+        assert (phase_of(view, "prefill-1"), endpoints(view)) == (Phase.FAILED, before)
+        assert "before it served" in next(m.reason for m in view.members if m.name == "prefill-1")
+        assert [(pool.wanted, pool.ready) for pool in view.pools] == [(1, 1), (2, 2)]
+
+        # The prefill pool's are corrected: the first decode worker fails, the second one keeps what it has.
+        controller.apply(cluster(prefill__env={"COLOUR": "blue"}, decode__env=broken))
+        await until(controller, lambda view: "decode-0 does not serve with new settings" in caplog.text)
+        view = controller.view()
+        (prefill,) = (name for name in endpoints(view) if name.startswith("prefill"))
+        assert psutil.Process(endpoints(view)[prefill].pid).environ()["COLOUR"] == "blue"
+        assert phase_of(view, "decode-0") is Phase.FAILED
+        assert endpoints(view)["decode-1"] == before["decode-1"]
+
+        # Nor is it touched when something else changes.
+        controller.apply(controller.config.scaled({"prefill": 2}))
+        view = await until(controller, lambda view: size_of(view, "prefill") == 2)
+        assert (phase_of(view, "decode-1"), endpoints(view)["decode-1"]) == (Phase.READY, before["decode-1"])
+
+        controller.apply(cluster(prefill__env={"COLOUR": "blue"}, decode__env={"COLOUR": "red"}))
+        after = endpoints(await until(controller, lambda view: view.settled))
+        assert set(after) == {*endpoints(view), "decode-0"}
+        assert after[prefill] == endpoints(view)[prefill]
+        assert {psutil.Process(after[name].pid).environ()["COLOUR"] for name in ("decode-0", "decode-1")} == {"red"}
 
 
 @pytest.mark.verify
