@@ -96,7 +96,7 @@ class Controller:
             async with asyncio.TaskGroup() as group:
                 self._tasks = group
                 if not self.ready.is_set():
-                    check_scaling(self.config)
+                    self._check()
                 for name, role in self._adopt.items():
                     self._add(role, name)
                 self._reconcile()
@@ -110,6 +110,13 @@ class Controller:
             raise first_error(failed) from failed
         finally:
             await self._stop_all()
+
+    def _check(self) -> None:
+        """Raises: ConfigError: what nobody but the controller needs is not there."""
+        check_scaling(self.config)
+        tls = tls_of(self.config, "operator")
+        if tls is not None:
+            tls.credentials()
 
     @property
     def roles(self) -> Mapping[str, Role]:

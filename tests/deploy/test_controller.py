@@ -274,6 +274,12 @@ async def test_scaling_that_cannot_decide_is_an_error_at_the_start(tmp_path: Pat
         await Controller(cluster, tmp_path, command=stand_in).run()
 
 
+async def test_a_certificate_that_is_not_there_is_an_error_at_the_start(tmp_path: Path) -> None:
+    files = {name: str(tmp_path / f"{{role}}.{name}") for name in ("ca", "cert", "key")}
+    with pytest.raises(ConfigError, match=r"cannot read .*; check the TLS options"):
+        await Controller(config(security=files), tmp_path, command=stand_in).run()
+
+
 async def test_a_cluster_serves_on_while_scaling_cannot_decide(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
