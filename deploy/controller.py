@@ -201,11 +201,15 @@ class Controller:
             changed=self._member_changed,
             prefer=self._preferred_nodes,
             must_start=lambda: not self.ready.is_set(),
+            can_lose=self._has_other_router,
         )
         self._keepers[keeper.name] = keeper
         assert self._tasks is not None
         self._running[keeper.name] = self._tasks.create_task(self._keep(keeper))
         return keeper
+
+    def _has_other_router(self, name: str) -> bool:
+        return any(k.name != name and k.member.phase is not Phase.FAILED for k in self._of("router"))
 
     async def _keep(self, keeper: Keeper) -> None:
         await keeper.run()

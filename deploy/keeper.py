@@ -50,6 +50,7 @@ class Keeper:
         changed: called whenever `member` has changed.
         prefer: of a name and the ids of nodes that could hold it, those that it should rather go to.
         must_start: whether a failure now is the cluster's failure.
+        can_lose: whether the cluster serves without the router of this name.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Keeper:
         changed: Callable[[Member, Member], None],
         prefer: Callable[[str, Sequence[str]], Sequence[str]],
         must_start: Callable[[], bool],
+        can_lose: Callable[[str], bool],
     ) -> None:
         self.member = Member(name=name, role=role)
         self.config = config
@@ -75,6 +77,7 @@ class Keeper:
         self._changed = changed
         self._prefer = prefer
         self._must_start = must_start
+        self._can_lose = can_lose
         self._order: _Order | None = None
         self._ordered = asyncio.Event()
         self._reason = ""
@@ -83,6 +86,7 @@ class Keeper:
         self._on_cpu = False
         self._ports: tuple[int, int] | None = None  # of a router, which its clients find again
         self._started_with = ""  # digest of the launch that was tried last
+        self._served_with = ""  # and of the last one that served
         self._restarts: deque[float] = deque()
 
     @property
@@ -217,6 +221,7 @@ class Keeper:
         if isinstance(started, Endpoint):
             logger.info("%s serves at %s, pid %d", self.name, started.address, started.pid)
             self._lost_node = ""
+            self._served_with = started.launch
             self._update(phase=Phase.READY, endpoint=started, reason="")
         return started
 
@@ -281,7 +286,7 @@ class Keeper:
         )
 
     async def _may_restart(self, reason: str) -> bool:
-        """Waits as long as it should before the next start. Raises: SplitserveError: it was a router."""
+        """Waits as long as it should before the next start. Raises: Unavailable: the last router does not."""
         bounds = self.config.restart
         now = time.monotonic()
         self._restarts.append(now)
@@ -290,7 +295,9 @@ class Keeper:
         if len(self._restarts) > bounds.max_restarts:
             logger.error("%s %s; it stays down after %d restarts", self.name, reason, bounds.max_restarts)
             self._update(phase=Phase.FAILED, endpoint=None, reason=reason)
-            if self.member.role == "router":
+            # Other settings than it served with before: a corrected file may bring it back.
+            has_changed = self._served_with not in ("", self._started_with)
+            if self.member.role == "router" and not has_changed and not self._can_lose(self.name):
                 raise Unavailable(f"{self.name} {reason} and stays down after {bounds.max_restarts} restarts")
             await self._ordered.wait()  # to be retired, or to be tried with other settings
             return not self.retiring or await self._removed()

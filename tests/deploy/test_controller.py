@@ -11,7 +11,7 @@ import psutil
 import pytest
 import ray
 from splitserve.core.config import ClusterConfig
-from splitserve.core.errors import ConfigError, SplitserveError
+from splitserve.core.errors import ConfigError, SplitserveError, Unavailable
 from splitserve.deploy.controller import Controller
 from splitserve.deploy.members import ClusterView, MemberFailed, Phase
 from splitserve.deploy.scaler import replay_log
@@ -82,6 +82,33 @@ async def test_restarts_are_bounded(tmp_path: Path) -> None:
         view = await until(controller, lambda view: view.members[0].phase is Phase.FAILED)
         assert view.members[0].reason == "killed by SIGKILL"
         assert "decode-0" in endpoints(view)
+
+
+async def test_a_router_that_stays_down_ends_the_cluster_only_if_it_is_the_last(tmp_path: Path) -> None:
+    async def lose_both() -> None:
+        async with running(config(router__replicas=2, restart__max_restarts=0), tmp_path) as controller:
+            before = endpoints(controller.view())
+            os.kill(before.pop("router-1").pid, signal.SIGKILL)
+            view = await until(controller, lambda view: phase_of(view, "router-1") is Phase.FAILED)
+            assert endpoints(view) == before
+            os.kill(before["router-0"].pid, signal.SIGKILL)
+            await controller.stopping.wait()
+
+    with pytest.raises(Unavailable, match="router-0 killed by SIGKILL and stays down after 0 restarts"):
+        await lose_both()
+
+
+async def test_the_only_router_waits_for_settings_with_which_it_serves(tmp_path: Path) -> None:
+    async with running(config(restart__max_restarts=0), tmp_path) as controller:
+        before = endpoints(controller.view())
+        router = before.pop("router-0")
+        controller.apply(config(restart__max_restarts=0, model="router-0:silent"))
+        view = await until(controller, lambda view: phase_of(view, "router-0") is Phase.FAILED)
+        assert endpoints(view) == before
+        controller.apply(config(restart__max_restarts=0))
+        after = endpoints(await until(controller, lambda view: view.settled))
+        assert after.pop("router-0").address == router.address
+        assert after == before
 
 
 @pytest.mark.parametrize(
