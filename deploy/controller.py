@@ -15,7 +15,7 @@ from .admin_access import AdminAccess
 from .changes import least_useful
 from .keeper import Keeper
 from .launch import Command
-from .members import ClusterView, Member, Phase, PoolView
+from .members import ClusterView, Member, Phase, PoolView, role_in
 from .neighbours import preferred_nodes
 from .options import tls_of
 from .roles import role_command, with_threads
@@ -180,7 +180,8 @@ class Controller:
         return [k for k in self._keepers.values() if not k.retiring and k is not self._successor]
 
     def _reconcile(self) -> None:
-        """Start what is missing, retire what is too much."""
+        """Send back who was switched and is missing, start what else is missing, retire what is too much."""
+        self._send_home()
         num_running = {w.address: w.num_running for view in self._links.views for w in view.workers}
         for role in _ROLES:
             while len(self._of(role)) < self._wanted(role):
@@ -188,6 +189,18 @@ class Controller:
             excess = len(self._of(role)) - self._wanted(role)
             for member in least_useful([k.member for k in self._of(role)], excess, num_running):
                 self._keepers[member.name].retire()
+
+    def _send_home(self) -> None:
+        """A worker that was given another role keeps its model on the way back: one is too much there, missing here."""
+        for keeper in self._staying():
+            member, home = keeper.member, role_in(keeper.name)
+            if home is None or home == "router" or home == member.role or member.serving is None:
+                continue
+            if keeper.ordered or keeper.outdated:
+                continue
+            if len(self._of(member.role)) > self._wanted(member.role) and len(self._of(home)) < self._wanted(home):
+                logger.info("%s becomes a %s worker again", member.name, home)
+                keeper.switch(home)
 
     def _add(self, role: Role, name: str = "") -> Keeper:
         free = (f"{role}-{index}" for index in range(len(self._keepers) + 1) if f"{role}-{index}" not in self._keepers)

@@ -289,10 +289,26 @@ async def test_a_worker_that_was_switched_by_hand_counts_in_its_new_pool(tmp_pat
         assert {name: endpoint.pid for name, endpoint in endpoints(view).items()} == {
             name: endpoint.pid for name, endpoint in before.items()
         }
-        # The last one of its pool: another is started there, and decode, which has one too many, loses it.
+        # The last one of its pool: the other one goes back, since decode has one too many.
         assert await switch_worker(before["prefill-0"].address, "decode", 1.0) is not None
         view = await until(controller, lambda view: view.settled and controller.roles.get("prefill-0") != "prefill")
         assert (size_of(view, "prefill"), size_of(view, "decode")) == (1, 2)
+        assert controller.roles["prefill-1"] == "prefill"
+
+
+@pytest.mark.verify  # the one above has it with the last one of a pool
+async def test_a_worker_that_was_switched_by_hand_goes_back_when_the_file_is_applied_again(tmp_path: Path) -> None:
+    cluster = config(prefill__replicas=2, decode__replicas=1)
+    async with running(cluster, tmp_path) as controller:
+        before = endpoints(controller.view())
+        assert await switch_worker(before["prefill-1"].address, "decode", 1.0) is not None
+        await until(controller, lambda view: view.settled and size_of(view, "decode") == 2)
+        controller.apply(cluster)
+        view = await until(controller, lambda view: view.settled)
+        assert (size_of(view, "prefill"), size_of(view, "decode")) == (2, 1)
+        assert {name: endpoint.pid for name, endpoint in endpoints(view).items()} == {
+            name: endpoint.pid for name, endpoint in before.items()
+        }
 
 
 async def test_scaling_that_cannot_decide_is_an_error_at_the_start(tmp_path: Path) -> None:
