@@ -87,6 +87,7 @@ class Keeper:
         self._ports: tuple[int, int] | None = None  # of a router, which its clients find again
         self._started_with = ""  # digest of the launch that was tried last
         self._served_with = ""  # and of the last one that served
+        self._switched_with = ""  # and of one that may take its place without a start
         self._restarts: deque[float] = deque()
 
     @property
@@ -118,8 +119,13 @@ class Keeper:
         self._give(_Order.RENEW)
 
     def switch(self, role: WorkerRole) -> None:
-        """Drain it and give it another role without loading its model again; it belongs to its new pool at once."""
+        """Drain it and give it another role without loading its model again; it belongs to its new pool at once.
+
+        One that is outdated is started anew in its new role: the call that switches it changes no settings.
+        """
+        was_outdated = self.outdated
         self._update(role=role, phase=Phase.SWITCHING)
+        self._switched_with = "" if was_outdated else self._launch(fixed_ports=False).digest
         self._give(_Order.SWITCH)
 
     def replace(self, reason: str) -> None:
@@ -335,10 +341,10 @@ class Keeper:
             return False
         taken = switch_worker(endpoint.address, role, self.config.drain_timeout_s, tls_of(self.config, "operator"))
         boot_id = await self._unless_hurried(taken)
-        if boot_id is None:
+        if boot_id is None or self._switched_with != self._launch(fixed_ports=False).digest:
             return False
         try:
-            await self._actor.took_role.remote(boot_id, self._launch(fixed_ports=False).digest)
+            await self._actor.took_role.remote(boot_id, self._switched_with)
         except RayError as error:
             logger.warning("%s lost its actor while it changed its role: %s", self.name, error)
             return False

@@ -311,6 +311,25 @@ async def test_a_worker_that_was_switched_by_hand_goes_back_when_the_file_is_app
         }
 
 
+@pytest.mark.verify
+async def test_a_worker_that_changes_its_role_before_its_turn_gets_new_settings_too(tmp_path: Path) -> None:
+    async with running(config(decode__replicas=2), tmp_path) as controller:
+        before = endpoints(controller.view())
+        held = tmp_path / "held"
+        os.mkfifo(held)
+        env = {"STARTS_AFTER": str(held)}
+        controller.apply(config(decode__replicas=2, prefill__env=env, decode__env=env))
+        await until(controller, lambda view: phase_of(view, "prefill-1") is Phase.STARTING)
+        assert await switch_worker(before["decode-1"].address, "prefill", 1.0) is not None
+        await until(controller, lambda view: controller.roles["decode-1"] == "prefill")
+        writer = os.open(held, os.O_RDWR)
+        view = await until(controller, lambda view: view.settled)
+        os.close(writer)
+        assert (size_of(view, "prefill"), size_of(view, "decode")) == (2, 1)
+        processes = [psutil.Process(e.pid) for name, e in endpoints(view).items() if name != "router-0"]
+        assert [process.environ().get("STARTS_AFTER") for process in processes] == [str(held)] * 3
+
+
 async def test_scaling_that_cannot_decide_is_an_error_at_the_start(tmp_path: Path) -> None:
     cluster = scaled_config(tmp_path / "load", scaling={"max_gpus": 1})
     with pytest.raises(ConfigError, match="the GPU budget is 1 and the fewest workers of both pools hold 2"):
