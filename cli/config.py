@@ -10,6 +10,7 @@ import yaml
 
 from ..core.config import WORKER_ROLES, load_config
 from ..deploy.roles import role_needs, with_threads
+from ..deploy.scaler import check_scaling
 
 
 def command(
@@ -28,6 +29,7 @@ def command(
     if action == "show":
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
         return
+    check_scaling(config)
     print(f"{file or 'the defaults'}: right. {config.model} on")
     print(
         f"  {config.router.replicas} router{'s' if config.router.replicas > 1 else ''} from port {config.router.port}"

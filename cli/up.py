@@ -17,6 +17,7 @@ from ..deploy.changes import NOTHING_CHANGES
 from ..deploy.claim import claim_local_cluster
 from ..deploy.process import report_ready
 from ..deploy.ray_environment import prepare_ray_environment
+from ..deploy.scaler import check_scaling
 from ..engine.model_files import check_local_model
 from .attached import attached, cluster_state, remember_routers, running_state
 from .background import continue_in_background, continue_in_own_session
@@ -120,6 +121,7 @@ def command(
     if running_state() is not None:
         _change(config, dry_run=dry_run)
         return
+    check_scaling(config)
     if dry_run:
         print("\n".join(_what_starts(config)))
         return

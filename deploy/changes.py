@@ -12,8 +12,12 @@ from .roles import get, role_keys
 
 NOTHING_CHANGES = "nothing changes"
 
-# All workers and routers must agree on these at every moment, or they belong to Ray: they change with the cluster.
-_FIXED = ("model", "ray.address", "ray.namespace", "engine.dtype", "log_dir")
+# The controller, workers and routers must agree on these at every moment, or they belong to Ray: they change with the
+# cluster.
+_FIXED = (
+    *("model", "ray.address", "ray.namespace", "engine.dtype", "log_dir"),
+    *("security.ca", "security.cert", "security.key"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

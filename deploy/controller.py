@@ -15,12 +15,12 @@ from .admin_access import AdminAccess
 from .changes import least_useful
 from .keeper import Keeper
 from .launch import Command
-from .members import ClusterView, Member, Phase, PoolView
+from .members import ClusterView, Member, Phase, PoolView, role_in
 from .neighbours import preferred_nodes
 from .options import tls_of
 from .roles import role_command, with_threads
 from .router_links import RouterLinks
-from .scaler import Scaling
+from .scaler import Scaling, check_scaling
 from .worker_watch import WorkerWatch
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class Controller:
         self._change = asyncio.Event()  # of any member; each change sets it and puts a new one in its place
         self._scaling: Scaling | None = None
         self._rolling: asyncio.Task[None] | None = None
+        self._successor: Keeper | None = None  # of its pool's only worker, whose place it has not taken
         self._is_settled = False
 
     def view(self) -> ClusterView:
@@ -94,6 +95,8 @@ class Controller:
         try:
             async with asyncio.TaskGroup() as group:
                 self._tasks = group
+                if not self.ready.is_set():
+                    self._check()
                 for name, role in self._adopt.items():
                     self._add(role, name)
                 self._reconcile()
@@ -107,6 +110,13 @@ class Controller:
             raise first_error(failed) from failed
         finally:
             await self._stop_all()
+
+    def _check(self) -> None:
+        """Raises: ConfigError: what nobody but the controller needs is not there."""
+        check_scaling(self.config)
+        tls = tls_of(self.config, "operator")
+        if tls is not None:
+            tls.credentials()
 
     @property
     def roles(self) -> Mapping[str, Role]:
@@ -152,18 +162,26 @@ class Controller:
         role = keeper.member.role
         if role == "router":
             raise ConfigError(f"{name} is a router: drain it with a restart, or change router.replicas in the file")
+        if keeper is self._successor:
+            keeper.retire()
+            return
         self.config = self.config.scaled({role: self.config.replicas(role) - 1})
         keeper.retire()
+        self._roll_outdated()  # it may have been in the way
 
     def _wanted(self, role: Role) -> int:
         return self.config.router.replicas if role == "router" else self.config.replicas(role)
 
     def _of(self, role: Role) -> list[Keeper]:
-        """The processes of a role that shall stay."""
-        return [k for k in self._keepers.values() if k.member.role == role and not k.retiring]
+        """The processes of a role that shall stay: those that are its pool."""
+        return [k for k in self._staying() if k.member.role == role]
+
+    def _staying(self) -> list[Keeper]:
+        return [k for k in self._keepers.values() if not k.retiring and k is not self._successor]
 
     def _reconcile(self) -> None:
-        """Start what is missing, retire what is too much."""
+        """Send back who was switched and is missing, start what else is missing, retire what is too much."""
+        self._send_home()
         num_running = {w.address: w.num_running for view in self._links.views for w in view.workers}
         for role in _ROLES:
             while len(self._of(role)) < self._wanted(role):
@@ -171,6 +189,18 @@ class Controller:
             excess = len(self._of(role)) - self._wanted(role)
             for member in least_useful([k.member for k in self._of(role)], excess, num_running):
                 self._keepers[member.name].retire()
+
+    def _send_home(self) -> None:
+        """A worker that was given another role keeps its model on the way back: one is too much there, missing here."""
+        for keeper in self._staying():
+            member, home = keeper.member, role_in(keeper.name)
+            if home is None or home == "router" or home == member.role or member.serving is None:
+                continue
+            if keeper.ordered or keeper.outdated:
+                continue
+            if len(self._of(member.role)) > self._wanted(member.role) and len(self._of(home)) < self._wanted(home):
+                logger.info("%s becomes a %s worker again", member.name, home)
+                keeper.switch(home)
 
     def _add(self, role: Role, name: str = "") -> Keeper:
         free = (f"{role}-{index}" for index in range(len(self._keepers) + 1) if f"{role}-{index}" not in self._keepers)
@@ -184,11 +214,15 @@ class Controller:
             changed=self._member_changed,
             prefer=self._preferred_nodes,
             must_start=lambda: not self.ready.is_set(),
+            can_lose=self._has_other_router,
         )
         self._keepers[keeper.name] = keeper
         assert self._tasks is not None
         self._running[keeper.name] = self._tasks.create_task(self._keep(keeper))
         return keeper
+
+    def _has_other_router(self, name: str) -> bool:
+        return any(k.name != name and k.member.phase is not Phase.FAILED for k in self._of("router"))
 
     async def _keep(self, keeper: Keeper) -> None:
         await keeper.run()
@@ -199,30 +233,60 @@ class Controller:
     def _roll_outdated(self) -> None:
         if self._rolling is None or self._rolling.done():
             assert self._tasks is not None
+            if self._successor is not None:  # it failed
+                self._successor.retire()
+                self._successor = None
             self._rolling = self._tasks.create_task(self._roll())
 
     async def _roll(self) -> None:
-        """Renew outdated processes one after another, each once the one before serves again."""
-        while outdated := [k for k in self._keepers.values() if k.outdated and not k.retiring]:
+        """Renew outdated processes one after another, each once the one before serves again.
+
+        One that does not serve with its new settings ends it: they cost one process, and not all.
+        """
+        while outdated := self._outdated():
             logger.info("%s gets new settings", outdated[0].name)
-            await self._renew(outdated[0])
+            renewed = await self._renew(outdated[0])
+            if renewed.member.phase is Phase.FAILED and not renewed.outdated:
+                logger.error("%s does not serve with new settings, and the others keep theirs", renewed.name)
+                break
         self._reconcile()
 
-    async def _renew(self, keeper: Keeper) -> None:
-        """The only worker of its pool gets a successor first, where there is room for one."""
+    def _outdated(self) -> list[Keeper]:
+        """Those to be renewed: none of a role of which one has failed with the same settings."""
+        staying = self._staying()
+        failed = {k.member.role for k in staying if k.member.phase is Phase.FAILED and not k.outdated}
+        return [k for k in staying if k.outdated and k.member.role not in failed]
+
+    async def _renew(self, keeper: Keeper) -> Keeper:
+        """Returns what serves in its place, or failed: the only worker of its pool gets a successor first, where there
+        is room for one. One that failed stays to be seen, beside the worker, until the next change.
+        """
         role = keeper.member.role
-        if role != "router" and sum(k.member.phase is Phase.READY for k in self._of(role)) == 1:
-            successor = self._add(role)
-            if await self._until(successor, Phase.READY, Phase.UNPLACED, Phase.FAILED) is Phase.READY:
-                await self._until_used(successor)
+        if role != "router" and [k for k in self._of(role) if k.member.phase is Phase.READY] == [keeper]:
+            successor = self._successor = self._add(role)
+            phase = await self._until_serves(successor, Phase.UNPLACED, Phase.FAILED)
+            if phase is Phase.FAILED and not successor.outdated:
+                return successor
+            self._successor = None
+            if phase is Phase.READY:
                 keeper.retire()
                 await self._until(keeper, Phase.STOPPED)
-                return
+                return successor
             successor.retire()
+            if phase is Phase.FAILED:  # other settings have come meanwhile
+                return successor
         keeper.renew()
         await self._until(keeper, Phase.DRAINING, Phase.PLACING)
-        await self._until(keeper, Phase.READY, Phase.FAILED)
-        await self._until_used(keeper)
+        await self._until_serves(keeper, Phase.FAILED)
+        return keeper
+
+    async def _until_serves(self, keeper: Keeper, *phases: Phase) -> Phase:
+        """Returns as soon as routers send work to the process, or it is in one of the phases, or gone."""
+        while (phase := await self._until(keeper, Phase.READY, *phases)) is Phase.READY:
+            await self._until_used(keeper)
+            if keeper.member.serving:
+                break
+        return phase
 
     async def _until(self, keeper: Keeper, *phases: Phase) -> Phase:
         """Returns as soon as the process is in one of the phases, or gone."""
@@ -313,9 +377,13 @@ class Controller:
             if not self.config.scaling.enabled:
                 self._scaling = None
                 continue
-            if self._scaling is None or self._scaling.outdated(self.config):
-                self._scaling = Scaling(self.config, self._log_dir)
-            members = [keeper.member for keeper in self._keepers.values()]
+            try:
+                if self._scaling is None or self._scaling.outdated(self.config):
+                    self._scaling = Scaling(self.config, self._log_dir)
+            except ConfigError as error:
+                logger.error("pools keep their sizes: %s", error.message)
+                continue
+            members = [keeper.member for keeper in self._keepers.values() if keeper is not self._successor]
             signals = self._scaling.signals.gather(time.monotonic(), members, self._watch.statuses, self._links.counts)
             self._enact(await asyncio.to_thread(self._scaling.decide, signals))
 

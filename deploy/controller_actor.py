@@ -18,13 +18,14 @@ from ray.util.placement_group import placement_group_table
 from ..core.config import ClusterConfig, Role, WorkerRole
 from ..core.errors import SplitserveError
 from .admin_access import AdminAccess
-from .changes import changes
+from .changes import Changes, changes
 from .controller import Controller
 from .launch import Command
 from .log_reader import read_log
 from .members import ClusterView, MemberFailed, role_in
 from .placement import find_group
 from .roles import role_command
+from .scaler import check_scaling
 
 NAME = "controller"
 _KV_NAMESPACE = b"splitserve"
@@ -93,13 +94,13 @@ class ControllerActor:
     async def preview(self, config: ClusterConfig) -> str | Refusal:
         """What `apply` would do, in words."""
         try:
-            return str(changes(self._controller.config, self._controller.complete(config)))
+            return str(self._changes(config))
         except SplitserveError as error:
             return _refusal(error)
 
     async def apply(self, config: ClusterConfig) -> Refusal | None:
         try:
-            changes(self._controller.config, self._controller.complete(config))
+            self._changes(config)
         except SplitserveError as error:
             return _refusal(error)
         self._controller.apply(config)
@@ -129,6 +130,13 @@ class ControllerActor:
     async def log(self, offset: int, max_bytes: int, wait_s: float) -> tuple[int, bytes]:
         """Its own; see read_log."""
         return await read_log(self._log_path, offset, max_bytes, wait_s)
+
+    def _changes(self, config: ClusterConfig) -> Changes:
+        """Raises: ConfigError: the cluster cannot become this."""
+        wanted = self._controller.complete(config)
+        found = changes(self._controller.config, wanted)
+        check_scaling(wanted)
+        return found
 
     async def _serve(self) -> None:
         refusal = None

@@ -50,6 +50,7 @@ class Keeper:
         changed: called whenever `member` has changed.
         prefer: of a name and the ids of nodes that could hold it, those that it should rather go to.
         must_start: whether a failure now is the cluster's failure.
+        can_lose: whether the cluster serves without the router of this name.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Keeper:
         changed: Callable[[Member, Member], None],
         prefer: Callable[[str, Sequence[str]], Sequence[str]],
         must_start: Callable[[], bool],
+        can_lose: Callable[[str], bool],
     ) -> None:
         self.member = Member(name=name, role=role)
         self.config = config
@@ -75,6 +77,7 @@ class Keeper:
         self._changed = changed
         self._prefer = prefer
         self._must_start = must_start
+        self._can_lose = can_lose
         self._order: _Order | None = None
         self._ordered = asyncio.Event()
         self._reason = ""
@@ -82,6 +85,9 @@ class Keeper:
         self._lost_node = ""
         self._on_cpu = False
         self._ports: tuple[int, int] | None = None  # of a router, which its clients find again
+        self._started_with = ""  # digest of the launch that was tried last
+        self._served_with = ""  # and of the last one that served
+        self._switched_with = ""  # and of one that may take its place without a start
         self._restarts: deque[float] = deque()
 
     @property
@@ -90,8 +96,10 @@ class Keeper:
 
     @property
     def outdated(self) -> bool:
-        """Whether the process runs with other settings than it should."""
+        """Whether the process runs with other settings than it should, or failed with others."""
         endpoint = self.member.endpoint
+        if self.member.phase is Phase.FAILED:
+            return self._started_with != self._launch(fixed_ports=False).digest
         if endpoint is None or self.member.phase is Phase.SWITCHING:
             return False
         return endpoint.launch != self._launch(fixed_ports=False).digest
@@ -111,8 +119,13 @@ class Keeper:
         self._give(_Order.RENEW)
 
     def switch(self, role: WorkerRole) -> None:
-        """Drain it and give it another role without loading its model again; it belongs to its new pool at once."""
+        """Drain it and give it another role without loading its model again; it belongs to its new pool at once.
+
+        One that is outdated is started anew in its new role: the call that switches it changes no settings.
+        """
+        was_outdated = self.outdated
         self._update(role=role, phase=Phase.SWITCHING)
+        self._switched_with = "" if was_outdated else self._launch(fixed_ports=False).digest
         self._give(_Order.SWITCH)
 
     def replace(self, reason: str) -> None:
@@ -204,15 +217,17 @@ class Keeper:
         if launch is None:
             return None
         self._update(phase=Phase.STARTING, reason="")
+        self._started_with = self._launch(fixed_ports=False).digest
         started: Endpoint | StartFailure = await self._actor.start.remote(
             launch.command,
             {**launch.environment, **self._environment},
             self.config.startup_timeout_s,
-            self._launch(fixed_ports=False).digest,
+            self._started_with,
         )
         if isinstance(started, Endpoint):
             logger.info("%s serves at %s, pid %d", self.name, started.address, started.pid)
             self._lost_node = ""
+            self._served_with = started.launch
             self._update(phase=Phase.READY, endpoint=started, reason="")
         return started
 
@@ -277,7 +292,7 @@ class Keeper:
         )
 
     async def _may_restart(self, reason: str) -> bool:
-        """Waits as long as it should before the next start. Raises: SplitserveError: it was a router."""
+        """Waits as long as it should before the next start. Raises: Unavailable: the last router does not."""
         bounds = self.config.restart
         now = time.monotonic()
         self._restarts.append(now)
@@ -286,7 +301,9 @@ class Keeper:
         if len(self._restarts) > bounds.max_restarts:
             logger.error("%s %s; it stays down after %d restarts", self.name, reason, bounds.max_restarts)
             self._update(phase=Phase.FAILED, endpoint=None, reason=reason)
-            if self.member.role == "router":
+            # Other settings than it served with before: a corrected file may bring it back.
+            has_changed = self._served_with not in ("", self._started_with)
+            if self.member.role == "router" and not has_changed and not self._can_lose(self.name):
                 raise Unavailable(f"{self.name} {reason} and stays down after {bounds.max_restarts} restarts")
             await self._ordered.wait()  # to be retired, or to be tried with other settings
             return not self.retiring or await self._removed()
@@ -324,10 +341,10 @@ class Keeper:
             return False
         taken = switch_worker(endpoint.address, role, self.config.drain_timeout_s, tls_of(self.config, "operator"))
         boot_id = await self._unless_hurried(taken)
-        if boot_id is None:
+        if boot_id is None or self._switched_with != self._launch(fixed_ports=False).digest:
             return False
         try:
-            await self._actor.took_role.remote(boot_id, self._launch(fixed_ports=False).digest)
+            await self._actor.took_role.remote(boot_id, self._switched_with)
         except RayError as error:
             logger.warning("%s lost its actor while it changed its role: %s", self.name, error)
             return False

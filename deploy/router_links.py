@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import grpc.aio
 
 from ..client.results import RouterStatus, status_from_proto
-from ..core.errors import SplitserveError
+from ..core.errors import ConfigError, SplitserveError
 from ..proto import inference_pb2, inference_pb2_grpc
 from ..proto.tls import PeerRole, Tls, open_channel
 from .admin_access import AdminAccess
@@ -78,10 +78,10 @@ class RouterLinks:
     async def _tell_one(self, router: Member, workers: inference_pb2.SetWorkersRequest) -> None:
         assert router.endpoint is not None
         address, boot_id = router.endpoint.address, router.endpoint.boot_id
-        if address not in self._channels:
-            self._channels[address] = open_channel(address, self._tls, PeerRole.ROUTER)
-        stub = inference_pb2_grpc.RouterAdminStub(self._channels[address])
         try:
+            if address not in self._channels:
+                self._channels[address] = open_channel(address, self._tls, PeerRole.ROUTER)
+            stub = inference_pb2_grpc.RouterAdminStub(self._channels[address])
             if self._told.get(router.name) != (boot_id, workers):
                 await stub.SetWorkers(workers, timeout=_TIMEOUT_S, metadata=self._metadata)
                 self._told[router.name] = (boot_id, workers)
@@ -95,6 +95,9 @@ class RouterLinks:
             logger.warning("%s does not answer: %s", router.name, error.details())
             if self._tls is not None:  # the next one reads renewed certificates
                 await self._channels.pop(address).close()
+            self._views.pop(router.name, None)
+        except ConfigError as error:
+            logger.error("%s cannot be asked: %s", router.name, error.message)
             self._views.pop(router.name, None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from ..scheduling.scaling_log import ScalingRecord, read_records, replay
 from ..scheduling.scaling_signals import POOLS, Pool, ScalingDecision, ScalingSignals
 from .load_signals import LoadSignals
 
+logger = logging.getLogger(__name__)
+
 
 class Scaling:
     """Decides, and writes each decision down with what it was made of."""
@@ -24,7 +27,6 @@ class Scaling:
         self._key = _key(config)
         self._policy = scaling_policy(config)
         self.signals = LoadSignals(config.scaling.percentile)
-        log_dir.mkdir(parents=True, exist_ok=True)
         # One file for each policy: the decisions of a new one do not follow from what the one before had seen.
         self.log_path = log_dir / f"scaling-{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns()}.jsonl"
 
@@ -34,9 +36,19 @@ class Scaling:
 
     def decide(self, signals: ScalingSignals) -> ScalingDecision:
         decision = self._policy.decide(signals)
-        with self.log_path.open("a", encoding="utf-8") as log:
-            log.write(ScalingRecord(signals=signals, decision=decision).to_line() + "\n")
+        try:
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            with self.log_path.open("a", encoding="utf-8") as log:
+                log.write(ScalingRecord(signals=signals, decision=decision).to_line() + "\n")
+        except OSError as error:
+            logger.error("a decision is not written down: %s", error)
         return decision
+
+
+def check_scaling(config: ClusterConfig) -> None:
+    """Raises: ConfigError: it asks for scaling, and for what no policy can do; see scaling_policy."""
+    if config.scaling.enabled:
+        scaling_policy(config)
 
 
 def scaling_policy(config: ClusterConfig) -> SloScaling:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterable, Mapping
 
@@ -10,9 +11,12 @@ import grpc
 import grpc.aio
 
 from ..core.config import WorkerRole
+from ..core.errors import ConfigError
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.tls import PeerRole, Tls, open_channel
 from .members import Member
+
+logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 2.0
 _ROLES: Mapping[int, WorkerRole] = {worker_pb2.ROLE_PREFILL: "prefill", worker_pb2.ROLE_DECODE: "decode"}
@@ -55,8 +59,13 @@ class WorkerWatch:
 
     async def _ask(self, address: str, unhealthy_s: float) -> str:
         """What is wrong with it; "" if nothing is."""
-        if address not in self._channels:
-            self._channels[address] = open_channel(address, self._tls, PeerRole.WORKER)
+        try:
+            if address not in self._channels:
+                self._channels[address] = open_channel(address, self._tls, PeerRole.WORKER)
+        except ConfigError as error:  # our certificate, which says nothing of the worker
+            logger.error("the worker at %s cannot be asked: %s", address, error.message)
+            self._silent_since.pop(address, None)
+            return ""
         stub = worker_pb2_grpc.WorkerAdminStub(self._channels[address])
         asked_at = time.monotonic()
         try:

@@ -1,4 +1,8 @@
-"""A light process that keeps to the contract of a role: serves, tells so, drains on SIGTERM, or fails as it is told."""
+"""A light process that keeps to the contract of a role: serves, tells so, drains on SIGTERM, or fails as it is told.
+
+The environment tells some of them more: FAILS is --fail, STARTS_AFTER a pipe that somebody must open to write before
+it goes on, KEEPS_ITS_ROLE refuses another role.
+"""
 
 from __future__ import annotations
 
@@ -103,10 +107,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--ready-file", type=Path, required=True)
     parser.add_argument("--load-file", type=Path)
-    parser.add_argument("--fail", choices=["typed", "silent", "hang"])
+    parser.add_argument("--fail", choices=["typed", "silent", "hang"], default=os.environ.get("FAILS"))
     arguments = parser.parse_args()
     sys.stdout.write(f"{arguments.role} threads={os.environ.get('OMP_NUM_THREADS')}\n")
     sys.stdout.flush()
+    if "STARTS_AFTER" in os.environ:
+        Path(os.environ["STARTS_AFTER"]).open("rb").close()
     if arguments.fail == "typed":
         error = AddressInUse("cannot listen on 127.0.0.1:1")
         report_ready(arguments.ready_file, {"error": error.code, "message": error.message})

@@ -45,6 +45,17 @@ def test_what_all_must_agree_on_cannot_change(key: str) -> None:
         changes(config(), load_config(None, {key: "float16"}))
 
 
+@pytest.mark.parametrize("key", ["ca", "cert", "key"])
+def test_certificates_come_and_go_with_the_cluster(key: str) -> None:
+    """Their files may be renewed; a process with others would not hear the rest."""
+    files = {f"security.{name}": f"/certs/{name}.pem" for name in ("ca", "cert", "key")}
+    with pytest.raises(ConfigError, match=r"security\.ca is empty .* cannot change while the cluster runs"):
+        changes(config(), load_config(None, files))
+    others = {**files, f"security.{key}": "/others.pem"}
+    with pytest.raises(ConfigError, match=rf"security\.{key} is /certs/{key}\.pem .* and /others\.pem is wanted"):
+        changes(load_config(None, files), load_config(None, others))
+
+
 def test_those_that_do_not_serve_go_first_then_the_idle_then_the_newest() -> None:
     def member(index: int, phase: Phase = Phase.READY) -> Member:
         endpoint = Endpoint(address=f"h:{index}", metrics_address="", boot_id="", pid=1)

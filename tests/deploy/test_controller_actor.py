@@ -55,6 +55,10 @@ async def test_a_killed_controller_goes_on_with_what_is_there(tmp_path: Path) ->
         before = endpoints(await until(handle, lambda view: view.settled))
         with pytest.raises(ConfigError, match="prefill: got 0 workers, wanted: 1 to"):
             await handle.scale({"prefill": 0})
+        beyond = config(scaling={"enabled": True, "max_gpus": 1}, prefill__max=3, decode__max=3)
+        for change in (handle.preview, handle.apply):
+            with pytest.raises(ConfigError, match="the GPU budget is 1 and the fewest workers of both pools hold 2"):
+                await change(beyond)
 
         first = await handle.pid()
         os.kill(first, signal.SIGKILL)

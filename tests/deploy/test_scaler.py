@@ -12,7 +12,7 @@ from splitserve.core.errors import ConfigError
 from splitserve.deploy.load_signals import LoadSignals, RouterCounts
 from splitserve.deploy.members import Member, Phase
 from splitserve.deploy.process import Endpoint
-from splitserve.deploy.scaler import Scaling, replay_log
+from splitserve.deploy.scaler import Scaling, check_scaling, replay_log
 from splitserve.proto import inference_pb2, worker_pb2
 from typer.testing import CliRunner
 
@@ -128,6 +128,39 @@ def test_another_policy_begins_another_log(tmp_path: Path) -> None:
     assert not scaling.outdated(config(prefill__replicas=3))
     assert scaling.outdated(config(slo__ttft_s=9.0))
     assert scaling.outdated(config(decode__max=5))
+
+
+def test_a_decision_that_cannot_be_written_down_is_made_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scaling = Scaling(config(), tmp_path / "logs")
+    (tmp_path / "logs").write_text("a file where the directory should be")
+    signals = scaling.signals.gather(0.0, [member("prefill-0"), member("decode-0")], {}, {})
+    assert scaling.decide(signals).reasons
+    assert "a decision is not written down: " in caplog.text
+    (tmp_path / "logs").unlink()
+    scaling.decide(signals)
+    assert len(scaling.log_path.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ("max_gpus: 1", "the GPU budget is 1 and the fewest workers of both pools hold 2"),
+        ("calibration: none.json", f"cannot read {Path.cwd() / 'none.json'}"),
+    ],
+)
+def test_settings_that_cannot_decide_are_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaling: str, message: str
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"scaling: {{enabled: true, {scaling}}}\nprefill: {{max: 4}}\ndecode: {{max: 4}}\n")
+    for words in (["config", "check"], ["up", "--dry-run"], ["up"]):
+        refused = CliRunner().invoke(app, [*words, str(file)])
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert message in refused.stderr
+    check_scaling(load_config(file, {"scaling.enabled": False}))
 
 
 def test_scaling_needs_bounds() -> None:
