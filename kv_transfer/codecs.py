@@ -91,7 +91,7 @@ def encode(wire: WireFormat, planes: Sequence[tuple[PlaneShape, Tensor]], out: T
         planes, _places(wire, [shape for shape, _ in planes], out), strict=True
     ):
         if wire.is_lossy:
-            _quantise(wire.codec, shape, values.float(), scales, codes)
+            _quantise(wire, shape, values.float(), scales, codes)
             continue
         narrowed = values.to(TORCH_DTYPES[wire.dtype])
         if narrowed.dtype != values.dtype and not bool(narrowed.isfinite().all()):
@@ -108,7 +108,8 @@ def decode(wire: WireFormat, shapes: Sequence[PlaneShape], payload: Tensor, dtyp
         raise KvCorrupted(f"{payload.numel()} bytes came for KV that has {wire_bytes(wire, shapes)} as {wire.codec}")
     for shape, (scales, codes) in zip(shapes, _places(wire, shapes, payload), strict=True):
         if wire.is_lossy:
-            yield _restore(wire.codec, shape, scales, codes).to(dtype)
+            values, most = _restore(wire.codec, shape, scales, codes), torch.finfo(dtype).max
+            yield values.clamp_(-most, most).to(dtype)  # a scale is rounded up, and so may the largest be
         else:
             values = codes.view(TORCH_DTYPES[wire.dtype]).view(shape.heads, shape.tokens, shape.dim)
             yield values.to(dtype)
@@ -125,17 +126,17 @@ def _places(wire: WireFormat, shapes: Sequence[PlaneShape], flat: Tensor) -> Ite
         scale, code = scale_end, code_end
 
 
-def _quantise(codec: CodecName, shape: PlaneShape, values: Tensor, scales: Tensor, codes: Tensor) -> None:
+def _quantise(wire: WireFormat, shape: PlaneShape, values: Tensor, scales: Tensor, codes: Tensor) -> None:
     """values: [heads, tokens, dim], float32."""
-    largest = _LARGEST[codec]
+    codec, largest = wire.codec, _LARGEST[wire.codec]
     if shape.is_key:
         grouped = _grouped(values)  # [heads, groups, GROUP_TOKENS, dim]
         amax = grouped.abs().amax(dim=2, keepdim=True)
     else:
         grouped = values
         amax = grouped.abs().amax(dim=2, keepdim=True)  # [heads, tokens, 1]
-    if not bool(amax.isfinite().all()):
-        raise _not_finite(f"codec {codec}")
+    if not bool((amax <= torch.finfo(TORCH_DTYPES[wire.dtype]).max).all()):  # nor is NaN
+        raise _not_finite(f"codec {codec} and dtype {wire.dtype}")
     # The floor keeps a group of zeros from being divided by zero. Up, so that the largest value is never cut off.
     bits = (amax / largest).clamp_min(_TINY).view(torch.int32)
     scale = ((bits + 0xFFFF) & -0x10000).view(torch.float32)

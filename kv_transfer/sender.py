@@ -7,6 +7,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -102,7 +103,7 @@ class KvSender:
         self._ways = Ways(pool, self._bytes, identity, self._layout, rank, host)
         self._by_request: dict[str, Outgoing] = {}
         self._by_grant: dict[str, Outgoing] = {}
-        self._parked: dict[str, asyncio.Event] = {}  # grant id -> its request was offered
+        self._parked: dict[str, set[asyncio.Event]] = {}  # grant id -> Fetches that wait for its request
         self._ended: OrderedDict[str, tuple[Grant, SplitserveError | None]] = OrderedDict()  # bounded
         self._standing_by: set[asyncio.Task[Any]] = set()  # a stream of Fetch each that is asked for nothing
         self._closed = False
@@ -165,10 +166,9 @@ class KvSender:
             wire_bytes=WireBytes(self._bytes, self._pool.geometry, grant.wire),
         )
         self._by_request[grant.request_id] = self._by_grant[grant.grant_id] = out
-        if (parked := self._parked.get(grant.grant_id)) is not None:
+        self._start_lease(out, "no decode worker came to fetch it")  # a Fetch that is parked may not get as far
+        for parked in self._parked.get(grant.grant_id, ()):
             parked.set()
-        else:
-            self._start_lease(out, "no decode worker came to fetch it")
 
     def kv_written(
         self,
@@ -199,7 +199,8 @@ class KvSender:
             return
         out.first_token_id, out.finished = first_token_id, final
         out.prefill_ended_s = time.monotonic() if at_s is None else at_s
-        if final and out.stream is None:  # else something may be reading its blocks: the stream's end frees them
+        # Else something reads its blocks, or will once more when it resumes: the stream's end frees them.
+        if final and out.stream is None and not out.sent:
             self._release_once(out)
         out.changed.set()
 
@@ -270,11 +271,12 @@ class KvSender:
         out: Outgoing | None = None
         stream = object()
         try:
+            write = partial(_write, context)
             way = self._ways.of(request)  # first: without a lane the receiver connects anew and asks again
-            out = await self._find(grant, context.write, request.round)
+            out = await self._find(grant, write, request.round)
             self._check_proof(out.grant, request.proof)
             self._begin(out, stream, request)
-            await self._send(out, stream, context.write, way)
+            await self._send(out, stream, write, way)
             if out.stream is stream:  # a commit by another stream may have ended it already
                 self._sent(out)
         except TransferInterrupted as error:
@@ -295,7 +297,7 @@ class KvSender:
         except Exception:
             logger.exception("sending %s failed", grant)
             failure = TransferFailed(f"{grant}: the prefill worker failed while sending; see its log")
-            if out is not None:
+            if out is not None and out.stream is stream:
                 self._end(out, failure, report=True)
             await abort(context, failure)
 
@@ -355,7 +357,8 @@ class KvSender:
             raise self._stale(f"{grant} is over")
         if len(self._parked) >= MAX_PARKED:
             raise Overloaded(f"{MAX_PARKED} transfers wait for their requests already", retry_after_s=1.0)
-        offered = self._parked.setdefault(grant.grant_id, asyncio.Event())
+        offered, waiting = asyncio.Event(), self._parked.setdefault(grant.grant_id, set())
+        waiting.add(offered)  # beside an older stream's, where that is not seen to be broken yet
         give_up_s = time.monotonic() + self._park_s
         try:
             while not await is_set(offered, min(WAIT_INTERVAL_S, give_up_s - time.monotonic())):
@@ -363,8 +366,9 @@ class KvSender:
                     raise self._stale(f"{grant}: its request did not come within {self._park_s:g} s")
                 await write(self._packer.control(grant, FrameKind.WAIT, 0, round_number=number))
         finally:
-            if self._parked.get(grant.grant_id) is offered:
-                del self._parked[grant.grant_id]
+            waiting.discard(offered)
+            if not waiting:
+                self._parked.pop(grant.grant_id, None)
         out = self._live(grant)
         if out is None:
             raise self._stale(f"{grant} is over")
@@ -461,3 +465,11 @@ class KvSender:
         if self._metrics is not None:
             self._metrics.stale_messages.inc()
         return StaleMessage(message)
+
+
+async def _write(context: Context, frame: bytes) -> None:
+    """Raises: asyncio.CancelledError: the receiver is gone; gRPC fails a write that waits, then cancels its task."""
+    try:
+        await context.write(frame)
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None

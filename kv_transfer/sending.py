@@ -67,6 +67,7 @@ class Sending:
         parts: deque[KvPart] = deque()  # taken and not sent
         packed: asyncio.Future[Packed] | None = None
         leaving: asyncio.Future[None] | None = None  # the payload before, in the lane
+        largest = framing.max_bytes * 3 // 2  # see KvProgress.take
         link = f"{out.grant.decode_boot_id}/{out.grant.decode_rank}"
         held: deque[int] = deque()  # bytes of the pieces that count as in flight, oldest first
 
@@ -83,11 +84,11 @@ class Sending:
 
         try:
             while True:
-                _check_newest(out, stream)
                 frame = await packed if packed is not None else None
                 packed = None
+                _check_newest(out, stream)  # behind the wait: what is taken next would be a newer stream's
                 # Packed ahead only where there is room at once: who waits for room must hold nothing.
-                may_pack = framing.mapped or frame is None or in_flight.has_room(link, framing.max_bytes)
+                may_pack = framing.mapped or frame is None or in_flight.has_room(link, largest)
                 if (
                     not out.finished
                     and may_pack

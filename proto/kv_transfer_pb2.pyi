@@ -505,8 +505,8 @@ class TransferEnd(_message.Message):
     num_bytes: _builtins.int
     """KV bytes sent."""
     digest: _builtins.bytes
-    """xxh3_128 over the geometry digest, all token ids the headers (checksums included) of all data frames and the
-    checksums below.
+    """xxh3_128 over the geometry digest, all token ids, the headers (checksums included) of all data frames and
+    the checksums below.
     """
     since_prefill_end_s: _builtins.float
     """Seconds from the end of prefill to this frame."""
@@ -518,7 +518,9 @@ class TransferEnd(_message.Message):
     """Proves that the sender was given the grant: HMAC-SHA256 under its source_key."""
     @_builtins.property
     def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """CUDA IPC: checksum of each data frame's blocks, in order; the headers hold none, so that the copy need not wait."""
+        """Mapped pools (shared memory, CUDA IPC): checksum of each data frame's blocks, in order; the headers hold none, so
+        that the copy need not wait.
+        """
 
     def __init__(
         self,

@@ -145,6 +145,18 @@ def test_a_value_too_large_for_the_narrower_dtype_is_refused() -> None:
         moved(WireFormat(codec="none", dtype="float16"), made, torch.float16)
 
 
+@pytest.mark.parametrize("codec", ["fp8", "int8"])
+def test_a_codec_keeps_within_the_dtype_of_the_other_side(codec) -> None:
+    wire = WireFormat(codec=codec, dtype="float16")
+    made = planes(1, 1, 4, (4, 4), 1.0, "float32")
+    made[0][1][0, 2, 1] = 65_504.0  # the largest
+    for came in moved(wire, made, torch.float16):
+        assert bool(came.isfinite().all())
+    made[1][1][0, 2, 1] = 70_000.0
+    with pytest.raises(KvCorrupted, match=f"too large for codec {codec} and dtype float16"):
+        moved(wire, made, torch.float16)
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_an_impossible_scale_and_a_wrong_length_are_refused(scale: float) -> None:
     made = planes(1, 1, 4, (4, 4), 1.0, "float32")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -13,7 +14,9 @@ import grpc.aio
 import pytest
 import torch
 from splitserve.core.errors import KvCorrupted, TransferFailed, Unavailable
+from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
 from splitserve.kv_transfer.frames import HEADER_BYTES, SERVICE, FrameHeader, FrameKind
+from splitserve.kv_transfer.packing import Packer
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.proto import kv_transfer_pb2 as pb
 
@@ -26,10 +29,15 @@ Write = Callable[[bytes], Awaitable[None]]
 
 
 class Proxy:
-    """In front of a prefill worker; its connections can be cut."""
+    """In front of a prefill worker; its connections can be cut.
 
-    def __init__(self, address: str) -> None:
+    Args: jam_after: bytes of the worker's after which the first connection takes nothing more, and is cut once the
+        worker's writes have long had to wait.
+    """
+
+    def __init__(self, address: str, jam_after: int | None = None) -> None:
         self._target = address.split(":")
+        self._jam_after = jam_after
         self._open: set[asyncio.StreamWriter] = set()
         self.address = ""
 
@@ -51,7 +59,8 @@ class Proxy:
         there, back = await asyncio.open_connection(*self._target)
         self._open |= {writer, back}
         try:
-            await asyncio.gather(self._pipe(reader, back), self._pipe(there, writer))
+            jam_after, self._jam_after = self._jam_after, None
+            await asyncio.gather(self._pipe(reader, back), self._pipe(there, writer, jam_after))
         except OSError:
             pass  # cut
         finally:
@@ -59,8 +68,16 @@ class Proxy:
             writer.close()
             back.close()
 
-    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pipe(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, jam_after: int | None = None
+    ) -> None:
+        num_bytes = 0
         while data := await reader.read(1 << 16):
+            num_bytes += len(data)
+            if jam_after is not None and num_bytes > jam_after:
+                await asyncio.sleep(0.3)
+                self.cut()
+                return
             writer.write(data)
             await writer.drain()
         writer.close()
@@ -117,6 +134,122 @@ async def transfer(p: Any, address: str, request_id: str = "r1") -> Any:
     assert received.num_bytes == p.source.geometry.bytes_per_token * NUM_TOKENS
     await p.receiver.commit(grant, address, received)
     return received
+
+
+async def test_a_link_that_jams_and_is_cut_leaves_the_kv_to_its_next_stream(pair) -> None:
+    """gRPC fails the write that waits for room, and cancels its task after that."""
+    layer = LayerGeometry(num_kv_heads=8, key_dim=128, value_dim=128)
+    large = KvGeometry(model_id="large", layers=(layer,) * 4, dtype="float32")
+    for _ in range(5):
+        async with pair("grpc", geometry=large) as p, Proxy(p.address, jam_after=4 << 20).running() as proxy:
+            request = p.request(380)
+            grant = p.grant(request, address=proxy.address)
+            p.complete(grant, request)
+            await p.receiver.receive(grant, proxy.address, request.prompt_token_ids, p.target_table)
+            p.assert_arrived(grant)
+            assert p.reports == []
+            assert count(p.receiver_metrics.transfer_resumes) == 1
+
+
+async def test_a_stream_that_was_replaced_takes_nothing_of_the_newer_one(pair, monkeypatch) -> None:
+    small_frames(monkeypatch)
+    pack, goes_on = Packer.pack, threading.Event()
+
+    def slow(self: Packer, *args: Any) -> Any:
+        goes_on.wait()
+        return pack(self, *args)
+
+    monkeypatch.setattr(Packer, "pack", slow)
+    async with pair("grpc") as p:
+        request = p.request(NUM_TOKENS)
+        grant = p.grant(request)
+        p.complete(grant, request)
+        older = p.fetch(grant)  # its first part is being packed
+        reading = asyncio.ensure_future(older.read())
+        out = p.sender._by_grant[grant.grant_id]
+        async with asyncio.timeout(30):
+            while out.stream is None:
+                await asyncio.sleep(0.002)
+            first = out.stream
+            receiving = asyncio.ensure_future(p.receive(grant, request))
+            while out.stream is first:
+                await asyncio.sleep(0.002)
+        goes_on.set()
+        await receiving
+        p.assert_arrived(grant)
+        assert count(p.receiver_metrics.transfer_resumes) == 0
+        with pytest.raises(grpc.aio.AioRpcError, match="a newer Fetch"):
+            await reading
+
+
+async def test_a_parked_fetch_outlives_the_older_one_beside_it(pair) -> None:
+    async with pair("grpc", sender_options={"park_s": 20.0}) as p:
+        request = p.request(NUM_TOKENS)
+        grant = p.grant(request)
+        older = p.fetch(grant)
+        reading = asyncio.ensure_future(older.read())
+        parked = p.sender._parked
+        async with asyncio.timeout(30):
+            while len(parked.get(grant.grant_id, ())) < 1:
+                await asyncio.sleep(0.002)
+            receiving = asyncio.ensure_future(p.receive(grant, request))
+            while len(parked[grant.grant_id]) < 2:
+                await asyncio.sleep(0.002)
+            older.cancel()
+            while len(parked[grant.grant_id]) > 1:
+                await asyncio.sleep(0.002)
+            p.complete(grant, request)
+            await receiving
+        p.assert_arrived(grant)
+        assert not parked
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+
+
+async def test_a_parked_fetch_that_is_refused_leaves_a_lease(pair) -> None:
+    async with pair("grpc", sender_options={"lease_s": 0.2}) as p:
+        request = p.request(NUM_TOKENS)
+        grant = p.grant(request)
+        reading = asyncio.ensure_future(p.fetch(grant, proof=b"guessed").read())
+        async with asyncio.timeout(30):
+            while grant.grant_id not in p.sender._parked:
+                await asyncio.sleep(0.002)
+            p.complete(grant, request)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await reading
+            await p.release_seen.wait()
+        assert p.released == ["r1"]
+
+
+async def test_a_final_first_token_is_told_to_a_stream_that_comes_back(pair, monkeypatch) -> None:
+    small_frames(monkeypatch)
+    async with pair("shared_memory") as p, Proxy(p.address).running() as proxy:
+        request = p.request(NUM_TOKENS)
+        grant = p.grant(request, address=proxy.address)
+
+        def block_table(request_id: str) -> list[int]:
+            if p.released:
+                raise KeyError(request_id)
+            return p.source_table
+
+        p.target.clear()
+        p.sender.offer(grant, request.prompt_token_ids, block_table)
+        p.sender.kv_written(grant.request_id, 0, 4, 0, 64)
+        receiving = asyncio.ensure_future(
+            p.receiver.receive(grant, proxy.address, request.prompt_token_ids, p.target_table)
+        )
+        out = p.sender._by_grant[grant.grant_id]
+        async with asyncio.timeout(30):
+            while not p.target.data.any():  # it will keep a frame
+                await asyncio.sleep(0.002)
+            proxy.cut()
+            while out.stream is not None:
+                await asyncio.sleep(0)
+            p.sender.finish(grant.request_id, 7, final=True)
+            received = await receiving
+        assert received.finished
+        assert received.first_token_id == 7
+        assert p.released == ["r1"]
 
 
 @every_transport

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import grpc.aio
@@ -23,12 +24,18 @@ from splitserve.core.errors import (
     Unavailable,
 )
 from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
+from splitserve.core.request import Request
 from splitserve.kv_transfer import framing, sending
 from splitserve.kv_transfer.frames import SERVICE
+from splitserve.kv_transfer.grants import Grant, KvSource
+from splitserve.kv_transfer.identity import WorkerIdentity, current_host_id
 from splitserve.kv_transfer.outgoing import Outgoing
+from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.kv_transfer.ways import Ways
 from splitserve.proto.rpc import from_rpc_error
+
+from .conftest import TinyPool
 
 two_gpus = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 ON_GPUS = [pytest.param(name, marks=two_gpus) for name in ("cuda_ipc", "nccl")]
@@ -218,6 +225,37 @@ async def test_a_sender_that_waits_for_room_is_not_silent(pair, monkeypatch: pyt
         p.assert_arrived(grant)
         assert count(p.receiver_metrics.transfer_resumes) == 0
         assert in_flight.num_bytes == 0
+
+
+async def test_parts_as_large_as_may_be_do_not_wait_for_one_another(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part may be half as large again as a frame: room for one that is packed ahead must be room for that."""
+    num_tokens, num_receivers = 380, 4
+    layer = LayerGeometry(num_kv_heads=8, key_dim=128, value_dim=128)
+    large = KvGeometry(model_id="large", layers=(layer,) * 4, dtype="float32")
+    frame_bytes = int(num_tokens * large.bytes_per_token / 4 / 1.22)
+    monkeypatch.setattr(framing, "FRAME_BYTES", frame_bytes)
+    monkeypatch.setattr(framing, "MAX_BYTES", 6 * frame_bytes)
+    monkeypatch.setattr(framing, "MAX_LINK_BYTES", 3 * frame_bytes)
+    async with pair("grpc", geometry=large) as p, AsyncExitStack() as stack:
+        receivers: list[tuple[KvReceiver, Grant, Request]] = []
+        for number in range(num_receivers):
+            pool = TinyPool(16, 24, large, "cpu")
+            stack.callback(pool.close)
+            identity = WorkerIdentity(worker_id=f"d{number}", boot_id=f"d{number}", host_id=current_host_id())
+            receiver = KvReceiver(pool, identity, transports=("grpc",))
+            stack.push_async_callback(receiver.close)
+            request, source = p.request(num_tokens, f"r{number}"), KvSource(address=p.address, boot_id="prefill-boot")
+            grant = receiver.make_grant(request, source, receiver.choose_wire(source, num_tokens), 0)
+            p.complete(grant, request)
+            async with receiver._peers.use(p.address, "prefill-boot"):
+                receivers.append((receiver, grant, request))
+        async with asyncio.timeout(30):
+            await asyncio.gather(
+                *(
+                    receiver.receive(grant, p.address, request.prompt_token_ids, list(range(24)))
+                    for receiver, grant, request in receivers
+                )
+            )
 
 
 @both
