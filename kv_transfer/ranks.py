@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-from ..core.errors import ConfigError, KvCorrupted
+from ..core.errors import ConfigError, KvCorrupted, SplitserveError
 from ..core.kv_geometry import KvDtype
 from ..core.request import Request
 from .codecs import WireFormat
@@ -172,14 +172,32 @@ class ReceiverGroup:
         hints = [on_covered, *(lambda: None for _ in self._ranks[1:])]  # the ranks end within a millisecond or so
         shares = await _all_or_none(
             [
-                rank.receive(own, source, token_ids, block_ids, hint)
-                for rank, own, hint in zip(self._ranks, grants, hints, strict=True)
+                self._share(number, own, source, token_ids, block_ids, hint)
+                for number, (own, hint) in enumerate(zip(grants, hints, strict=True))
             ]
         )
         parts = [part for share in shares for part in share]
         if len({(part.first_token_id, part.finished) for part in parts}) != 1:
             raise KvCorrupted(f"the prefill ranks of {grants[0][0]} disagree about its first token")
         return Arrived(shares=shares)
+
+    async def _share(
+        self,
+        number: int,
+        grants: Sequence[Grant],
+        source: Endpoint,
+        token_ids: Sequence[int],
+        block_ids: Sequence[int],
+        on_covered: Callable[[], None],
+    ) -> list[Received]:
+        """One rank's. What fails at another rank counts here, where the epochs of grants are."""
+        try:
+            return await self._ranks[number].receive(grants, source, token_ids, block_ids, on_covered)
+        except SplitserveError:
+            if number:  # our own receiver has seen to its own
+                for grant in grants:
+                    self._receiver.failed(source.addresses[grant.prefill_rank])
+            raise
 
     async def commit(self, grants: Sequence[Sequence[Grant]], source: Endpoint, arrived: Arrived) -> None:
         """Tell every source rank that it may free its copy. Best effort, as KvReceiver.commit is."""

@@ -226,7 +226,8 @@ async def test_one_rank_that_fails_fails_all_of_them(tiny_pool, transport: str) 
         w.senders[0].fail("r1", Unavailable("the prefill worker gives the attempt up on every rank"))
         assert w.released == [["r1"], ["r1"]]
         # The next attempt works, over lanes of a new epoch.
-        grants = w.grants(request_id="r2")
+        failed, grants = grants, w.grants(request_id="r2")
+        assert grants[1][0].epoch > failed[1][0].epoch
         w.offer(grants, "r2")
         w.write_all("r2")
         await w.hand_over(grants)
