@@ -77,7 +77,8 @@ class DeviceLoop:
             output = self._step()
             with self._condition:
                 self._progress_s = time.monotonic()
-                self._recent_s.append(self._progress_s - began_s)
+                if output is not None:
+                    self._recent_s.append(self._progress_s - began_s)
                 self._idle = output is None and not self._woken
                 self._woken = self._woken or output is not None
             if output is not None:

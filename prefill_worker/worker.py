@@ -244,7 +244,7 @@ class PrefillWorker:
 
     def _released(self, sequence: str) -> None:
         """The sender needs this KV no longer: exactly once per offered attempt."""
-        self.host.engine.release(sequence)
+        self.host.release(sequence)
         run = self._runs.pop(sequence, None)
         if run is not None:
             self._fence.ended(run.request_id, run.request.attempt)

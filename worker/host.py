@@ -229,6 +229,11 @@ class WorkerHost:
         """There is new work for the engine."""
         self._device.wake()
 
+    def release(self, sequence: str) -> None:
+        """Free what a sequence has in the engine; whoever waits for blocks may go on."""
+        if self.engine.release(sequence):
+            self._device.wake()
+
     def run_started(self) -> None:
         self.num_runs += 1
         self._idle.clear()
