@@ -311,6 +311,7 @@ class StepScheduler:
                 continue
             token_id = sampled.get(sequence.request_id)
             if token_id is None:
+                self.blocks.withdraw(sequence.block_table)  # the next one with its prefix would fail likewise
                 self._finish(sequence)
                 continue
             sequence.token_ids[part.end] = token_id
