@@ -338,15 +338,14 @@ class Engine:
     def step(self) -> StepOutput | None:
         """Finish the oldest running step; before that, start the one that follows it, so that the device never idles.
 
-        Where starting it kernel by kernel would take longer than the running one goes on, that one's tokens leave
-        first, and the next call starts it. None when nothing can go on right now.
+        Where it cannot be started yet (`_may_follow`), the running one's tokens leave first, and the next call starts
+        it. None when nothing can go on right now.
         """
         self._step_began_s = time.monotonic()
-        output = None
         if self._postponed is not None:
             postponed, self._postponed = self._postponed, None
             self._launch(postponed)
-        while output is None and len(self._launched) < self._runner.max_steps:
+        while len(self._launched) < self._runner.max_steps:
             if self._launched:
                 self._wait_to_plan(self._launched[-1])
             began_s = time.monotonic()
@@ -357,16 +356,18 @@ class Engine:
             planned = _Planned(
                 plan=plan, scheduled_s=time.monotonic() - began_s, quick_to_launch=self._runner.is_quick(plan)
             )
-            if self._launched:
-                if not (planned.quick_to_launch or self._outlasts(self._launched[-1], planned)):
-                    self._postponed = planned  # the running step's tokens would wait until it is launched
-                    return self._finish_step()
-                if any(needs_history(part) for part in plan.parts):
-                    output = self._finish_step()  # it chooses tokens that this one's sampling looks at
+            if self._launched and not self._may_follow(planned):
+                self._postponed = planned
+                break
             self._launch(planned)
-        if output is None and self._launched:
-            output = self._finish_step()
-        return output
+        return self._finish_step() if self._launched else None
+
+    def _may_follow(self, planned: _Planned) -> bool:
+        """Whether a step may be launched while the one before it runs."""
+        if any(needs_history(part) for part in planned.plan.parts):
+            return False  # its sampling looks at tokens that the running step still chooses
+        # The running step's tokens would wait until it is launched.
+        return planned.quick_to_launch or self._outlasts(self._launched[-1], planned)
 
     def close(self) -> None:
         """No step follows. What ranks captured must be gone before they part."""

@@ -301,6 +301,38 @@ def test_a_long_step_is_not_waited_for_before_the_next_one_is_launched(
     assert not failed
 
 
+def test_a_step_that_cannot_be_launched_takes_no_tokens_of_the_one_before_along(
+    make_engine: Any, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    engine._runner = runner = AheadRunner(engine, tiny)
+    monkeypatch.setattr(runner_module, "forward", runner.knowing_the_last)
+    engine.add(make("0", max_tokens=2))
+    engine.add(make("1", sampling=SamplingParams(frequency_penalty=1.5)))  # looks at the token before each
+    launch, launched = runner.launch, []
+
+    def fail_third(plan: StepPlan) -> None:
+        launched.append(plan)
+        if len(launched) == 3:
+            raise RuntimeError("out of memory")
+        launch(plan)
+
+    tokens: dict[str, list[TokenOutput]] = {"0": [], "1": []}
+
+    def go_on() -> None:
+        while (step := engine.step()) is not None:
+            for token in step.tokens:
+                tokens[token.request_id].append(token)
+
+    monkeypatch.setattr(runner, "launch", fail_third)
+    with pytest.raises(RuntimeError, match="out of memory") as failure:
+        go_on()
+    assert [request_id for request_id, _ in engine.abandon_step(failure.value).failed] == ["1"]
+    assert [token.finish_reason for token in tokens["0"]] == [None, FinishReason.LENGTH]
+    assert [token.index for token in tokens["1"]] == [0, 1]
+    assert engine.num_orphaned_blocks() == 0
+
+
 def test_a_failed_step_takes_the_one_that_waits_behind_it_along(
     ahead: tuple[Engine, AheadRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
