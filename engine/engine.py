@@ -426,14 +426,19 @@ class Engine:
         self._last_end_s = ended_s
         return output
 
-    def abandon_step(self, error: Exception) -> StepOutput:
-        """After `step` raised: drop the sequences of that step and free their blocks; `failed` says whose."""
+    def abandon_step(self, error: Exception) -> StepOutput | None:
+        """After `step` raised: drop the sequences of that step and free their blocks; `failed` says whose.
+
+        None if no step was planned, so that another attempt would end in the same way.
+        """
         if not isinstance(error, SplitserveError):
             error = EngineFailed(f"the engine step failed with {type(error).__name__}: {error}; send the request again")
         with self._lock:
             self._launched.clear()
             self._postponed = None
             self._runner.abandon()
+            if not self._scheduler.has_plans:
+                return None
             dropped = self._scheduler.abandon()
             record = self._record(
                 "mixed", num_sequences=len(dropped), began_s=self._step_began_s, ended_s=time.monotonic()

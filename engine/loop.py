@@ -100,5 +100,4 @@ class DeviceLoop:
             return self._engine.step()
         except Exception as error:
             logger.exception("an engine step failed")
-            output = self._engine.abandon_step(error)
-            return output if output.failed else None
+            return self._engine.abandon_step(error)

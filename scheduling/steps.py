@@ -127,6 +127,11 @@ class StepScheduler:
         return bool(self._waiting or self._running)
 
     @property
+    def has_plans(self) -> bool:
+        """Whether a step is planned and not committed."""
+        return bool(self._plans)
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
