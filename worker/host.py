@@ -281,6 +281,8 @@ class WorkerHost:
     @property
     def stuck(self) -> str:
         """Why it counts as hanging, from any thread; "" while it makes progress or has nothing to do."""
+        if self._device.ended:
+            return "the thread that runs its steps ended with an error; its log has it"
         if self._device.stalled(self.options.stall_bound_s):
             return f"work is queued and no step finished for {self.options.stall_bound_s:g} s or more"
         return self._pulse.silence()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -447,8 +448,12 @@ class _Announcer:
         self._queue.put((event, first, end, leaving))
 
     def _run(self) -> None:
-        while True:
-            event, first, end, leaving = self._queue.get()
-            event.synchronize()
-            for request_id, token_start, token_end in leaving:
-                self._kv_written(request_id, first, end, token_start, token_end)
+        try:
+            while True:
+                event, first, end, leaving = self._queue.get()
+                event.synchronize()
+                for request_id, token_start, token_end in leaving:
+                    self._kv_written(request_id, first, end, token_start, token_end)
+        except Exception:
+            logger.critical("no KV can be announced any more, so this process ends", exc_info=True)
+            os._exit(1)

@@ -100,6 +100,18 @@ def test_a_step_that_cannot_even_be_planned_is_not_tried_without_end(
         assert outputs.empty()
 
 
+@pytest.mark.parametrize("part", ["warm_up", "abandon_step"])
+def test_a_loop_that_ended_is_stalled_at_once(make_engine: Any, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    engine = make_engine(kv_written=fail)
+    monkeypatch.setattr(engine, part, fail)
+    with running(engine) as (loop, _):
+        engine.add(make_request("a"), prefill_only=True)
+        loop.wake()
+        loop._thread.join(LONG_S)
+        assert loop.ended
+        assert loop.stalled(3600.0)
+
+
 def test_a_failing_consumer_does_not_end_the_loop(make_engine: Any) -> None:
     engine, finished = make_engine(), threading.Event()
 
