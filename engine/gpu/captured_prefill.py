@@ -7,7 +7,7 @@ whole prompt through cuDNN, the latter in pieces of some layers, so that KV can 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,25 +88,24 @@ class CapturedPrefill:
         def piece() -> Iterator[None]:
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=memory)
-            yield
-            graph.capture_end()
+            try:
+                yield
+            finally:
+                graph.capture_end()  # also after an error: nothing else can run on a stream that still captures
             captured.pieces.append(graph)
 
-        current = piece()
+        with ExitStack() as current:
 
-        def layer_written(layer: int) -> None:
-            nonlocal current
-            end, num_layers = layer + 1, len(self._layers)
-            last = num_layers - _LAST_PIECE_LAYERS
-            if whole and (end in (last, num_layers) or (end % _PIECE_LAYERS == 0 and end < last)):
-                current.__exit__(None, None, None)
-                captured.layer_ends.append(layer + 1)
-                current = piece()
-                current.__enter__()
+            def layer_written(layer: int) -> None:
+                end, num_layers = layer + 1, len(self._layers)
+                last = num_layers - _LAST_PIECE_LAYERS
+                if whole and (end in (last, num_layers) or (end % _PIECE_LAYERS == 0 and end < last)):
+                    current.close()
+                    captured.layer_ends.append(end)
+                    current.enter_context(piece())
 
-        current.__enter__()
-        self._step(bucket, whole, layer_written)
-        current.__exit__(None, None, None)
+            current.enter_context(piece())
+            self._step(bucket, whole, layer_written)
         captured.layer_ends.append(len(self._layers))
         return captured
 
