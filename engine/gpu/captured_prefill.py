@@ -67,7 +67,8 @@ class CapturedPrefill:
 
     def capture(self, stream: torch.cuda.Stream, memory: Any, max_tokens: int) -> None:
         """Capture every bucket that steps of `max_tokens` can need, into the memory of earlier graphs."""
-        self._tokens[2] = -1
+        with torch.cuda.stream(stream):
+            self._tokens[2] = -1
         for buckets, captured in ((_WHOLE_BUCKETS, self._whole), (_MIXED_BUCKETS, self._mixed)):
             limit = next((bucket for bucket in buckets if bucket >= max_tokens), max(buckets))
             for bucket in reversed([bucket for bucket in buckets if bucket <= limit]):
