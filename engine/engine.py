@@ -22,6 +22,7 @@ from ..scheduling.sequence import SequenceState
 from ..scheduling.steps import SampledToken, StepPlan, StepScheduler
 from .attention import KvWritten
 from .loading import LoadedModel
+from .model_files import reason_of
 from .options import EngineOptions
 from .output_format import OutputFormats
 from .parallel.leader import LeadingRunner, OtherRanks
@@ -547,12 +548,19 @@ def _token_output(token: SampledToken, result: StepResult) -> TokenOutput:
 def on_device(model: LoadedModel, options: EngineOptions, kv_written: KvWritten | None) -> tuple[KvPool, StepRunner]:
     """The KV pool and what runs steps on it.
 
-    Raises: ModelUnsupported: the pool would not hold a block. ConfigError: nor a request as long as was asked for.
+    Raises: ModelUnsupported: the pool would not hold a block. ConfigError: nor a request as long as was asked for, or
+        a GPU has no room for all that.
     """
     if model.model.device.type == "cuda":
         from .gpu.start import start_on_gpu
 
-        return start_on_gpu(model, options, _limit(model, options), kv_written)
+        try:
+            return start_on_gpu(model, options, _limit(model, options), kv_written)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"the KV pool and the largest step do not fit into the memory of {model.model.device}: "
+                f"{reason_of(error)}; lower --num-kv-blocks, --gpu-memory-fraction, --max-step-tokens or --max-running"
+            ) from error
     formats = OutputFormats(model.path, model.vocab_size, model.eos_token_ids)
     row_bytes = model.geometry.bytes_per_token * options.block_size
     num_blocks = options.num_kv_blocks or options.kv_memory_bytes // row_bytes

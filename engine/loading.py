@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,7 +78,8 @@ def load_model(options: EngineOptions, group: RankGroup | None = None, *, fused:
         if group.leads:  # the others are told
             whole = _probe_layers(model)
         split(model, group)
-    model = model.to(device)  # type: ignore[arg-type]
+    with _fitting(device):
+        model = model.to(device)  # type: ignore[arg-type]
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels are launched there, whatever the tensors say
     if group is not None:
@@ -84,11 +87,23 @@ def load_model(options: EngineOptions, group: RankGroup | None = None, *, fused:
     return prepare_model(model, options, path, f"{config.model_type}@{digest}", group, whole, fused=fused)
 
 
+@contextmanager
+def _fitting(device: torch.device) -> Iterator[None]:
+    """Put weights there. Raises: ModelUnsupported: they do not fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelUnsupported(
+            f"the weights do not fit into the memory of {device}: {reason_of(error)}; take a larger GPU, a narrower "
+            "--dtype, or more ranks (--tensor-parallel)"
+        ) from error
+
+
 def _random_weights(path: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The same on every device of one kind: two workers with random weights serve one model."""
     torch.manual_seed(0)
     try:
-        with torch.device(device):
+        with _fitting(device), torch.device(device):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, attn_implementation="eager"
             )
