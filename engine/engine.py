@@ -217,11 +217,6 @@ class Engine:
             if self._scheduler.is_reserved(request_id):  # else it was released meanwhile, and nobody would take it out
                 self._due.add(request_id)
 
-    @property
-    def num_expected(self) -> int:
-        """Reservations that a step may wait for."""
-        return len(self._due)
-
     def _no_longer_due(self, request_id: str) -> None:
         self._due.discard(request_id)
         self._arrived.notify_all()
