@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from ..core.errors import DeadlineExceeded, Draining, EngineFailed, SplitserveError, Superseded
 from ..core.events import Event
 from ..core.request import Request
-from ..engine.engine import Reservation, StepOutput, TokenOutput
+from ..engine.outputs import Reservation, StepOutput, TokenOutput
 from ..kv_transfer.codecs import codec_history
 from ..kv_transfer.fetching import Received
 from ..kv_transfer.grants import Grant

@@ -8,7 +8,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from .engine import Engine, StepOutput
+from .engine import Engine
+from .outputs import StepOutput
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from functools import partial
 from ..core.errors import Cancelled, DeadlineExceeded, Draining, SplitserveError, Superseded
 from ..core.events import Event
 from ..core.request import Request
-from ..engine.engine import StepOutput, TokenOutput
+from ..engine.outputs import StepOutput, TokenOutput
 from ..kv_transfer.grants import Grant
 from ..kv_transfer.sender import KvSender
 from ..kv_transfer.source_ranks import RankSender, SenderGroup

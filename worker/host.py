@@ -17,9 +17,10 @@ from ..core.events import Recorder
 from ..core.metrics import WorkerMetrics, new_registry
 from ..core.probes import Probes, serve_probes
 from ..core.pulse import Pulse
-from ..engine.engine import Engine, StepOutput
+from ..engine.engine import Engine
 from ..engine.loading import load_model
 from ..engine.loop import DeviceLoop
+from ..engine.outputs import StepOutput
 from ..engine.parallel.ranks import start_ranks
 from ..kv_transfer.capability import Granter
 from ..kv_transfer.identity import WorkerIdentity, current_host_id

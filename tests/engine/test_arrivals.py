@@ -25,8 +25,8 @@ def make(request_id: str) -> Request:
 
 def slow_steps(engine: Engine) -> None:
     """As if a decode step took so long that it could be waited for without end, and it were high time to plan."""
-    engine._decode_s = deque([100 * LONG_S])
-    engine._prepare_s = deque([200 * LONG_S])
+    engine._pace._decode_s = deque([100 * LONG_S])
+    engine._pace._prepare_s = deque([200 * LONG_S])
 
 
 def planned(engine: Engine) -> set[str]:

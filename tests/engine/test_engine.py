@@ -10,9 +10,10 @@ from splitserve.core.events import Recorder
 from splitserve.core.request import FinishReason, Request, SamplingParams
 from splitserve.engine import runner as runner_module
 from splitserve.engine.attention import NAME
-from splitserve.engine.engine import Engine, TokenOutput
+from splitserve.engine.engine import Engine
 from splitserve.engine.loading import LoadedModel, load_model
 from splitserve.engine.options import EngineOptions
+from splitserve.engine.outputs import TokenOutput
 from splitserve.engine.testing import make_tiny_model
 
 LENGTHS = (1, 2, 15, 16, 17, 33, 64, 100)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from splitserve.core.request import Request
-from splitserve.engine.engine import Engine, StepOutput
+from splitserve.engine.engine import Engine
 from splitserve.engine.loop import DeviceLoop
+from splitserve.engine.outputs import StepOutput
 
 LONG_S = 30.0
 

@@ -14,9 +14,10 @@ from splitserve.core.logprobs import TokenLogprob
 from splitserve.core.request import FinishReason, FormatKind, OutputFormat, Request, SamplingParams
 from splitserve.engine import runner as runner_module
 from splitserve.engine.attention import NAME
-from splitserve.engine.engine import Engine, TokenOutput
+from splitserve.engine.engine import Engine
 from splitserve.engine.loading import LoadedModel
 from splitserve.engine.output_format import OutputFormats
+from splitserve.engine.outputs import TokenOutput
 from splitserve.engine.runner import CpuRunner, SequenceTokens, StepResult
 from splitserve.engine.testing import EOS_TOKEN_ID
 from splitserve.scheduling.sequence import PENDING
@@ -291,7 +292,7 @@ def test_a_long_step_is_not_waited_for_before_the_next_one_is_launched(
     engine = make_engine(max_step_tokens=600, num_kv_blocks=200)
     engine._runner = runner = AheadRunner(engine, tiny)
     monkeypatch.setattr(runner_module, "forward", runner.knowing_the_last)
-    monkeypatch.setattr(engine, "_prefill_token_s", deque([10.0]))
+    monkeypatch.setattr(engine._pace, "_prefill_token_s", deque([10.0]))
     for name in ("first", "second"):
         engine.add(make(name, prompt=tuple(range(3, 203)) * 3, max_tokens=1))
     step = engine.step()

@@ -14,11 +14,12 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from splitserve.core.request import FormatKind, OutputFormat, Request, SamplingParams
-from splitserve.engine.engine import Engine, TokenOutput
+from splitserve.engine.engine import Engine
 from splitserve.engine.gpu.last_layer import find
 from splitserve.engine.gpu.packed import forward
 from splitserve.engine.loading import load_model
 from splitserve.engine.options import EngineOptions
+from splitserve.engine.outputs import TokenOutput
 from splitserve.engine.runner import SequenceTokens
 from splitserve.engine.testing import EOS_TOKEN_ID, make_tiny_model
 
