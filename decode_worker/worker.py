@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from ..core.errors import DeadlineExceeded, Draining, EngineFailed, SplitserveError, Superseded
 from ..core.events import Event
 from ..core.request import Request
-from ..engine.engine import Reservation, StepOutput, TokenOutput
+from ..engine.outputs import Reservation, StepOutput, TokenOutput
 from ..kv_transfer.codecs import codec_history
 from ..kv_transfer.fetching import Received
 from ..kv_transfer.grants import Grant
@@ -122,7 +122,7 @@ class DecodeWorker:
         try:
             grants = self._ranks.grants(request, source, wire, reservation.num_cached_tokens)
         except SplitserveError as error:  # its ranks and ours cannot share the heads
-            self.host.engine.release(request.request_id)
+            self.host.release(request.request_id)
             self.refuse(session, request_id, request.attempt, error)
             return
         run = self._begin(session, request_id, request)
@@ -343,7 +343,7 @@ class DecodeWorker:
         self.host.run_ended()
 
     def _release(self, run: _Run) -> None:
-        self.host.engine.release(run.request.request_id)
+        self.host.release(run.request.request_id)
         for session in self.host.sessions:
             session.status_changed()
 

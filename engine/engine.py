@@ -14,88 +14,23 @@ import torch
 from ..core.errors import ConfigError, EngineFailed, ModelUnsupported, PromptTooLong, SplitserveError
 from ..core.events import Recorder, StepKind, StepRecord
 from ..core.kv_geometry import blocks_for
-from ..core.logprobs import TokenLogprob
-from ..core.request import FinishReason, Request
+from ..core.request import Request
 from ..scheduling.blocks import BlockAllocator
 from ..scheduling.prefix_feed import PrefixChanges, PrefixFeed
 from ..scheduling.sequence import SequenceState
-from ..scheduling.steps import SampledToken, StepPlan, StepScheduler
+from ..scheduling.steps import StepPlan, StepScheduler
 from .attention import KvWritten
 from .loading import LoadedModel
+from .model_files import reason_of
 from .options import EngineOptions
 from .output_format import OutputFormats
+from .outputs import Holding, Reservation, StepOutput, Usage, token_output
+from .pace import GPU_PACKED_TOKENS, StepPace
 from .parallel.leader import LeadingRunner, OtherRanks
 from .pool import KvPool
 from .runner import CpuRunner, StepResult, StepRunner, needs_history
 
 logger = logging.getLogger(__name__)
-
-_GPU_PACKED_TOKENS = 512  # from here on a prefill step is bound by arithmetic
-_RECENT = 4  # steps that tell how long the next one takes
-_HOLD = 0.1  # of a step that the next one waits for a sequence whose transfer is about to end
-_SLOW_LAUNCH_S = 0.05  # of a prompt kernel by kernel, until one was seen
-_SLACK_S = 3e-4  # between the launch of a step and the end of the one before it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reservation:
-    """Blocks that wait for a transfer; the first `num_cached_tokens` tokens are there already."""
-
-    request_id: str
-    block_ids: tuple[int, ...]
-    num_cached_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenOutput:
-    """One new token of one request."""
-
-    request_id: str
-    attempt: int
-    index: int  # among the request's output tokens, those of earlier attempts included
-    token_id: int
-    finish_reason: FinishReason | None
-    num_cached_tokens: int  # leading tokens that the prefix cache held when the sequence was admitted
-    logprob: TokenLogprob | None = None  # if the request asked for logprobs
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # with the attempt's first token: of all prompt tokens but the first
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepOutput:
-    """What one step did."""
-
-    record: StepRecord
-    tokens: list[TokenOutput]
-    started: list[str]  # request ids in their first step
-    preempted: list[str]
-    resumed: list[str]  # in their first step after a preemption
-    failed: list[tuple[str, SplitserveError]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """Blocks and queues right now."""
-
-    blocks_total: int
-    blocks_free: int
-    blocks_cached: int
-    blocks_live: int
-    blocks_granted: int
-    num_running: int
-    num_waiting: int
-    num_held: int
-    num_reserved: int
-    outstanding_prefill_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holding:
-    """What one sequence has of the pool."""
-
-    request_id: str
-    state: str  # of scheduling/sequence.py:SequenceState
-    num_blocks: int
-    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,18 +89,14 @@ class Engine:
             max_running=options.max_running,
             max_waiting=options.max_waiting,
             max_step_tokens=options.max_step_tokens,
-            max_packed_tokens=options.max_packed_tokens or (None if on_cpu else _GPU_PACKED_TOKENS),
+            max_packed_tokens=options.max_packed_tokens or (None if on_cpu else GPU_PACKED_TOKENS),
         )
         self.num_steps = 0
         self._num_unaccounted = 0
-        self._last_end_s = 0.0
         self._launched: deque[_Launched] = deque()  # steps that run, the oldest first
         self._postponed: _Planned | None = None  # the next step() begins with it
         self._step_began_s = 0.0
-        self._decode_s: deque[float] = deque(maxlen=_RECENT)  # durations of pure decode steps
-        self._prepare_s: deque[float] = deque(maxlen=_RECENT)  # what planning and launching took
-        self._slow_launch_s: deque[float] = deque(maxlen=_RECENT)  # the same of prompts, launched kernel by kernel
-        self._prefill_token_s: deque[float] = deque(maxlen=_RECENT)  # of steps bound by their prompts, for each token
+        self._pace = StepPace()
         self.prompt_tokens = 0  # prompt tokens computed
         self.output_tokens = 0  # tokens sampled
         self.recomputed_prompt_tokens = 0  # of them, those whose KV should have come by transfer
@@ -215,11 +146,6 @@ class Engine:
         with self._lock:
             if self._scheduler.is_reserved(request_id):  # else it was released meanwhile, and nobody would take it out
                 self._due.add(request_id)
-
-    @property
-    def num_expected(self) -> int:
-        """Reservations that a step may wait for."""
-        return len(self._due)
 
     def _no_longer_due(self, request_id: str) -> None:
         self._due.discard(request_id)
@@ -338,15 +264,14 @@ class Engine:
     def step(self) -> StepOutput | None:
         """Finish the oldest running step; before that, start the one that follows it, so that the device never idles.
 
-        Where starting it kernel by kernel would take longer than the running one goes on, that one's tokens leave
-        first, and the next call starts it. None when nothing can go on right now.
+        Where it cannot be started yet (`_may_follow`), the running one's tokens leave first, and the next call starts
+        it. None when nothing can go on right now.
         """
         self._step_began_s = time.monotonic()
-        output = None
         if self._postponed is not None:
             postponed, self._postponed = self._postponed, None
             self._launch(postponed)
-        while output is None and len(self._launched) < self._runner.max_steps:
+        while len(self._launched) < self._runner.max_steps:
             if self._launched:
                 self._wait_to_plan(self._launched[-1])
             began_s = time.monotonic()
@@ -357,16 +282,21 @@ class Engine:
             planned = _Planned(
                 plan=plan, scheduled_s=time.monotonic() - began_s, quick_to_launch=self._runner.is_quick(plan)
             )
-            if self._launched:
-                if not (planned.quick_to_launch or self._outlasts(self._launched[-1], planned)):
-                    self._postponed = planned  # the running step's tokens would wait until it is launched
-                    return self._finish_step()
-                if any(needs_history(part) for part in plan.parts):
-                    output = self._finish_step()  # it chooses tokens that this one's sampling looks at
+            if self._launched and not self._may_follow(planned):
+                self._postponed = planned
+                break
             self._launch(planned)
-        if output is None and self._launched:
-            output = self._finish_step()
-        return output
+        return self._finish_step() if self._launched else None
+
+    def _may_follow(self, planned: _Planned) -> bool:
+        """Whether a step may be launched while the one before it runs."""
+        if any(needs_history(part) for part in planned.plan.parts):
+            return False  # its sampling looks at tokens that the running step still chooses
+        # The running step's tokens would wait until it is launched.
+        running = self._launched[-1]
+        return planned.quick_to_launch or self._pace.outlasts(
+            running.plan.num_prefill_tokens, running.at_s, launches_prompt=planned.plan.num_prefill_tokens > 0
+        )
 
     def close(self) -> None:
         """No step follows. What ranks captured must be gone before they part."""
@@ -378,25 +308,14 @@ class Engine:
 
     def _wait_to_plan(self, running: _Launched) -> None:
         """Plan the step behind a decode step just in time: a sequence that arrives meanwhile takes part in it."""
-        if running.plan.num_prefill_tokens or not self._decode_s or not self._prepare_s:
+        wait_s = self._pace.wait_s(running.plan.num_prefill_tokens, running.at_s)
+        if wait_s is None:
             return
-        expected_end_s = max(running.at_s, self._last_end_s) + min(self._decode_s)
-        wait_s = expected_end_s - max(self._prepare_s) - _SLACK_S - time.monotonic()
         if wait_s > 0:
             time.sleep(wait_s)
         if self._due:  # for a fraction of a step, which everybody else's token waits too
             with self._lock:
-                self._arrived.wait_for(lambda: not self._due, timeout=_HOLD * min(self._decode_s))
-
-    def _outlasts(self, running: _Launched, planned: _Planned) -> bool:
-        """Whether a running step goes on for longer than the host takes to launch the next one kernel by kernel."""
-        tokens = running.plan.num_prefill_tokens
-        known = self._prefill_token_s if tokens else self._decode_s
-        if not known:
-            return False
-        ends_s = max(running.at_s, self._last_end_s) + (tokens or 1) * min(known)
-        launches = self._slow_launch_s if planned.plan.num_prefill_tokens else self._prepare_s
-        return ends_s > time.monotonic() + max(launches, default=_SLOW_LAUNCH_S)
+                self._arrived.wait_for(lambda: not self._due, timeout=self._pace.hold_s)
 
     def _launch(self, planned: _Planned) -> None:
         plan = planned.plan
@@ -408,8 +327,7 @@ class Engine:
         self._runner.launch(plan)
         self._launched.append(_Launched(plan=plan, scheduled_s=planned.scheduled_s, at_s=began_s))
         took_s = planned.scheduled_s + time.monotonic() - began_s
-        slow = plan.num_prefill_tokens and not planned.quick_to_launch
-        (self._slow_launch_s if slow else self._prepare_s).append(took_s)
+        self._pace.launched(took_s, slow=plan.num_prefill_tokens > 0 and not planned.quick_to_launch)
 
     def _finish_step(self) -> StepOutput:
         result = self._runner.collect()
@@ -417,22 +335,22 @@ class Engine:
         ended_s = time.monotonic()
         with self._lock:
             output = self._postprocess(launched, result, ended_s)
-        took_s = ended_s - max(launched.at_s, self._last_end_s)
-        if not launched.plan.num_prefill_tokens:
-            self._decode_s.append(took_s)
-        elif launched.plan.num_prefill_tokens >= _GPU_PACKED_TOKENS:  # what smaller ones take is no matter of tokens
-            self._prefill_token_s.append(took_s / launched.plan.num_prefill_tokens)
-        self._last_end_s = ended_s
+        self._pace.ended(launched.plan.num_prefill_tokens, launched.at_s, ended_s)
         return output
 
-    def abandon_step(self, error: Exception) -> StepOutput:
-        """After `step` raised: drop the sequences of that step and free their blocks; `failed` says whose."""
+    def abandon_step(self, error: Exception) -> StepOutput | None:
+        """After `step` raised: drop the sequences of that step and free their blocks; `failed` says whose.
+
+        None if no step was planned, so that another attempt would end in the same way.
+        """
         if not isinstance(error, SplitserveError):
             error = EngineFailed(f"the engine step failed with {type(error).__name__}: {error}; send the request again")
         with self._lock:
             self._launched.clear()
             self._postponed = None
             self._runner.abandon()
+            if not self._scheduler.has_plans:
+                return None
             dropped = self._scheduler.abandon()
             record = self._record(
                 "mixed", num_sequences=len(dropped), began_s=self._step_began_s, ended_s=time.monotonic()
@@ -462,8 +380,7 @@ class Engine:
         record = self._record(
             "prefill" if not plan.num_decode_tokens else "mixed" if plan.num_prefill_tokens else "decode",
             num_sequences=len(plan.parts),
-            # A step that was launched while another ran began when that one ended.
-            began_s=max(launched.at_s, self._last_end_s),
+            began_s=self._pace.began_s(launched.at_s),
             ended_s=ended_s,
             schedule_s=launched.scheduled_s,
             plan=plan,
@@ -473,7 +390,7 @@ class Engine:
             self._recorder.step(record)
         return StepOutput(
             record=record,
-            tokens=[_token_output(token, result) for token in tokens],
+            tokens=[token_output(token, result) for token in tokens],
             started=[sequence.request_id for sequence in plan.started],
             preempted=[sequence.request_id for sequence in plan.preempted],
             resumed=[sequence.request_id for sequence in plan.resumed],
@@ -523,30 +440,22 @@ def _arrived_at(request: Request) -> float:
     return time.monotonic() - request.waited_s
 
 
-def _token_output(token: SampledToken, result: StepResult) -> TokenOutput:
-    sequence = token.sequence
-    first = token.index == len(sequence.request.output_token_ids)
-    return TokenOutput(
-        request_id=sequence.request_id,
-        attempt=sequence.request.attempt,
-        index=token.index,
-        token_id=token.token_id,
-        finish_reason=token.finish_reason,
-        num_cached_tokens=sequence.num_cached,
-        logprob=result.logprobs.get(sequence.request_id),
-        prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
-    )
-
-
 def on_device(model: LoadedModel, options: EngineOptions, kv_written: KvWritten | None) -> tuple[KvPool, StepRunner]:
     """The KV pool and what runs steps on it.
 
-    Raises: ModelUnsupported: the pool would not hold a block. ConfigError: nor a request as long as was asked for.
+    Raises: ModelUnsupported: the pool would not hold a block. ConfigError: nor a request as long as was asked for, or
+        a GPU has no room for all that.
     """
     if model.model.device.type == "cuda":
         from .gpu.start import start_on_gpu
 
-        return start_on_gpu(model, options, _limit(model, options), kv_written)
+        try:
+            return start_on_gpu(model, options, _limit(model, options), kv_written)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"the KV pool and the largest step do not fit into the memory of {model.model.device}: "
+                f"{reason_of(error)}; lower --num-kv-blocks, --gpu-memory-fraction, --max-step-tokens or --max-running"
+            ) from error
     formats = OutputFormats(model.path, model.vocab_size, model.eos_token_ids)
     row_bytes = model.geometry.bytes_per_token * options.block_size
     num_blocks = options.num_kv_blocks or options.kv_memory_bytes // row_bytes

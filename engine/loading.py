@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import mmap
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import xxhash
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -18,7 +19,7 @@ from ..core.kv_geometry import KvDtype, KvGeometry, LayerGeometry
 from .architectures import check_architecture, max_positions
 from .attention import NAME, GeometryProbe, current
 from .cpu_linear import pack_linears
-from .model_files import resolve_model
+from .model_files import UNREADABLE, reason_of, resolve_model
 from .options import EngineOptions
 from .parallel.group import RankGroup
 from .parallel.split import check_divides, split
@@ -56,9 +57,9 @@ def load_model(options: EngineOptions, group: RankGroup | None = None, *, fused:
     path = resolve_model(options.model, weights=not options.random_weights)
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise ModelLoadFailed(
-            f"cannot read the model's config in {path}: {_first_line(error)}; check that config.json is whole and "
+            f"cannot read the model's config in {path}: {reason_of(error)}; check that config.json is whole and "
             "that the model needs no code of its own"
         ) from error
     check_architecture(config)
@@ -67,7 +68,7 @@ def load_model(options: EngineOptions, group: RankGroup | None = None, *, fused:
     dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     check_dtype(dtype, device)
     if options.random_weights:
-        model = _random_weights(config, TORCH_DTYPES[dtype], device)
+        model = _random_weights(path, config, TORCH_DTYPES[dtype], device)
         digest = f"random-{xxhash.xxh3_64_hexdigest(config.to_json_string().encode())}"
     else:
         model = _load_weights(path, config, TORCH_DTYPES[dtype])
@@ -77,7 +78,8 @@ def load_model(options: EngineOptions, group: RankGroup | None = None, *, fused:
         if group.leads:  # the others are told
             whole = _probe_layers(model)
         split(model, group)
-    model = model.to(device)  # type: ignore[arg-type]
+    with _fitting(device):
+        model = model.to(device)  # type: ignore[arg-type]
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels are launched there, whatever the tensors say
     if group is not None:
@@ -85,13 +87,30 @@ def load_model(options: EngineOptions, group: RankGroup | None = None, *, fused:
     return prepare_model(model, options, path, f"{config.model_type}@{digest}", group, whole, fused=fused)
 
 
-def _random_weights(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+@contextmanager
+def _fitting(device: torch.device) -> Iterator[None]:
+    """Put weights there. Raises: ModelUnsupported: they do not fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelUnsupported(
+            f"the weights do not fit into the memory of {device}: {reason_of(error)}; take a larger GPU, a narrower "
+            "--dtype, or more ranks (--tensor-parallel)"
+        ) from error
+
+
+def _random_weights(path: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The same on every device of one kind: two workers with random weights serve one model."""
     torch.manual_seed(0)
-    with torch.device(device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=dtype, attn_implementation="eager"
-        )
+    try:
+        with _fitting(device), torch.device(device):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, attn_implementation="eager"
+            )
+    except UNREADABLE as error:
+        raise ModelLoadFailed(
+            f"cannot make a model of the config in {path}: {reason_of(error)}; check config.json"
+        ) from error
     model.train(False)
     return model
 
@@ -191,9 +210,9 @@ def _load_weights(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> P
         loaded: tuple[PreTrainedModel, dict[str, set[str]]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             path, config=config, dtype=dtype, attn_implementation="eager", output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise ModelLoadFailed(
-            f"cannot load the weights in {path}: {_first_line(error)}; download the model again"
+            f"cannot load the weights in {path}: {reason_of(error)}; download the model again"
         ) from error
     model, info = loaded
     if info["missing_keys"]:
@@ -221,7 +240,7 @@ def _probe_layers(model: PreTrainedModel) -> tuple[LayerGeometry, ...]:
         )
     except (TypeError, AttributeError, LookupError, RuntimeError, NotImplementedError) as error:
         raise ModelUnsupported(
-            f"{model.config.model_type} does not run with packed tokens and our attention: {_first_line(error)}"
+            f"{model.config.model_type} does not run with packed tokens and our attention: {reason_of(error)}"
         ) from error
     finally:
         current.reset(token)
@@ -240,17 +259,20 @@ def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
         eos = getattr(model.config.get_text_config(), "eos_token_id", None)
     if eos is None:
         return frozenset()
-    return frozenset(eos) if isinstance(eos, (list, tuple)) else frozenset({int(eos)})
+    ids = eos if isinstance(eos, (list, tuple)) else [eos]
+    if not all(isinstance(token_id, int) for token_id in ids):
+        raise ModelLoadFailed(
+            f"eos_token_id of the model is {eos!r}, not a token id or a list of them; correct its files"
+        )
+    return frozenset(ids)
 
 
 def _digest(path: Path) -> str:
     """16 hex digits over the weights: KV of one fine-tune must never serve another."""
     digest = xxhash.xxh3_64()
     for file in sorted(path.glob("*.safetensors")):
+        if file.stat().st_size == 0:
+            continue  # nothing that could be mapped
         with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
             digest.update(content)
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

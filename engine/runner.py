@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..core.errors import SplitserveError
+from ..core.errors import EngineFailed, SplitserveError
 from ..core.logprobs import TokenLogprob
 from ..scheduling.steps import ScheduledTokens, StepPlan
 from .attention import AttentionBatch, Chunk, DecodeBatch, KvWritten, current
@@ -148,7 +148,11 @@ class CpuRunner:
         if not self._samples:
             return StepResult(token_ids={})
         inputs, failed = sample_inputs(sampling, self._formats)
-        token_ids = sample(logits[: len(rows)], inputs)
+        chosen = sample(logits[: len(rows)], inputs)
+        for part, token_id in zip(sampling, chosen, strict=True):
+            if token_id is None:
+                failed.setdefault(part.sequence.request_id, _no_token(self._model.dtype))
+        token_ids = [token_id or 0 for token_id in chosen]
         likelihoods = StepLogprobs.of(logits, parts, sampling, torch.tensor(token_ids, dtype=torch.int64))
         return step_result(sampling, token_ids, failed, likelihoods)
 
@@ -165,6 +169,13 @@ def step_result(
         logprobs=likelihoods.of_tokens() if likelihoods is not None else {},
         prompt_logprobs=likelihoods.of_prompts() if likelihoods is not None else {},
         failed=failed,
+    )
+
+
+def _no_token(dtype: torch.dtype) -> EngineFailed:
+    return EngineFailed(
+        "the model's logits are not finite numbers, so no token can be chosen; check its weights, and whether --dtype "
+        f"({dtype}) is wide enough for them"
     )
 
 

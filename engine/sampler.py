@@ -61,14 +61,17 @@ def _mix(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, inputs: Sequence[SampleInput]) -> list[int]:
+def sample(logits: Tensor, inputs: Sequence[SampleInput]) -> list[int | None]:
     """Next token of each row of `logits` [num_rows, vocab] fp32: `adjust`, temperature, top-k, top-p, min-p, choice.
 
-    A filter keeps ties with the last token that it keeps.
+    A filter keeps ties with the last token that it keeps. None where the logits say nothing: one is NaN, or the highest
+    is infinite.
     """
     logits = adjust(logits, inputs)
-    chosen: list[int] = logits.argmax(dim=-1).tolist()
-    rows = [i for i, row in enumerate(inputs) if not row.params.is_greedy]
+    likeliest = logits.argmax(dim=-1, keepdim=True)  # a NaN, if there is one
+    sound = logits.gather(1, likeliest).isfinite()[:, 0].tolist()
+    chosen = [i if is_sound else None for i, is_sound in zip(likeliest[:, 0].tolist(), sound, strict=True)]
+    rows = [i for i, row in enumerate(inputs) if sound[i] and not row.params.is_greedy]
     if rows:
         picked = _draw(logits[rows], [inputs[i] for i in rows])
         for i, token_id in zip(rows, picked, strict=True):
@@ -113,9 +116,10 @@ def _penalise(logits: Tensor, row: SampleInput) -> None:
 
 def _draw(logits: Tensor, rows: Sequence[SampleInput]) -> list[int]:
     """The winner of each row's race over its filtered distribution."""
-    # In float64, because a low temperature blows small differences up.
-    logits = logits.double() / torch.tensor([[row.params.temperature] for row in rows], dtype=torch.float64)
-    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()  # the likeliest token has 1
+    # In float64, because a low temperature blows small differences up; the lowest ones make them infinite.
+    behind = logits.double() - logits.amax(dim=-1, keepdim=True)
+    temperatures = torch.tensor([[row.params.temperature] for row in rows], dtype=torch.float64)
+    weights = (behind / temperatures).exp()  # the likeliest token has 1
     picked = []
     for values, row in zip(weights, rows, strict=True):
         _filter(values, row.params)

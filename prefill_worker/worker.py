@@ -11,7 +11,7 @@ from functools import partial
 from ..core.errors import Cancelled, DeadlineExceeded, Draining, SplitserveError, Superseded
 from ..core.events import Event
 from ..core.request import Request
-from ..engine.engine import StepOutput, TokenOutput
+from ..engine.outputs import StepOutput, TokenOutput
 from ..kv_transfer.grants import Grant
 from ..kv_transfer.sender import KvSender
 from ..kv_transfer.source_ranks import RankSender, SenderGroup
@@ -244,7 +244,7 @@ class PrefillWorker:
 
     def _released(self, sequence: str) -> None:
         """The sender needs this KV no longer: exactly once per offered attempt."""
-        self.host.engine.release(sequence)
+        self.host.release(sequence)
         run = self._runs.pop(sequence, None)
         if run is not None:
             self._fence.ended(run.request_id, run.request.attempt)

@@ -119,6 +119,14 @@ class BlockAllocator:
             for feed in self._feeds:
                 feed.added(prefix_hash)
 
+    def withdraw(self, blocks: Iterable[int]) -> None:
+        """Take blocks out of the prefix index: their owners keep them, and nobody else finds them."""
+        for block in blocks:
+            if (prefix_hash := self._hash_of.pop(block, None)) is not None:
+                del self._by_hash[prefix_hash]
+                for feed in self._feeds:
+                    feed.removed(prefix_hash)
+
     def release(self, blocks: Sequence[int], *, granted: bool = False) -> None:
         """Give up ownership; a published block stays cached. The last blocks of a prefix are evicted first."""
         owners = self._granted if granted else self._live
@@ -172,8 +180,5 @@ class BlockAllocator:
 
     def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)
-        prefix_hash = self._hash_of.pop(block)
-        del self._by_hash[prefix_hash]
-        for feed in self._feeds:
-            feed.removed(prefix_hash)
+        self.withdraw((block,))
         return block

@@ -74,7 +74,7 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Only its newest token lacks KV, and it has sampled before: one token a step from now on."""
-        return self.num_uncomputed == 1 and self.num_computed > 0
+        return self.num_uncomputed == 1 and self.num_computed >= self.request.num_tokens
 
     @property
     def queue_key(self) -> tuple[int, float, int]:

@@ -23,7 +23,7 @@ from .sequence import PENDING, Sequence, SequenceState
 
 _RETRY_AFTER_S = 0.5
 _MAX_PLANS = 2  # one running, one ready to follow it
-_MAX_PROMPT_LOGITS = 256  # rows of logits of prompt tokens in one step: each is as long as the vocabulary
+MAX_PROMPT_LOGITS = 256  # rows of logits of prompt tokens in one step: each is as long as the vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +125,11 @@ class StepScheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
+
+    @property
+    def has_plans(self) -> bool:
+        """Whether a step is planned and not committed."""
+        return bool(self._plans)
 
     @property
     def num_waiting(self) -> int:
@@ -249,7 +254,7 @@ class StepScheduler:
         num_decode = len(parts)
 
         budget = self._max_step_tokens
-        logits_left = _MAX_PROMPT_LOGITS
+        logits_left = MAX_PROMPT_LOGITS
         for sequence in self._running:
             most = min(budget, logits_left) if sequence.needs_prompt_logits else budget
             if most and sequence.can_run and not sequence.is_decoding:
@@ -311,6 +316,7 @@ class StepScheduler:
                 continue
             token_id = sampled.get(sequence.request_id)
             if token_id is None:
+                self.blocks.withdraw(sequence.block_table)  # the next one with its prefix would fail likewise
                 self._finish(sequence)
                 continue
             sequence.token_ids[part.end] = token_id
@@ -433,7 +439,7 @@ class StepScheduler:
         self._sequences[request.request_id] = sequence
         return sequence
 
-    def _admissible(self, logits_left: int = _MAX_PROMPT_LOGITS) -> list[int] | None:
+    def _admissible(self, logits_left: int = MAX_PROMPT_LOGITS) -> list[int] | None:
         """The blocks that the cache holds of the first waiting sequence; None if nobody can be admitted now."""
         self._starved = False
         if not self._waiting or len(self._running) + self.num_in(SequenceState.RESERVED) >= self._max_running:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..engine.engine import Engine, Holding
+from ..engine.engine import Engine
+from ..engine.outputs import Holding
 from ..proto import worker_pb2
 from .role import Holder
 

@@ -17,9 +17,10 @@ from ..core.events import Recorder
 from ..core.metrics import WorkerMetrics, new_registry
 from ..core.probes import Probes, serve_probes
 from ..core.pulse import Pulse
-from ..engine.engine import Engine, StepOutput
+from ..engine.engine import Engine
 from ..engine.loading import load_model
 from ..engine.loop import DeviceLoop
+from ..engine.outputs import StepOutput
 from ..engine.parallel.ranks import start_ranks
 from ..kv_transfer.capability import Granter
 from ..kv_transfer.identity import WorkerIdentity, current_host_id
@@ -229,6 +230,11 @@ class WorkerHost:
         """There is new work for the engine."""
         self._device.wake()
 
+    def release(self, sequence: str) -> None:
+        """Free what a sequence has in the engine; whoever waits for blocks may go on."""
+        if self.engine.release(sequence):
+            self._device.wake()
+
     def run_started(self) -> None:
         self.num_runs += 1
         self._idle.clear()
@@ -276,6 +282,8 @@ class WorkerHost:
     @property
     def stuck(self) -> str:
         """Why it counts as hanging, from any thread; "" while it makes progress or has nothing to do."""
+        if self._device.ended:
+            return "the thread that runs its steps ended with an error; its log has it"
         if self._device.stalled(self.options.stall_bound_s):
             return f"work is queued and no step finished for {self.options.stall_bound_s:g} s or more"
         return self._pulse.silence()

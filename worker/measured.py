@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..core.metrics import WorkerMetrics
-from ..engine.engine import Engine, StepOutput
+from ..engine.engine import Engine
+from ..engine.outputs import StepOutput
 from .device import THROTTLE_REASONS, DeviceState
 from .options import Role
 

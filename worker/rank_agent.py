@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import socket
 import threading
 from collections import OrderedDict
@@ -52,7 +53,14 @@ class RankAgent:
     # -- the device's thread --
 
     def serve(self, pool: KvPool) -> None:
-        threading.Thread(target=lambda: asyncio.run(self._serve(pool)), name="kv-agent", daemon=True).start()
+        threading.Thread(target=self._run, args=(pool,), name="kv-agent", daemon=True).start()
+
+    def _run(self, pool: KvPool) -> None:
+        try:
+            asyncio.run(self._serve(pool))
+        except Exception:
+            logger.critical("no KV can be moved any more, so this rank ends", exc_info=True)
+            os._exit(1)
 
     def started(self, request_id: str, block_table: Sequence[int]) -> None:
         with self._lock:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..core.errors import InvalidRequest, Unavailable
 from ..engine.attention import KvWritten
-from ..engine.engine import StepOutput
+from ..engine.outputs import StepOutput
 from .options import Role
 
 if TYPE_CHECKING:

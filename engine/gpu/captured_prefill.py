@@ -7,7 +7,7 @@ whole prompt through cuDNN, the latter in pieces of some layers, so that KV can 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +67,8 @@ class CapturedPrefill:
 
     def capture(self, stream: torch.cuda.Stream, memory: Any, max_tokens: int) -> None:
         """Capture every bucket that steps of `max_tokens` can need, into the memory of earlier graphs."""
-        self._tokens[2] = -1
+        with torch.cuda.stream(stream):
+            self._tokens[2] = -1
         for buckets, captured in ((_WHOLE_BUCKETS, self._whole), (_MIXED_BUCKETS, self._mixed)):
             limit = next((bucket for bucket in buckets if bucket >= max_tokens), max(buckets))
             for bucket in reversed([bucket for bucket in buckets if bucket <= limit]):
@@ -88,25 +89,24 @@ class CapturedPrefill:
         def piece() -> Iterator[None]:
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=memory)
-            yield
-            graph.capture_end()
+            try:
+                yield
+            finally:
+                graph.capture_end()  # also after an error: nothing else can run on a stream that still captures
             captured.pieces.append(graph)
 
-        current = piece()
+        with ExitStack() as current:
 
-        def layer_written(layer: int) -> None:
-            nonlocal current
-            end, num_layers = layer + 1, len(self._layers)
-            last = num_layers - _LAST_PIECE_LAYERS
-            if whole and (end in (last, num_layers) or (end % _PIECE_LAYERS == 0 and end < last)):
-                current.__exit__(None, None, None)
-                captured.layer_ends.append(layer + 1)
-                current = piece()
-                current.__enter__()
+            def layer_written(layer: int) -> None:
+                end, num_layers = layer + 1, len(self._layers)
+                last = num_layers - _LAST_PIECE_LAYERS
+                if whole and (end in (last, num_layers) or (end % _PIECE_LAYERS == 0 and end < last)):
+                    current.close()
+                    captured.layer_ends.append(end)
+                    current.enter_context(piece())
 
-        current.__enter__()
-        self._step(bucket, whole, layer_written)
-        current.__exit__(None, None, None)
+            current.enter_context(piece())
+            self._step(bucket, whole, layer_written)
         captured.layer_ends.append(len(self._layers))
         return captured
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -136,6 +137,7 @@ class GpuRunner:
         self._prefill = CapturedPrefill(
             model, self._layers, self._split, self._sample, rows=self._rows, max_blocks=max_blocks
         )
+        self._follow_current_stream()
 
     # --- captured decode steps ---
 
@@ -146,6 +148,7 @@ class GpuRunner:
         batches = [batch for batch in _GRAPH_BATCHES if batch < self.max_running] + [self.max_running]
         memory = torch.cuda.graph_pool_handle()
         self._rows[:] = torch.from_numpy(_PADDING).to(self._device)
+        self._follow_current_stream()
         for batch in reversed(batches):  # the largest first: the others fit into its memory
             with torch.cuda.stream(self._stream):
                 self._decode_step(batch)  # compiles kernels and lets libraries allocate
@@ -156,6 +159,10 @@ class GpuRunner:
             self._graphs[batch] = graph
         self._prefill.capture(self._stream, memory, self._max_step_tokens)
         return time.monotonic() - began_s
+
+    def _follow_current_stream(self) -> None:
+        """Steps come after what is queued so far on the stream that tensors are made and filled on."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     @property
     def captured(self) -> bool:
@@ -447,8 +454,12 @@ class _Announcer:
         self._queue.put((event, first, end, leaving))
 
     def _run(self) -> None:
-        while True:
-            event, first, end, leaving = self._queue.get()
-            event.synchronize()
-            for request_id, token_start, token_end in leaving:
-                self._kv_written(request_id, first, end, token_start, token_end)
+        try:
+            while True:
+                event, first, end, leaving = self._queue.get()
+                event.synchronize()
+                for request_id, token_start, token_end in leaving:
+                    self._kv_written(request_id, first, end, token_start, token_end)
+        except Exception:
+            logger.critical("no KV can be announced any more, so this process ends", exc_info=True)
+            os._exit(1)

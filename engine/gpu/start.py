@@ -9,6 +9,7 @@ import torch
 
 from ...core.errors import ModelUnsupported
 from ...core.kv_geometry import blocks_for
+from ...scheduling.steps import MAX_PROMPT_LOGITS
 from ..attention import KvWritten
 from ..loading import LoadedModel
 from ..options import EngineOptions
@@ -108,6 +109,15 @@ def _capture(runner: GpuRunner, model: LoadedModel) -> float | None:
     return seconds
 
 
+def _logits_bytes(model: LoadedModel, options: EngineOptions) -> int:
+    """What logits take at most, in a step where every sequence samples and prompt tokens are told their likelihoods.
+
+    As the model has them and once more those that are asked for, and in fp32 twice: for sampling as for logprobs.
+    """
+    rows = options.max_running + min(MAX_PROMPT_LOGITS, options.max_step_tokens)
+    return rows * model.vocab_size * (2 * model.model.dtype.itemsize + 2 * torch.float32.itemsize)
+
+
 def _measure(model: LoadedModel, options: EngineOptions, max_model_len: int) -> tuple[int, int]:
     """Bytes that the largest prefill step takes while it runs, and that the captured decode steps keep."""
     from ...core.request import Request
@@ -134,7 +144,7 @@ def _measure(model: LoadedModel, options: EngineOptions, max_model_len: int) -> 
     before = torch.cuda.memory_allocated(device)
     runner.launch(plan)
     runner.collect()
-    step = torch.cuda.max_memory_allocated(device) - before
+    step = max(torch.cuda.max_memory_allocated(device) - before, _logits_bytes(model, options))
     graphs = 0
     if options.cuda_graphs:
         torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import signal
 import sys
@@ -118,6 +119,9 @@ def main(make_mover: MakeMover | None = None) -> None:
     except SplitserveError as error:
         say({"error": error.code, "message": error.message})
         read_message(messages)  # rank 0 most likely fails in the same way, and ends this process
+    except Exception:
+        logging.getLogger(__name__).critical("this rank ends", exc_info=True)
+        os._exit(1)
     os._exit(0)  # a communicator whose peers are gone may never close
 
 
@@ -129,8 +133,6 @@ def _end_with(parent: int) -> None:
 
 
 def _log(level: int, rank: int) -> None:
-    import logging
-
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname).1s %(name)s: rank {rank}: %(message)s"))
     logger = logging.getLogger("splitserve")

@@ -61,8 +61,12 @@ class LeadingRunner:
         self._own.abandon()
 
     def warm_up(self) -> None:
-        self._others.tell(warm_up_message())
-        self._own.warm_up()
+        try:
+            self._others.tell(warm_up_message())
+            self._own.warm_up()
+        except Exception as error:
+            self._others.fail(error)
+            raise
 
     def close(self) -> None:
         self._own.close()

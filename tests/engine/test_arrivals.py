@@ -1,22 +1,78 @@
-"""A sequence whose transfer is about to end: the engine notes it, and forgets it however it ends."""
+"""A sequence whose transfer is about to end: the next step waits for it, and for nobody who came or went."""
 
 from __future__ import annotations
 
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 from splitserve.core.request import Request
+from splitserve.engine import runner as runner_module
 from splitserve.engine.engine import Engine
 from splitserve.engine.loading import LoadedModel
-from splitserve.engine.options import EngineOptions
+
+from .test_parameters import AheadRunner
+
+LONG_S = 30.0
+
+
+def make(request_id: str) -> Request:
+    return Request(request_id=request_id, prompt_token_ids=tuple(range(3, 40)), max_tokens=20)
+
+
+def slow_steps(engine: Engine) -> None:
+    """As if a decode step took so long that it could be waited for without end, and it were high time to plan."""
+    engine._pace._decode_s = deque([100 * LONG_S])
+    engine._pace._prepare_s = deque([200 * LONG_S])
+
+
+def planned(engine: Engine) -> set[str]:
+    """Who takes part in the step that runs."""
+    return {part.sequence.request_id for part in engine._launched[-1].plan.parts}
 
 
 @pytest.mark.parametrize("end", ["started", "released"])
-def test_an_expected_sequence_is_expected_until_it_starts_or_is_released(tiny: LoadedModel, end: str) -> None:
-    engine = Engine(tiny, EngineOptions(model="tiny", num_kv_blocks=16))
-    engine.reserve(Request(request_id="r", prompt_token_ids=tuple(range(3, 40)), max_tokens=4))
+def test_a_step_waits_for_an_expected_sequence_until_it_starts_or_is_released(
+    make_engine: Any, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    engine = make_engine()
+    engine._runner = runner = AheadRunner(engine, tiny)
+    monkeypatch.setattr(runner_module, "forward", runner.knowing_the_last)
+    held, wait_for = threading.Event(), engine._arrived.wait_for
+
+    def tell_and_wait(condition: Callable[[], bool], timeout: float) -> bool:
+        held.set()
+        return wait_for(condition, timeout)
+
+    monkeypatch.setattr(engine._arrived, "wait_for", tell_and_wait)
+    engine.add(make("decodes"))
+    engine.step()
+    assert planned(engine) == {"decodes"}
+    engine.reserve(make("r"))
     engine.expect_reserved("r")
-    assert engine.num_expected == 1
-    if end == "started":
-        engine.start_reserved("r", 9)
-    else:
-        engine.release("r")
-    assert engine.num_expected == 0
+    slow_steps(engine)
+    with ThreadPoolExecutor(1) as device:
+        step = device.submit(engine.step)
+        assert held.wait(LONG_S), "the next step was planned without it"
+        assert not step.done()
+        if end == "started":
+            engine.start_reserved("r", 9)
+        else:
+            engine.release("r")
+        assert step.result(LONG_S) is not None
+    assert planned(engine) == ({"decodes", "r"} if end == "started" else {"decodes"})
+    held.clear()
+    slow_steps(engine)
+    engine.step()
+    assert not held.is_set(), "nobody is expected any more"
+
+
+def test_whoever_was_released_before_is_not_waited_for(make_engine: Any) -> None:
+    engine = make_engine()
+    engine.reserve(make("r"))
+    engine.release("r")
+    engine.expect_reserved("r")
+    assert not engine._due

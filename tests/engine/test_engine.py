@@ -1,5 +1,6 @@
 """The engine: exact on every schedule, exact after a move, and no block is lost on any way out."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ from splitserve.core.events import Recorder
 from splitserve.core.request import FinishReason, Request, SamplingParams
 from splitserve.engine import runner as runner_module
 from splitserve.engine.attention import NAME
-from splitserve.engine.engine import Engine, TokenOutput
+from splitserve.engine.engine import Engine
 from splitserve.engine.loading import LoadedModel, load_model
 from splitserve.engine.options import EngineOptions
+from splitserve.engine.outputs import TokenOutput
+from splitserve.engine.testing import make_tiny_model
 
 LENGTHS = (1, 2, 15, 16, 17, 33, 64, 100)
 NEW_TOKENS = 12
@@ -283,6 +286,30 @@ def test_blocks_that_are_held_make_others_wait_and_not_fail(make_engine: Any) ->
         engine.reserve(Request(request_id="c", prompt_token_ids=(2,) * 20, max_tokens=2))
     engine.release("a")
     assert [token.index for token in run(engine)["b"]] == [0, 1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_fail_their_own_request_alone(
+    tmp_path: Path, make_engine: Any, temperature: float
+) -> None:
+    model = load_model(EngineOptions(model=str(make_tiny_model("llama", tmp_path)), self_check=False))
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight[7] = torch.nan
+    engine = make_engine(model, max_step_tokens=64)
+    answers = []
+    for _ in range(2):  # the second one would find the prefix of the first in the cache
+        for name, token_id in (("bad", 7), ("good", 8)):
+            sampling = SamplingParams(temperature=temperature, seed=1)
+            prompt = (*range(20, 50), token_id)
+            engine.add(Request(request_id=name, prompt_token_ids=prompt, max_tokens=4, sampling=sampling, logprobs=1))
+        step = engine.step()
+        assert step is not None
+        ((failed, error),) = step.failed
+        assert (failed, error.code) == ("bad", "engine_failed")
+        assert [token.request_id for token in step.tokens] == ["good"]
+        answers.append(step.tokens + run(engine)["good"])
+    assert [token.token_id for token in answers[0]] == [token.token_id for token in answers[1]]
+    assert len(answers[0]) == 4
 
 
 def test_a_release_inside_the_forward_pass_frees_after_the_step(make_engine: Any) -> None:

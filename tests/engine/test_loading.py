@@ -3,9 +3,12 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from safetensors.torch import save_file
 from splitserve.core.errors import ConfigError, ModelLoadFailed, ModelUnsupported
 from splitserve.engine import model_files
 from splitserve.engine.loading import LoadedModel, load_model
-from splitserve.engine.model_files import resolve_model
+from splitserve.engine.model_files import check_local_model, resolve_model
 from splitserve.engine.options import EngineOptions
 from splitserve.engine.testing import EOS_TOKEN_ID, make_tiny_model
 
@@ -54,6 +57,83 @@ def test_a_cut_file_is_a_load_failure(tmp_path: Path, damaged: str) -> None:
         load_model(EngineOptions(model=str(tmp_path)))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("llama", tmp_path_factory.mktemp("whole"))
+
+
+def refusal(path: Path, **options: Any) -> str:
+    with pytest.raises((ModelLoadFailed, ModelUnsupported)) as refused:
+        load_model(EngineOptions(model=str(path), **options))
+    assert "\n" not in refused.value.message
+    return refused.value.message
+
+
+def change_config(model: Path, copy: Path, changes: dict[str, object]) -> None:
+    shutil.copytree(model, copy, dirs_exist_ok=True)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize("random_weights", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "64"},
+        {"num_attention_heads": 3, "hidden_size": 64},
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": 0},
+        {"vocab_size": -1},
+        {"eos_token_id": "</s>"},
+        {"rope_parameters": [1]},
+        {"max_position_embeddings": "2048"},
+        {"dtype": "nope"},
+        {"model_type": ["llama"]},
+        {"model_type": None},
+    ],
+    ids=lambda changes: f"{next(iter(changes))}={next(iter(changes.values()))}",
+)
+def test_a_config_that_means_nothing_is_refused_in_a_line(
+    whole: Path, tmp_path: Path, changes: dict[str, object], random_weights: bool
+) -> None:
+    change_config(whole, tmp_path, changes)
+    assert str(tmp_path) in refusal(tmp_path, random_weights=random_weights)
+
+
+def test_weights_that_need_another_package_are_refused_in_a_line(whole: Path, tmp_path: Path) -> None:
+    change_config(whole, tmp_path, {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    assert "optimum" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", "null"),
+        ("config.json", "[]"),
+        ("generation_config.json", "[]"),
+        ("generation_config.json", '{"eos_token_id": "x"}'),
+        ("generation_config.json", '{"eos_token_id": [2, null]}'),
+        ("model.safetensors", ""),
+        ("model.safetensors.index.json", "[]"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 1}}'),
+        ("model.safetensors.index.json", '{"weight_map": {"a": ["b"]}}'),
+    ],
+)
+def test_a_file_that_holds_something_else_is_refused_in_a_line(
+    whole: Path, tmp_path: Path, file: str, content: str
+) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_text(content)
+    refusal(tmp_path)
+
+
+def test_an_empty_file_beside_the_weights_changes_nothing(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "extra.safetensors").touch()
+    ids = {load_model(EngineOptions(model=str(path))).model_id for path in (tmp_path, whole)}
+    assert len(ids) == 1
+
+
 def test_weights_that_are_not_there_are_never_made_up(tmp_path: Path) -> None:
     make_tiny_model("llama", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -77,6 +157,22 @@ def test_a_gguf_file_that_is_none_is_a_load_failure(tmp_path: Path, monkeypatch:
     with pytest.raises(ModelLoadFailed, match=r"broken\.gguf"):
         resolve_model(str(broken))
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_dir() and "broken" in path.name]
+
+
+@pytest.mark.parametrize("size", [0, 4, 1_000, 50_000])
+def test_a_cut_gguf_file_is_a_load_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with model_files._embedded_gguf().open("rb") as file:
+        (tmp_path / "cut.gguf").write_bytes(file.read(size))
+    with pytest.raises(ModelLoadFailed, match=r"cut\.gguf"):
+        resolve_model(str(tmp_path / "cut.gguf"))
+
+
+@pytest.mark.parametrize("resolve", [resolve_model, check_local_model])
+@pytest.mark.parametrize("name", ["~nosuchuser/m", "~nosuchuser/m.gguf", "/" + "x" * 5000, "x" * 5000 + ".gguf"])
+def test_a_name_that_can_be_no_path_is_a_load_failure(name: str, resolve: Callable[[str], object]) -> None:
+    with pytest.raises(ModelLoadFailed, match="does not exist"):
+        resolve(name)
 
 
 def test_a_cache_that_takes_nothing_is_a_load_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

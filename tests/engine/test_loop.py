@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 from splitserve.core.request import Request
-from splitserve.engine.engine import Engine, StepOutput
+from splitserve.engine.engine import Engine
 from splitserve.engine.loop import DeviceLoop
+from splitserve.engine.outputs import StepOutput
 
 LONG_S = 30.0
 
@@ -61,6 +63,54 @@ def test_a_failing_step_fails_its_requests_and_the_loop_goes_on(make_engine: Any
         engine.add(make_request("b"))
         loop.wake()
         assert tokens_until_finished(outputs) == [0, 1, 2]
+
+
+def test_a_failing_step_whose_requests_are_all_released_lets_the_next_begin(make_engine: Any) -> None:
+    def release_and_fail(*_: object) -> None:
+        engine.release("a")
+        raise OSError("broken")
+
+    engine = make_engine(num_kv_blocks=4, prefix_cache=False, kv_written=release_and_fail)
+    engine.add(Request(request_id="a", prompt_token_ids=(1,) * 60, max_tokens=3), prefill_only=True)
+    engine.add(make_request("b"))  # has no room yet
+    with running(engine) as (loop, outputs):
+        loop.wake()
+        assert outputs.get(timeout=LONG_S).failed == []
+        assert tokens_until_finished(outputs) == [0, 1, 2]
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("the device is gone")
+
+
+def test_a_step_that_cannot_even_be_planned_is_not_tried_without_end(
+    make_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, tried = make_engine(), threading.Event()
+
+    def fail_to_plan() -> None:
+        tried.set()
+        fail()
+
+    monkeypatch.setattr(engine._scheduler, "schedule", fail_to_plan)
+    with running(engine) as (loop, outputs):
+        engine.add(make_request("a"))
+        loop.wake()
+        assert tried.wait(LONG_S)
+        loop.stop()
+        assert outputs.empty()
+
+
+@pytest.mark.parametrize("part", ["warm_up", "abandon_step"])
+def test_a_loop_that_ended_is_stalled_at_once(make_engine: Any, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    engine = make_engine(kv_written=fail)
+    monkeypatch.setattr(engine, part, fail)
+    with running(engine) as (loop, _):
+        engine.add(make_request("a"), prefill_only=True)
+        loop.wake()
+        loop._thread.join(LONG_S)
+        assert loop.ended
+        assert loop.stalled(3600.0)
 
 
 def test_a_failing_consumer_does_not_end_the_loop(make_engine: Any) -> None:

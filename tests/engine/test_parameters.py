@@ -14,9 +14,10 @@ from splitserve.core.logprobs import TokenLogprob
 from splitserve.core.request import FinishReason, FormatKind, OutputFormat, Request, SamplingParams
 from splitserve.engine import runner as runner_module
 from splitserve.engine.attention import NAME
-from splitserve.engine.engine import Engine, TokenOutput
+from splitserve.engine.engine import Engine
 from splitserve.engine.loading import LoadedModel
 from splitserve.engine.output_format import OutputFormats
+from splitserve.engine.outputs import TokenOutput
 from splitserve.engine.runner import CpuRunner, SequenceTokens, StepResult
 from splitserve.engine.testing import EOS_TOKEN_ID
 from splitserve.scheduling.sequence import PENDING
@@ -291,7 +292,7 @@ def test_a_long_step_is_not_waited_for_before_the_next_one_is_launched(
     engine = make_engine(max_step_tokens=600, num_kv_blocks=200)
     engine._runner = runner = AheadRunner(engine, tiny)
     monkeypatch.setattr(runner_module, "forward", runner.knowing_the_last)
-    monkeypatch.setattr(engine, "_prefill_token_s", deque([10.0]))
+    monkeypatch.setattr(engine._pace, "_prefill_token_s", deque([10.0]))
     for name in ("first", "second"):
         engine.add(make(name, prompt=tuple(range(3, 203)) * 3, max_tokens=1))
     step = engine.step()
@@ -299,6 +300,38 @@ def test_a_long_step_is_not_waited_for_before_the_next_one_is_launched(
     assert (step.record.num_prefill_tokens, runner.num_ahead) == (600, 1)
     _, failed = run(engine)
     assert not failed
+
+
+def test_a_step_that_cannot_be_launched_takes_no_tokens_of_the_one_before_along(
+    make_engine: Any, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    engine._runner = runner = AheadRunner(engine, tiny)
+    monkeypatch.setattr(runner_module, "forward", runner.knowing_the_last)
+    engine.add(make("0", max_tokens=2))
+    engine.add(make("1", sampling=SamplingParams(frequency_penalty=1.5)))  # looks at the token before each
+    launch, launched = runner.launch, []
+
+    def fail_third(plan: StepPlan) -> None:
+        launched.append(plan)
+        if len(launched) == 3:
+            raise RuntimeError("out of memory")
+        launch(plan)
+
+    tokens: dict[str, list[TokenOutput]] = {"0": [], "1": []}
+
+    def go_on() -> None:
+        while (step := engine.step()) is not None:
+            for token in step.tokens:
+                tokens[token.request_id].append(token)
+
+    monkeypatch.setattr(runner, "launch", fail_third)
+    with pytest.raises(RuntimeError, match="out of memory") as failure:
+        go_on()
+    assert [request_id for request_id, _ in engine.abandon_step(failure.value).failed] == ["1"]
+    assert [token.finish_reason for token in tokens["0"]] == [None, FinishReason.LENGTH]
+    assert [token.index for token in tokens["1"]] == [0, 1]
+    assert engine.num_orphaned_blocks() == 0
 
 
 def test_a_failed_step_takes_the_one_that_waits_behind_it_along(

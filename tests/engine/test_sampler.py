@@ -202,5 +202,18 @@ def test_penalties_change_the_greedy_choice() -> None:
     assert LOGITS.tolist() == [2.0, 1.0, 0.5, 0.0, -1.0, -3.0], "the caller's logits were changed"
 
 
-def test_a_vanishing_temperature_is_greedy() -> None:
-    assert set(draws(200, temperature=1e-6)) == {0}
+@pytest.mark.parametrize("temperature", [1e-6, 1e-308, 5e-324])
+def test_a_vanishing_temperature_is_greedy(temperature: float) -> None:
+    assert set(draws(200, temperature=temperature)) == {0}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_says_nothing_gives_no_token_and_the_others_theirs(temperature: float, value: float) -> None:
+    logits = LOGITS.repeat(3, 1)
+    logits[1, 4] = value
+    rows = [row(index, seed=11, temperature=temperature) for index in range(3)]
+    first, second, third = sample(logits, rows)
+    assert second is None
+    assert [first, third] == sample(LOGITS.expand(2, -1), [rows[0], rows[2]])
+    assert sample(torch.full((1, 6), -math.inf), rows[:1]) == [None]

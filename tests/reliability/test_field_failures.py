@@ -12,7 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from splitserve.client import EngineFailed, GenerationResult, SplitserveError, Unavailable
 from splitserve.core.errors import TransferFailed
-from splitserve.engine.engine import Usage
+from splitserve.engine.outputs import Usage
 from splitserve.engine.testing import make_tiny_model
 from splitserve.prefill_worker.server import PrefillServer
 

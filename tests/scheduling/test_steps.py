@@ -65,6 +65,38 @@ def test_a_long_prompt_is_prefilled_in_chunks_of_the_budget() -> None:
     assert chunks == [(0, 24), (24, 48), (48, 60)]
 
 
+def test_the_last_token_of_a_prompt_is_prefill_and_one_of_a_recompute_is_a_decode() -> None:
+    scheduler = make_scheduler(max_step_tokens=24, prefix_cache=False)
+    scheduler.add(make_request("a", 25))
+
+    def tokens_of_step() -> tuple[int, int]:
+        plan, _ = run_step(scheduler)
+        assert plan is not None
+        return plan.num_prefill_tokens, plan.num_decode_tokens
+
+    assert [tokens_of_step() for _ in range(3)] == [(24, 0), (1, 0), (0, 1)]
+    scheduler._preempt(scheduler.get("a"))  # with 27 tokens
+    assert [tokens_of_step() for _ in range(3)] == [(24, 0), (3, 0), (0, 1)]
+    scheduler.release("a")
+    scheduler.add(make_request("b", 24))
+    run_step(scheduler)
+    scheduler._preempt(scheduler.get("b"))  # with 25 tokens, of which it sampled the newest
+    assert [tokens_of_step() for _ in range(2)] == [(24, 0), (0, 1)]
+
+
+def test_the_last_token_of_a_prompt_counts_against_the_budget() -> None:
+    scheduler = make_scheduler(max_step_tokens=24, prefix_cache=False)
+    scheduler.add(make_request("a", 49, seed=1))
+    scheduler.add(make_request("b", 25, seed=2))
+    steps = []
+    for _ in range(4):
+        plan, _ = run_step(scheduler)
+        assert plan is not None
+        assert plan.num_prefill_tokens <= 24
+        steps.append([(part.sequence.request_id, part.num_tokens) for part in plan.parts])
+    assert steps == [[("a", 24)], [("a", 24)], [("a", 1), ("b", 23)], [("a", 1), ("b", 2)]]
+
+
 def test_no_prompt_joins_a_step_that_is_busy_enough() -> None:
     scheduler = make_scheduler(max_step_tokens=64, max_packed_tokens=20)
     for seed, (name, length) in enumerate([("a", 10), ("b", 15), ("c", 12), ("long", 50), ("d", 4)]):

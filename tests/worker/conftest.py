@@ -15,8 +15,8 @@ import pytest
 import pytest_asyncio
 from splitserve.core.request import Request
 from splitserve.decode_worker.server import DecodeServer
-from splitserve.engine.engine import Usage
 from splitserve.engine.options import EngineOptions
+from splitserve.engine.outputs import Usage
 from splitserve.engine.testing import make_tiny_model
 from splitserve.prefill_worker.server import PrefillServer
 from splitserve.proto import kv_transfer_pb2, worker_pb2, worker_pb2_grpc

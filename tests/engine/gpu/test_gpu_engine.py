@@ -14,11 +14,12 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from splitserve.core.request import FormatKind, OutputFormat, Request, SamplingParams
-from splitserve.engine.engine import Engine, TokenOutput
+from splitserve.engine.engine import Engine
 from splitserve.engine.gpu.last_layer import find
 from splitserve.engine.gpu.packed import forward
 from splitserve.engine.loading import load_model
 from splitserve.engine.options import EngineOptions
+from splitserve.engine.outputs import TokenOutput
 from splitserve.engine.runner import SequenceTokens
 from splitserve.engine.testing import EOS_TOKEN_ID, make_tiny_model
 
@@ -209,14 +210,16 @@ def test_layers_are_announced_in_order_when_their_kv_is_there(tmp_path: Path) ->
             model=str(tmp_path), device="cuda", num_kv_blocks=400, max_step_tokens=2048, cuda_graphs=graphs
         )
         loaded = load_model(chosen)
-        written: queue.SimpleQueue[tuple[int, ...]] = queue.SimpleQueue()
-        engine = Engine(loaded, chosen, kv_written=lambda _, *what, written=written: written.put(what))
-        engine.add(Request(request_id="r", prompt_token_ids=(5,) * prompt, max_tokens=2), prefill_only=True)
-        while engine.step() is not None:
-            pass
-        layer = 0
-        while layer < loaded.geometry.num_layers:
-            first, layer_end, start, end = written.get(timeout=10)
-            assert (first, start, end) == (layer, 0, prompt)
-            layer = layer_end
-        assert written.empty()
+        written: queue.SimpleQueue[tuple[str, int, int, int, int]] = queue.SimpleQueue()
+        engine = Engine(loaded, chosen, kv_written=lambda *what, written=written: written.put(what))
+        for name, token_id in (("r", 5), ("s", 6)):
+            request = Request(request_id=name, prompt_token_ids=(token_id,) * prompt, max_tokens=2)
+            engine.add(request, prefill_only=True)
+            while engine.step() is not None:
+                pass
+        for name in ("r", "s"):  # in one queue: whatever else were said of the first would come before the second
+            layer = 0
+            while layer < loaded.geometry.num_layers:
+                request_id, first, layer_end, start, end = written.get(timeout=10)
+                assert (request_id, first, start, end) == (name, layer, 0, prompt)
+                layer = layer_end
