@@ -315,7 +315,8 @@ class Engine:
             time.sleep(wait_s)
         if self._due:  # for a fraction of a step, which everybody else's token waits too
             with self._lock:
-                self._arrived.wait_for(lambda: not self._due, timeout=self._pace.hold_s)
+                if not self._arrived.wait_for(lambda: not self._due, timeout=self._pace.hold_s):
+                    self._due.clear()  # once: a transfer that broke at its end takes seconds to go on
 
     def _launch(self, planned: _Planned) -> None:
         plan = planned.plan

@@ -34,11 +34,8 @@ def planned(engine: Engine) -> set[str]:
     return {part.sequence.request_id for part in engine._launched[-1].plan.parts}
 
 
-@pytest.mark.parametrize("end", ["started", "released"])
-def test_a_step_waits_for_an_expected_sequence_until_it_starts_or_is_released(
-    make_engine: Any, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, end: str
-) -> None:
-    engine = make_engine()
+def expecting(engine: Engine, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """One sequence decodes, and the transfer of another is about to end. Returns what is set while a step waits."""
     engine._runner = runner = AheadRunner(engine, tiny)
     monkeypatch.setattr(runner_module, "forward", runner.knowing_the_last)
     held, wait_for = threading.Event(), engine._arrived.wait_for
@@ -53,6 +50,15 @@ def test_a_step_waits_for_an_expected_sequence_until_it_starts_or_is_released(
     assert planned(engine) == {"decodes"}
     engine.reserve(make("r"))
     engine.expect_reserved("r")
+    return held
+
+
+@pytest.mark.parametrize("end", ["started", "released"])
+def test_a_step_waits_for_an_expected_sequence_until_it_starts_or_is_released(
+    make_engine: Any, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    engine = make_engine()
+    held = expecting(engine, tiny, monkeypatch)
     slow_steps(engine)
     with ThreadPoolExecutor(1) as device:
         step = device.submit(engine.step)
@@ -68,6 +74,22 @@ def test_a_step_waits_for_an_expected_sequence_until_it_starts_or_is_released(
     slow_steps(engine)
     engine.step()
     assert not held.is_set(), "nobody is expected any more"
+
+
+def test_a_step_does_not_wait_again_for_whoever_did_not_come(
+    make_engine: Any, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    held = expecting(engine, tiny, monkeypatch)
+    for waits in (True, False):
+        held.clear()
+        slow_steps(engine)
+        engine._pace._decode_s = deque([0.001])
+        engine.step()
+        assert held.is_set() == waits
+    engine.start_reserved("r", 9)
+    engine.step()
+    assert planned(engine) == {"decodes", "r"}
 
 
 def test_whoever_was_released_before_is_not_waited_for(make_engine: Any) -> None:
