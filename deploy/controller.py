@@ -338,7 +338,8 @@ class Controller:
         try:
             while True:
                 members = [keeper.member for keeper in self._keepers.values() if not keeper.ordered]
-                problems = await self._watch.look(members, self.config.restart.unhealthy_s)
+                unhealthy_s, hears_routers = self.config.restart.unhealthy_s, bool(self._links.views)
+                problems = await self._watch.look(members, unhealthy_s, hears_routers=hears_routers)
                 for name, reason in problems.items():
                     if name in self._keepers:
                         self._keepers[name].replace(reason)

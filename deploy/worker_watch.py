@@ -38,10 +38,13 @@ class WorkerWatch:
         """The last word of every worker, by its address."""
         return self._statuses
 
-    async def look(self, members: Iterable[Member], unhealthy_s: float) -> Mapping[str, str]:
+    async def look(
+        self, members: Iterable[Member], unhealthy_s: float, *, hears_routers: bool = True
+    ) -> Mapping[str, str]:
         """Ask all of them at once; returns why some of them must be replaced, by name.
 
-        A worker that is not heard for `unhealthy_s` hangs; its death would be seen by its actor.
+        A worker that is not heard for `unhealthy_s` hangs; its death would be seen by its actor. Where no router is
+        heard either, it is our own certificate that nobody takes any more.
         """
         workers = [m for m in members if m.role != "router" and m.serving is not None]
         addresses = {m.serving.address for m in workers if m.serving}
@@ -52,6 +55,10 @@ class WorkerWatch:
         self.roles = {}
         found = await asyncio.gather(*(self._ask(address, unhealthy_s) for address in addresses))
         problems = dict(zip(addresses, found, strict=True))
+        if self._tls is not None and not hears_routers and addresses == self._silent_since.keys():
+            if any(found):
+                logger.error("nobody can be heard: check that the operator's certificate is valid; nothing is replaced")
+            return {}
         return {m.name: problems[m.serving.address] for m in workers if m.serving and problems[m.serving.address]}
 
     async def close(self) -> None:

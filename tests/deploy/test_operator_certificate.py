@@ -1,4 +1,4 @@
-"""The controller's own certificate cannot be read for a moment, as while it is renewed: nobody else is to blame."""
+"""The controller's own certificate cannot be read for a moment, or is no longer taken: nobody else is to blame."""
 
 from __future__ import annotations
 
@@ -69,3 +69,16 @@ async def test_nobody_is_asked_meanwhile_and_everybody_afterwards(
     finally:
         await watch.close()
         await links.close()
+
+
+async def test_nobody_is_replaced_because_nobody_takes_the_certificate(
+    members: tuple[Member, Member], certificates: Any, strangers: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    ca = certificates.directory / "ca.pem"
+    watch = WorkerWatch(strangers.tls("operator", ca=ca))
+    try:
+        assert await watch.look(members, unhealthy_s=0.0, hears_routers=False) == {}
+        assert "check that the operator's certificate is valid" in caplog.text
+        assert list(await watch.look(members, unhealthy_s=0.0)) == ["prefill-0"]  # a router was heard
+    finally:
+        await watch.close()
