@@ -100,6 +100,6 @@ def command(
         report: Mapping[str, object] = {"router": router, **dataclasses.asdict(status)}
         print(json.dumps(report))
         return
-    rows = [Row(name="router", role="router", state="ready", address=router)]
+    rows = [Row(name=status.router_id or "router", role="router", state="ready", address=router)]
     rows += [worker_row(view.worker_id or "?", view) for view in status.workers]
     Console().print(cluster_table(rows, [status]))

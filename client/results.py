@@ -138,6 +138,7 @@ class RouterStatus:
     num_finished: int
     num_failed: int
     num_cancelled: int
+    router_id: str  # its name in the cluster; "" if it was given none
 
 
 def usage_from_proto(message: pb.Usage) -> Usage:

@@ -1179,6 +1179,7 @@ class GetRouterStatusResponse(_message.Message):
     NUM_FINISHED_FIELD_NUMBER: _builtins.int
     NUM_FAILED_FIELD_NUMBER: _builtins.int
     NUM_CANCELLED_FIELD_NUMBER: _builtins.int
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
     TRAFFIC_FIELD_NUMBER: _builtins.int
     num_queued: _builtins.int
     """Requests waiting for dispatch."""
@@ -1190,6 +1191,8 @@ class GetRouterStatusResponse(_message.Message):
     """Requests failed so far."""
     num_cancelled: _builtins.int
     """Requests that their clients cancelled or went away from so far."""
+    router_id: _builtins.str
+    """Its name in the cluster; empty if it was given none."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerView]:
         """Every worker on the list."""
@@ -1207,11 +1210,12 @@ class GetRouterStatusResponse(_message.Message):
         num_finished: _builtins.int = ...,
         num_failed: _builtins.int = ...,
         num_cancelled: _builtins.int = ...,
+        router_id: _builtins.str = ...,
         traffic: Global___TrafficCounts | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cancelled", b"num_cancelled", "num_failed", b"num_failed", "num_finished", b"num_finished", "num_live", b"num_live", "num_queued", b"num_queued", "traffic", b"traffic", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cancelled", b"num_cancelled", "num_failed", b"num_failed", "num_finished", b"num_finished", "num_live", b"num_live", "num_queued", b"num_queued", "router_id", b"router_id", "traffic", b"traffic", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -75,8 +75,9 @@ class Inference(inference_pb2_grpc.InferenceServicer):
 class RouterAdmin(inference_pb2_grpc.RouterAdminServicer):
     """What the operator and the cluster controller call."""
 
-    def __init__(self, pool: WorkerPool, dispatcher: Dispatcher) -> None:
+    def __init__(self, pool: WorkerPool, dispatcher: Dispatcher, router_id: str) -> None:
         self._pool = pool
+        self._router_id = router_id
         self._dispatcher = dispatcher
 
     async def SetWorkers(
@@ -95,6 +96,7 @@ class RouterAdmin(inference_pb2_grpc.RouterAdminServicer):
             num_finished=self._dispatcher.outcomes.num_finished,
             num_failed=self._dispatcher.outcomes.num_failed,
             num_cancelled=self._dispatcher.outcomes.num_cancelled,
+            router_id=self._router_id,
             traffic=self._dispatcher.outcomes.traffic.counts(self._dispatcher.num_queued_tokens),
         )
 

@@ -139,7 +139,8 @@ class Router:
             tls=options.tls,
             links=self.metrics.links,
         )
-        add_to_server(self._rpc.server, Inference(self._door), RouterAdmin(self.pool, self.dispatcher))
+        admin = RouterAdmin(self.pool, self.dispatcher, options.router_id)
+        add_to_server(self._rpc.server, Inference(self._door), admin)
         self._pulse = Pulse(_HANGING_S)
         self._probes: Probes | None = None
         self._health: asyncio.Task[None] | None = None

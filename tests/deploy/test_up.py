@@ -101,6 +101,7 @@ def test_a_detached_cluster_serves_until_it_is_taken_down(environment: dict[str,
     assert up.returncode == 0, up.stdout + up.stderr
 
     status = json.loads(splitserve(environment, "status", "--json").stdout)
+    assert status["router_id"] == "router-0"
     assert {(w["worker_id"], w["state"]) for w in status["workers"]} == {("prefill-0", "ready"), ("decode-0", "ready")}
     with Client(status["router"]) as client:
         result = client.generate([5, 6, 7], max_tokens=4, ignore_eos=True)
