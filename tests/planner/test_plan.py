@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
-from splitserve.core.config import load_config
+from splitserve.core.config import ClusterConfig, load_config
 from splitserve.core.errors import ConfigError
 from splitserve.planner import Plan, plan
 from splitserve.planner.document import bench_command, cluster_yaml, plan_document, warnings, write_candidates
@@ -179,9 +179,51 @@ def test_the_cluster_file_is_one_that_up_takes(qwen: Plan, tmp_path: Path) -> No
     assert qwen.disaggregated is not None
     assert qwen.disaggregated.candidate.prefill is not None
     assert config.replicas("prefill") == qwen.disaggregated.candidate.prefill.workers
-    assert config.pool("decode").gpus == qwen.disaggregated.candidate.decode.choice.tp
+    for role, pool in (
+        ("prefill", qwen.disaggregated.candidate.prefill),
+        ("decode", qwen.disaggregated.candidate.decode),
+    ):
+        assert config.pool(role).gpus == config.tensor_parallel(role) == pool.choice.tp  # type: ignore[arg-type]
+        assert config.pool(role).accelerator_type is None  # type: ignore[arg-type]
     assert yaml.safe_load(path.read_text())["model"] == "Qwen/Qwen3-32B"
-    assert "start the wider workers by hand" in path.read_text()
+    assert path.read_text().count("#") == 1  # nothing is left to do by hand
+
+
+def cluster_of(path: Path, gpus: tuple[str, str], **changes: object) -> tuple[ClusterConfig, str]:
+    found = plan(
+        "llama-3.1-8b",
+        gpus[0],
+        decode_gpu=gpus[1],
+        isl=1000,
+        osl=300,
+        rate=4,
+        ttft_s=1.0,
+        tpot_s=0.05,
+        fast=True,
+        **changes,  # type: ignore[arg-type]
+    )
+    assert found.disaggregated is not None
+    text = cluster_yaml(replace(found, verdict="disaggregate"))
+    path.write_text(text)
+    return load_config(path, {}), text
+
+
+def test_the_cluster_file_sends_each_pool_to_its_own_gpus(tmp_path: Path) -> None:
+    config, _ = cluster_of(tmp_path / "cluster.yaml", ("h200", "l40s"))
+    assert (config.prefill.accelerator_type, config.decode.accelerator_type) == ("H200", "L40S")
+    config, text = cluster_of(tmp_path / "cluster.yaml", ("a100-40", "a100-80"))
+    assert (config.prefill.accelerator_type, config.decode.accelerator_type) == (None, None)
+    assert "# Ray cannot tell a100-40 and a100-80 apart: label the nodes" in text
+
+
+def test_the_cluster_file_says_what_the_plan_assumes_and_no_key_can(tmp_path: Path) -> None:
+    config, text = cluster_of(
+        tmp_path / "cluster.yaml", ("h200", "h200"), num_kv_blocks=9000, dtype="fp8", kv_dtype="fp8"
+    )
+    assert config.engine.num_kv_blocks == 9000
+    assert config.engine.dtype is None
+    assert "# Weights in fp8 are no setting: serve a checkpoint that is stored so." in text
+    assert "# KV in fp8 is no setting, workers keep it in bfloat16: plan with --kv-dtype bfloat16." in text
 
 
 def test_the_bench_command_repeats_the_traffic(qwen: Plan) -> None:
