@@ -171,6 +171,7 @@ def test_the_autoscaler_sees_two_groups_of_gpu_nodes() -> None:
 def test_the_job_runs_on_that_cluster_with_its_configuration() -> None:
     job, cluster = kuberay("RayJob"), kuberay("RayCluster")
     assert job["spec"]["clusterSelector"]["ray.io/cluster"] == cluster["metadata"]["name"]
+    assert not job["spec"].get("backoffLimit")  # KubeRay refuses retries of a job on a cluster that was selected
     words = shlex.split(job["spec"]["entrypoint"])
     check_command(words)
     head = cluster["spec"]["headGroupSpec"]["template"]["spec"]
