@@ -220,6 +220,17 @@ def test_composed_services_find_each_other(name: str) -> None:
     assert targets <= set(re.findall(r"AS (\w+)$", (DEPLOY / "docker" / "Dockerfile").read_text(), re.M))
 
 
+def test_the_images_user_may_write_where_models_are_kept() -> None:
+    """A volume is root's unless the image has its directory, or Kubernetes gives it to the user's group."""
+    text = (DEPLOY / "docker" / "Dockerfile").read_text()
+    (user_id,) = re.findall(r"useradd .*--uid (\d+) splitserve", text)
+    (compose,) = documents(DEPLOY / "docker" / "compose.yaml")
+    (mount,) = compose["x-worker"]["volumes"]
+    assert f"install -d -o splitserve -g splitserve {mount.split(':')[1]}\n" in text
+    for group in kuberay("RayCluster")["spec"]["workerGroupSpecs"]:
+        assert group["template"]["spec"]["securityContext"]["fsGroup"] == int(user_id)
+
+
 def test_mounted_files_exist() -> None:
     (compose,) = documents(DEPLOY / "docker" / "compose.yaml")
     mounts = [mount for service in compose["services"].values() for mount in service.get("volumes", [])]
