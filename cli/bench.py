@@ -88,8 +88,7 @@ def command(
         )
     slo = Slo(ttft_s=_seconds(slo_ttft_ms), tpot_s=_seconds(slo_tpot_ms), itl_p99_s=_seconds(slo_itl_p99_ms))
     request: RequestOptions = {"model": model, "temperature": temperature, "seed": seed, "timeout_s": timeout}
-    if json_file is not None and not os.access(json_file.absolute().parent, os.W_OK):
-        raise ConfigError(f"--json {json_file}: its directory does not exist or cannot be written")
+    options.check_output("--json", json_file)
 
     served, records = asyncio.run(_run(address, workload, request, concurrency=concurrency, warmup=warmup))
     summary = summarize(records, slo)

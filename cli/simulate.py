@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from ..planner.simulator import RouterLimits, simulate
 from ..planner.traffic import mean_rate
 from ..planner.types import ClusterSpec, PoolSpec, SimRequest, Slo
 from . import planning_flags
+from .options import check_output
 from .traffic import read_traffic
 
 _CLIFF = 0.9  # share of time in steps from which a prefill pool's waits grow without bound
@@ -78,8 +78,7 @@ def command(
 
     $ splitserve simulate --model llama-3.1-8b --gpu h100 --colocated 4 --trace azure --slo-ttft-ms 500 --slo-tpot-ms 30
     """
-    if json_file is not None and not os.access(json_file.absolute().parent, os.W_OK):
-        raise ConfigError(f"--json {json_file}: its directory does not exist or cannot be written")
+    check_output("--json", json_file)
     config = load_config(
         cluster,
         {

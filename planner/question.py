@@ -62,6 +62,8 @@ class Question:
                 raise ConfigError(f"{flag} is {value * 1e3:g}; it must be above 0")
         if not 0 < slo.percentile < 100:
             raise ConfigError(f"--percentile is {slo.percentile:g}; it must be between 0 and 100")
+        if any(degree < 1 for degree in self.tp):
+            raise ConfigError(f"--tp is {min(self.tp)}; it must be at least 1")
         if self.max_gpus < 1:
             raise ConfigError(f"--max-gpus is {self.max_gpus}; it must be at least 1")
         if self.headroom < 0:
