@@ -65,6 +65,9 @@ def command(
         "--output-len": output_len,
         "--max-input-len": max_input_len,
         "--time-scale": time_scale,
+        "--slo-ttft-ms": slo_ttft_ms,
+        "--slo-tpot-ms": slo_tpot_ms,
+        "--slo-itl-p99-ms": slo_itl_p99_ms,
     }.items():
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{flag} is {value}; it must be above 0")

@@ -74,6 +74,7 @@ def test_a_trace_is_replayed_and_what_was_done_to_it_is_said(tmp_path: Path) -> 
         ([*LLAMA, "--trace", "missing.jsonl"], "cannot read the trace missing.jsonl"),
         ([*LLAMA, *TRAFFIC, "--json", "/nowhere/run.json"], "its directory does not exist"),
         ([*LLAMA, *TRAFFIC, "--json", "/"], "it is a directory"),
+        ([*LLAMA, *TRAFFIC, "--slo-ttft-ms", "nan"], "--ttft-ms is nan; it must be above 0"),
         (["--model", "llama-3.1-70b", "--gpu", "l4", "--tp", "1", *TRAFFIC], "fits on none of the workers"),
     ],
 )

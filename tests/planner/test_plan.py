@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,7 +139,12 @@ def test_infeasible_is_an_answer_with_the_binding_constraint() -> None:
         ({"model": "llama-3.1-405b", "gpu": "l4"}, "fits on none of the workers for prefill: 8 x l4: 812 GB"),
         ({"engine": "magic"}, "--engine: unknown 'magic'; known: splitserve"),
         ({"tp": [3]}, "32 attention heads do not divide by 3"),
+        ({"ttft_s": math.nan}, "--ttft-ms is nan; it must be above 0"),
+        ({"itl_s": math.inf}, "--itl-ms is inf; it must be above 0"),
+        ({"headroom": math.nan}, "--headroom is nan; it must be a number"),
+        ({"headroom": math.inf}, "--headroom is inf"),
         ({"percentile": 100}, "--percentile is 100"),
+        ({"percentile": math.nan}, "--percentile is nan"),
         ({"link": "string"}, "--link: 'string' is neither"),
     ],
 )
