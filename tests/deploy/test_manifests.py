@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,10 @@ def test_the_images_install_extras_that_exist_and_run_commands_that_exist() -> N
         assert set(names.split(",")) <= set(extras)
     for words in re.findall(r"^CMD \[(.*)\]$", text, re.M):
         check_command([word.strip(' "') for word in words.split(",")])
+    (pinned,) = re.findall(r'whl/cpu "torch==\$\((sed .*) /src/constraints\.txt\)"', text)
+    constraints = ROOT / "constraints.txt"
+    found = subprocess.run([*shlex.split(pinned), str(constraints)], capture_output=True, text=True, check=True).stdout
+    assert f"torch=={found}" in constraints.read_text().splitlines(keepends=True)
     assert re.findall(r"^FROM \S+ AS (\w+)$", text, re.M) == ["base", "cpu", "cuda"]
     config = ClusterConfig()
     assert f"EXPOSE {config.router.port} {config.router.http_port_of(0)} 9090" in text
