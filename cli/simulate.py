@@ -26,6 +26,7 @@ from ..planner.simulation_result import SimulationResult
 from ..planner.simulator import RouterLimits, simulate
 from ..planner.traffic import mean_rate
 from ..planner.types import ClusterSpec, PoolSpec, SimRequest, Slo
+from ..scheduling.policies.registry import load_policy
 from . import planning_flags
 from .options import check_output
 from .traffic import read_traffic
@@ -91,6 +92,7 @@ def command(
             "engine.prefix_cache": prefix_cache,
         },
     )
+    policy = load_policy(config.router.policy)
     requests, notes, _ = read_traffic(trace, isl, osl, rate, arrival_cv, num_requests, seed)
     slo = Slo(ttft_s=_seconds(slo_ttft_ms), tpot_s=_seconds(slo_tpot_ms), itl_s=_seconds(slo_itl_ms))
     bandwidth, latency_s = link_bandwidth(link)
@@ -124,6 +126,7 @@ def command(
         ttft_target_s=config.router.ttft_target_s,
         tpot_target_s=config.router.tpot_target_s,
         ageing_s=config.router.ageing_s,
+        local_prefill_itl_s=config.router.local_prefill_itl_s if config.engine.local_prefill else None,
     )
     columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -133,6 +136,7 @@ def command(
             requests,
             seed=seed,
             limits=limits,
+            policy=policy,
             on_progress=lambda num_ended: progress.update(task, completed=num_ended),
         )
     _print(result, slo, pools, [*notes, *_warnings(result), *(str(source) for source in provenance)])
@@ -158,7 +162,7 @@ def _cluster(
     told: dict[str, str] = {}
     roles: tuple[Role, ...] = ("prefill", "decode") if config.replicas("prefill") else ("colocated",)
     for role in roles:
-        degree = tp or max(1, config.pool(role).gpus)
+        degree = tp or config.tensor_parallel(role)
         (choice,) = worker_choices(replace(question, tp=(degree,)), role)
         replicas = config.replicas(role)
         pools[role] = PoolSpec(worker=choice.spec, num_workers=replicas)
