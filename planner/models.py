@@ -31,6 +31,26 @@ WEIGHT_BYTES: Mapping[str, float] = {
 }
 KV_BYTES: Mapping[str, float] = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
 
+# What a config.json leaves to its model type: feed-forwards of two matrices, embeddings that are the head too, and each
+# which layer attends to all tokens where the others have a window.
+_UNGATED = frozenset({"apertus", "arcee", "bloom", "gpt2", "gpt_neox", "nemotron", "opt", "phi", "starcoder2"})
+_TIED = frozenset(
+    {
+        "bloom",
+        "cohere",
+        "cohere2",
+        "ernie4_5",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "opt",
+        "smollm3",
+        "starcoder2",
+    }
+)
+_FULL_EVERY: Mapping[str, int] = {"cohere2": 4, "gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 4}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentAttention:
@@ -268,7 +288,7 @@ def model_from_config(name: str, config: Mapping[str, Any]) -> ModelSpec:
             num_shared=number("n_shared_experts", default=0, least=0),
             num_dense_layers=number("first_k_dense_replace", default=0, least=0),
         )
-    num_layers = number("num_hidden_layers", "n_layer")
+    num_layers, kind = number("num_hidden_layers", "n_layer"), str(config.get("model_type"))
     return ModelSpec(
         name=name,
         num_layers=num_layers,
@@ -279,12 +299,12 @@ def model_from_config(name: str, config: Mapping[str, Any]) -> ModelSpec:
         intermediate_size=number("intermediate_size", "n_inner", default=4 * hidden),
         vocab_size=number("vocab_size"),
         max_model_len=number("max_position_embeddings", "n_positions", default=131_072),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        gated=bool(config.get("gated", True)),
+        tied_embeddings=bool(config.get("tie_word_embeddings", kind in _TIED)),
+        gated=bool(config.get("gated", kind not in _UNGATED)),
         latent=latent,
         experts=experts,
-        sliding_window=number("sliding_window") if config.get("sliding_window") is not None else None,
-        num_sliding_layers=_sliding_layers(name, config, num_layers),
+        sliding_window=number("sliding_window", default=0, least=0) or None,
+        num_sliding_layers=_sliding_layers(name, kind, config, num_layers),
         quantization=_quantization(_section(name, "quantization_config", config.get("quantization_config"))),
     )
 
@@ -307,9 +327,9 @@ def _number(name: str, config: Mapping[str, Any], *keys: str, default: int | Non
     return value
 
 
-def _sliding_layers(name: str, config: Mapping[str, Any], num_layers: int) -> int:
+def _sliding_layers(name: str, kind: str, config: Mapping[str, Any], num_layers: int) -> int:
     """Layers that attend to a window only; a window that no layer is said to use counts for none."""
-    if config.get("sliding_window") is None:
+    if not config.get("sliding_window"):
         return 0
     if config.get("sliding_layers") is not None:
         return _number(name, config, "sliding_layers", least=0)
@@ -317,8 +337,8 @@ def _sliding_layers(name: str, config: Mapping[str, Any], num_layers: int) -> in
         if not isinstance(kinds, list):
             raise ConfigError(f"{name}: layer_types is {kinds!r}; it must be a list")
         return sum(kind == "sliding_attention" for kind in kinds)
-    if config.get("sliding_window_pattern") is not None:
-        return num_layers - num_layers // _number(name, config, "sliding_window_pattern")
+    if full_every := _number(name, config, "sliding_window_pattern", default=_FULL_EVERY.get(kind, 0), least=0):
+        return num_layers - num_layers // full_every
     return 0 if "use_sliding_window" in config and not config["use_sliding_window"] else num_layers
 
 

@@ -90,6 +90,8 @@ def test_sliding_layers_are_counted_however_the_config_says_it() -> None:
     kinds = ["sliding_attention", "full_attention"] * 6
     assert model_from_config("m", {**base, "sliding_window": 8, "layer_types": kinds}).num_sliding_layers == 6
     assert model_from_config("m", {**base, "sliding_window": 8, "sliding_window_pattern": 6}).num_sliding_layers == 10
+    assert model_from_config("m", {**base, "sliding_window": 8, "model_type": "gemma2"}).num_sliding_layers == 6
+    assert model_from_config("m", {**base, "sliding_window": 0}).num_sliding_layers == 0
     unused = {**base, "sliding_window": 8, "use_sliding_window": False}
     assert model_from_config("m", unused).num_sliding_layers == 0
 
@@ -111,7 +113,7 @@ def test_bad_names_and_configs_say_what_to_do(tmp_path: Path) -> None:
         ({"text_config": 3}, "text_config is '3'"),
         ({"quantization_config": "fp8"}, "quantization_config is 'fp8'"),
         ({"sliding_window": "abc"}, "sliding_window is 'abc'"),
-        ({"sliding_window": 8, "sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ({"sliding_window": 8, "sliding_window_pattern": "LLLG"}, "sliding_window_pattern is .LLLG."),
         ({"sliding_window": 8, "layer_types": 5}, "layer_types is 5"),
     ):
         with pytest.raises(ConfigError, match=message):
