@@ -94,7 +94,7 @@ def command(
         check_output(flag, file)
     if plot_file is not None:
         importlib.import_module("matplotlib")  # before the search: its absence should not cost a minute
-    requests, notes, flags = read_traffic(trace, isl, osl, rate, arrival_cv, num_requests, seed)
+    traffic = read_traffic(trace, isl, osl, rate, arrival_cv, num_requests, seed)
     prices = _prices(price or [])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -107,9 +107,10 @@ def command(
             model,
             [_priced(name, prices) for name in gpu],
             decode_gpu=[_priced(name, prices) for name in decode_gpu or gpu],
-            requests=requests,
-            notes=notes,
-            traffic_flags=flags,
+            requests=traffic.requests,
+            notes=traffic.notes,
+            traffic_flags=traffic.bench_flags,
+            trace_rate=traffic.recorded_rate,
             ttft_s=_seconds(ttft_ms),
             tpot_s=_seconds(tpot_ms),
             itl_s=_seconds(itl_ms),

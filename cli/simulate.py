@@ -93,7 +93,8 @@ def command(
         },
     )
     policy = load_policy(config.router.policy)
-    requests, notes, _ = read_traffic(trace, isl, osl, rate, arrival_cv, num_requests, seed)
+    traffic = read_traffic(trace, isl, osl, rate, arrival_cv, num_requests, seed)
+    requests, notes = traffic.requests, traffic.notes
     slo = Slo(ttft_s=_seconds(slo_ttft_ms), tpot_s=_seconds(slo_tpot_ms), itl_s=_seconds(slo_itl_ms))
     bandwidth, latency_s = link_bandwidth(link)
     spec = load_model(model or config.model)

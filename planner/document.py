@@ -21,6 +21,7 @@ from .search import Plan
 FORMAT = 1
 _CLIFF = 0.9  # utilisation from which a little more load means a lot more waiting
 _BUSY_LINK = 0.7
+_SAME_RATE = 1e-3
 _ENGINE_DTYPES = ("float32", "bfloat16", "float16")
 # What Ray calls a node's devices in the label ray.io/accelerator-type.
 _ACCELERATOR_TYPES: Mapping[str, str] = {
@@ -152,6 +153,9 @@ def bench_command(plan: Plan) -> str:
     words = ["splitserve", "bench"]
     if question.traffic_flags:
         words += question.traffic_flags
+        scale = question.trace_rate / answer.rate if question.trace_rate else 1.0
+        if abs(scale - 1) > _SAME_RATE:
+            words += ["--time-scale", f"{scale:.4g}"]
     else:
         words += ["--rate", f"{answer.rate:.4g}", "--num-requests", "500"]
         words += ["--input-len", f"{question.load.mean_isl:.0f}", "--output-len", f"{question.load.mean_osl:.0f}"]

@@ -54,6 +54,7 @@ class Question:
     calibration: Calibration | None = None
     seed: int = 0
     traffic_flags: tuple[str, ...] = ()  # of `splitserve bench`, to send the same; empty: rate and mean lengths
+    trace_rate: float | None = None  # requests a second of the trace that these flags name, as it was recorded
     notes: tuple[str, ...] = ()  # what was done to the traffic, for the reader
 
     def __post_init__(self) -> None:

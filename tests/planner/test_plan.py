@@ -238,7 +238,9 @@ def test_the_bench_command_repeats_the_traffic(qwen: Plan) -> None:
     assert words[words.index("--input-len") + 1] == "4000"
     assert words[words.index("--slo-ttft-ms") + 1] == "1000"
     traced = replace(qwen, question=replace(qwen.question, traffic_flags=("--trace", "a b.csv")))
-    assert "--trace 'a b.csv'" in bench_command(traced)
+    assert bench_command(traced).startswith("splitserve bench --trace 'a b.csv' --slo")
+    slower = replace(traced, question=replace(traced.question, trace_rate=5.0))  # 10 requests/s are planned for
+    assert "--trace 'a b.csv' --time-scale 0.5 " in bench_command(slower)
 
 
 def test_every_candidate_is_a_row(qwen: Plan, tmp_path: Path) -> None:
