@@ -110,6 +110,14 @@ def test_by_hand_the_labels_are_those_that_the_cluster_file_asks_for() -> None:
     assert [dict(config.pool(role).labels) for role in ROLES] == [{"splitserve/role": role} for role in ROLES]
 
 
+def test_every_node_has_the_token_that_ray_asks_for() -> None:
+    script = (DEPLOY / "ray" / "on_premise.sh").read_text()
+    assert script.index("ray get-auth-token --generate") < script.index("exec ray start --head")
+    (document,) = documents(DEPLOY / "ray" / "aws.yaml")
+    assert document["file_mounts"]["/home/splitserve/.ray/auth_token"] == "~/.ray/auth_token"
+    assert "RAY_AUTH_MODE=token" in (DEPLOY / "ray" / "start.sh").read_text()
+
+
 # --- KubeRay ---
 
 
