@@ -34,8 +34,8 @@ class Trace:
 
 
 def data_directory() -> Path:
-    """Where public traces lie that the project does not ship: SPLITSERVE_DATA, else shared/data beside the checkout."""
-    return Path(os.environ.get("SPLITSERVE_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+    """Where public traces lie that the project does not ship: SPLITSERVE_DATA, else ~/.cache/splitserve/data."""
+    return Path(os.environ.get("SPLITSERVE_DATA") or Path.home() / ".cache" / "splitserve" / "data")
 
 
 def read_trace(path: Path, *, spread: bool = True, seed: int = 0, limit: int | None = None) -> Trace:
