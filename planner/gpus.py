@@ -88,10 +88,6 @@ def load_gpu(name: str) -> GpuSpec:
     raise ConfigError(f"--gpu: unknown GPU {name!r}; {hint}; or give a YAML file (docs/planner.md)")
 
 
-def gpu_names() -> list[str]:
-    return list(_built_in())
-
-
 @cache
 def _built_in() -> dict[str, Any]:
     text = resources.files(__package__).joinpath("data/gpus.yaml").read_text(encoding="utf-8")
