@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import grpc.aio
 import numpy as np
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ..core.kv_geometry import DTYPE_BYTES, KvDtype, KvGeometry, LayerGeometry
+from ..core.kv_geometry import KvDtype, KvGeometry, LayerGeometry
 from ..core.request import Request
 from ..deploy.roles import role_environment
 from ..engine.pool import KvPool
@@ -75,8 +75,10 @@ def smollm2(dtype: KvDtype) -> KvGeometry:
 def main(
     mib: Annotated[list[int] | None, typer.Option(min=1, help="MiB of one transfer; repeat it for several.")] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Transfers measured, per size and row.")] = 9,
-    device: Annotated[str, typer.Option(help="cpu, or cuda: between two GPUs, KV of the Llama-3.1-8B shape.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="On cpu: float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="cuda: between two GPUs, KV of the Llama-3.1-8B shape.")
+    ] = "cpu",
+    dtype: Annotated[KvDtype, typer.Option(help="On cpu: float32, bfloat16 or float16.")] = "float32",
     ways: Annotated[str, typer.Option(help="On cuda: transports, with commas.")] = "cuda_ipc,nccl,grpc",
     gpus: Annotated[
         tuple[int, int],
@@ -111,17 +113,16 @@ def main(
         tuning = {"max_ctas": ctas, "frame_bytes": frame_bytes}
         run(plan_of(sizes_mib, rounds, ways.split(","), in_flight, seconds, gpus, **tuning), json_file)
         return
-    kv_dtype: KvDtype = next(name for name in DTYPE_BYTES if name == dtype)
-    per_token = smollm2(kv_dtype).bytes_per_token
+    per_token = smollm2(dtype).bytes_per_token
     sizes = [(number << 20) // per_token for number in mib or (1, 8, 64, 512)]  # in tokens
     os.environ.update(role_environment(1))  # what a worker gets; both processes inherit it
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    sender = spawn.Process(target=_sender, args=(theirs, kv_dtype, max(sizes)), daemon=True)
+    sender = spawn.Process(target=_sender, args=(theirs, dtype, max(sizes)), daemon=True)
     sender.start()
     try:
         with ProcessPoolExecutor(1, mp_context=spawn) as receiver:
-            figures = receiver.submit(_receiver, ours, kv_dtype, sizes, rounds).result()
+            figures = receiver.submit(_receiver, ours, dtype, sizes, rounds).result()
     finally:
         sender.terminate()
         sender.join()

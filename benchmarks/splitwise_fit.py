@@ -6,7 +6,6 @@ The file (MIT) is not part of this repository: docs/planner.md says where to get
 from __future__ import annotations
 
 import csv
-import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,12 +13,12 @@ import numpy as np
 
 from ..planner.calibration import decode_design, prefill_design
 from ..planner.fitting import held_out_errors
+from ..planner.traces import data_directory
 
 
 def splitwise_file() -> Path | None:
-    """splitwise_perf_model.csv in SPLITSERVE_DATA (../shared/data beside the repository if unset), if it is there."""
-    default = Path(__file__).parent.parent.parent / "shared" / "data"
-    path = Path(os.environ.get("SPLITSERVE_DATA", default)) / "splitwise_perf_model.csv"
+    """splitwise_perf_model.csv where public traces lie, if it is there."""
+    path = data_directory() / "splitwise_perf_model.csv"
     return path if path.is_file() else None
 
 

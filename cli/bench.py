@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import repeat
 from pathlib import Path
@@ -37,14 +38,16 @@ def command(
     input_len: Annotated[int, typer.Option(help="Random prompts: tokens of each.")] = 512,
     output_len: Annotated[int, typer.Option(help="Tokens to generate for each (at most, with --prompts).")] = 64,
     prompts: Annotated[Path | None, typer.Option(help="Text file of prompts instead, one a line.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Trace instead: Azure .csv or Mooncake .jsonl.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Trace instead: Mooncake .jsonl, Azure or timestamp,isl,osl .csv.")
+    ] = None,
     time_scale: Annotated[float, typer.Option(help="Trace: factor on its times; 0.5 plays it twice as fast.")] = 1.0,
     max_input_len: Annotated[int | None, typer.Option(help="Trace: clip prompts to this many tokens.")] = None,
     slo_ttft_ms: Annotated[float | None, typer.Option(help="Goodput: limit on TTFT.")] = None,
     slo_tpot_ms: Annotated[float | None, typer.Option(help="Goodput: limit on TPOT.")] = None,
     slo_itl_p99_ms: Annotated[float | None, typer.Option(help="Goodput: limit on a request's own ITL p99.")] = None,
     temperature: options.Temperature = None,
-    seed: Annotated[int, typer.Option(help="Of arrivals, prompts and sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of arrivals, prompts and sampling.")] = 0,
     warmup: Annotated[int, typer.Option(help="Short requests before the run, not counted.")] = 2,
     timeout: options.Timeout = 600.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every request's numbers here.")] = None,
@@ -65,6 +68,9 @@ def command(
         "--output-len": output_len,
         "--max-input-len": max_input_len,
         "--time-scale": time_scale,
+        "--slo-ttft-ms": slo_ttft_ms,
+        "--slo-tpot-ms": slo_tpot_ms,
+        "--slo-itl-p99-ms": slo_itl_p99_ms,
     }.items():
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{flag} is {value}; it must be above 0")
@@ -88,12 +94,11 @@ def command(
         )
     slo = Slo(ttft_s=_seconds(slo_ttft_ms), tpot_s=_seconds(slo_tpot_ms), itl_p99_s=_seconds(slo_itl_p99_ms))
     request: RequestOptions = {"model": model, "temperature": temperature, "seed": seed, "timeout_s": timeout}
-    if json_file is not None and not os.access(json_file.absolute().parent, os.W_OK):
-        raise ConfigError(f"--json {json_file}: its directory does not exist or cannot be written")
+    options.check_output("--json", json_file)
 
     served, records = asyncio.run(_run(address, workload, request, concurrency=concurrency, warmup=warmup))
     summary = summarize(records, slo)
-    _print(summary, slo, records)
+    _print(summary, slo, records, workload.notes)
     if json_file is not None:
         _write(json_file, served=served, summary=summary, slo=slo, seed=seed, warmup=warmup, records=records)
     if summary.num_finished == 0:
@@ -136,7 +141,7 @@ def _seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1000
 
 
-def _print(summary: LoadSummary, slo: Slo, records: list[RequestRecord]) -> None:
+def _print(summary: LoadSummary, slo: Slo, records: list[RequestRecord], notes: Sequence[str]) -> None:
     console = Console()
     table = Table(title="Latency, ms", title_justify="left", header_style="bold")
     for name in ("", "p50", "p90", "p99", "mean", "max", "n"):
@@ -161,6 +166,8 @@ def _print(summary: LoadSummary, slo: Slo, records: list[RequestRecord]) -> None
     for code, count in summary.errors.items():
         example = next(record.message for record in records if record.error == code)
         facts.add_row("failed", Text(f"{count:,} x {code}: {example}", style="red"))
+    for note in notes:
+        facts.add_row("note", note)
     console.print(table, facts)
 
 

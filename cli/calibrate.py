@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..planner.calibration import Calibration, KindFit, calibrate, read_records,
 from ..planner.probe import probe_worker
 from ..proto import worker_pb2
 from ..proto.tls import PeerRole
+from .options import check_output
 
 
 def command(
@@ -32,7 +32,9 @@ def command(
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("calibration.json"),
     seconds: Annotated[float, typer.Option(min=1, help="How long to drive the worker.")] = 120.0,
-    seed: Annotated[int, typer.Option(help="Of prompts, of the order of the grid and of the held-out fifths.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of prompts, of the order of the grid and of the held-out fifths.")
+    ] = 0,
 ) -> None:
     """Fit the latency model to a worker, for `splitserve plan --calibration`.
 
@@ -47,8 +49,7 @@ def command(
     """
     if (worker is None) == (not records):
         raise ConfigError("give either --worker or --records")
-    if not os.access(output.absolute().parent, os.W_OK):
-        raise ConfigError(f"--output {output}: its directory does not exist or cannot be written")
+    check_output("--output", output)
     facts: Mapping[str, object] = {"measured_at": datetime.now(UTC).isoformat(timespec="seconds")}
     if worker is not None:
         steps, told = _probe(worker, seconds, seed)

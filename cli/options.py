@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..client.address import find_routers as find_routers  # for subcommands that print the address
 from ..client.request import RequestOptions
+from ..core.errors import ConfigError
 
 Address = Annotated[
     str | None,
@@ -32,6 +35,18 @@ Seed = Annotated[int | None, typer.Option(help="Same seed, same answer; left out
 Stop = Annotated[list[str] | None, typer.Option(help="End before this string; may be given several times.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's end of sequence.")]
 Timeout = Annotated[float, typer.Option(help="Deadline of a request in seconds.")]
+
+
+def check_output(flag: str, file: Path | None) -> None:
+    """Before the work whose result it takes. Raises: ConfigError: the file could not be written."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise ConfigError(f"{flag} {file}: it is a directory; name a file")
+    if not os.access(file.absolute().parent, os.W_OK):
+        raise ConfigError(f"{flag} {file}: its directory does not exist or cannot be written")
+    if file.exists() and not os.access(file, os.W_OK):
+        raise ConfigError(f"{flag} {file}: it cannot be written")
 
 
 def sampling_options(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..planner.gpus import GpuSpec, load_gpu
 from ..planner.plots import plot
 from ..planner.report import render
 from . import planning_flags
+from .options import check_output
 from .traffic import read_traffic
 
 INFEASIBLE = 3  # exit code
@@ -89,12 +89,12 @@ def command(
 
     $ splitserve plan --model llama-3.1-70b --gpu h100 --trace mooncake.jsonl --prefix-cache --ttft-ms 4000 --tpot-ms 50
     """
-    for file in (json_file, csv_file, plot_file, write_cluster):
-        if file is not None and not os.access(file.absolute().parent, os.W_OK):
-            raise ConfigError(f"{file}: its directory does not exist or cannot be written")
+    outputs = {"--json": json_file, "--csv": csv_file, "--plot": plot_file, "--write-cluster": write_cluster}
+    for flag, file in outputs.items():
+        check_output(flag, file)
     if plot_file is not None:
         importlib.import_module("matplotlib")  # before the search: its absence should not cost a minute
-    requests, notes, flags = read_traffic(trace, isl, osl, rate, arrival_cv, num_requests, seed)
+    traffic = read_traffic(trace, isl, osl, rate, arrival_cv, num_requests, seed)
     prices = _prices(price or [])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -107,9 +107,10 @@ def command(
             model,
             [_priced(name, prices) for name in gpu],
             decode_gpu=[_priced(name, prices) for name in decode_gpu or gpu],
-            requests=requests,
-            notes=notes,
-            traffic_flags=flags,
+            requests=traffic.requests,
+            notes=traffic.notes,
+            traffic_flags=traffic.bench_flags,
+            trace_rate=traffic.recorded_rate,
             ttft_s=_seconds(ttft_ms),
             tpot_s=_seconds(tpot_ms),
             itl_s=_seconds(itl_ms),

@@ -20,7 +20,7 @@ ArrivalCv = Annotated[float, typer.Option(help="Burstiness of arrivals; 1 is Poi
 NumRequests = Annotated[
     int | None, typer.Option(min=2, help="Requests to simulate.", show_default="1000, or the whole trace")
 ]
-TrafficSeed = Annotated[int, typer.Option(help="Of the traffic.")]
+TrafficSeed = Annotated[int, typer.Option(min=0, help="Of the traffic.")]
 
 Dtype = Annotated[
     WeightDtype | None, typer.Option(help="Of the weights.", show_default="the checkpoint's, or bfloat16")

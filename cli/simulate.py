@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +26,9 @@ from ..planner.simulation_result import SimulationResult
 from ..planner.simulator import RouterLimits, simulate
 from ..planner.traffic import mean_rate
 from ..planner.types import ClusterSpec, PoolSpec, SimRequest, Slo
+from ..scheduling.policies.registry import load_policy
 from . import planning_flags
+from .options import check_output
 from .traffic import read_traffic
 
 _CLIFF = 0.9  # share of time in steps from which a prefill pool's waits grow without bound
@@ -78,8 +79,7 @@ def command(
 
     $ splitserve simulate --model llama-3.1-8b --gpu h100 --colocated 4 --trace azure --slo-ttft-ms 500 --slo-tpot-ms 30
     """
-    if json_file is not None and not os.access(json_file.absolute().parent, os.W_OK):
-        raise ConfigError(f"--json {json_file}: its directory does not exist or cannot be written")
+    check_output("--json", json_file)
     config = load_config(
         cluster,
         {
@@ -92,7 +92,9 @@ def command(
             "engine.prefix_cache": prefix_cache,
         },
     )
-    requests, notes, _ = read_traffic(trace, isl, osl, rate, arrival_cv, num_requests, seed)
+    policy = load_policy(config.router.policy)
+    traffic = read_traffic(trace, isl, osl, rate, arrival_cv, num_requests, seed)
+    requests, notes = traffic.requests, traffic.notes
     slo = Slo(ttft_s=_seconds(slo_ttft_ms), tpot_s=_seconds(slo_tpot_ms), itl_s=_seconds(slo_itl_ms))
     bandwidth, latency_s = link_bandwidth(link)
     spec = load_model(model or config.model)
@@ -125,6 +127,7 @@ def command(
         ttft_target_s=config.router.ttft_target_s,
         tpot_target_s=config.router.tpot_target_s,
         ageing_s=config.router.ageing_s,
+        local_prefill_itl_s=config.router.local_prefill_itl_s if config.engine.local_prefill else None,
     )
     columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -134,6 +137,7 @@ def command(
             requests,
             seed=seed,
             limits=limits,
+            policy=policy,
             on_progress=lambda num_ended: progress.update(task, completed=num_ended),
         )
     _print(result, slo, pools, [*notes, *_warnings(result), *(str(source) for source in provenance)])
@@ -159,7 +163,7 @@ def _cluster(
     told: dict[str, str] = {}
     roles: tuple[Role, ...] = ("prefill", "decode") if config.replicas("prefill") else ("colocated",)
     for role in roles:
-        degree = tp or max(1, config.pool(role).gpus)
+        degree = tp or config.tensor_parallel(role)
         (choice,) = worker_choices(replace(question, tp=(degree,)), role)
         replicas = config.replicas(role)
         pools[role] = PoolSpec(worker=choice.spec, num_workers=replicas)

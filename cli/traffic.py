@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import ConfigError
@@ -13,6 +14,16 @@ from ..planner.traffic import mean_rate, scale_rate
 from ..planner.types import SimRequest
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Requests, and how `bench` sends the same."""
+
+    requests: list[SimRequest]
+    notes: tuple[str, ...] = ()  # what was done to them, for the reader
+    bench_flags: tuple[str, ...] = ()  # empty: rate and mean lengths
+    recorded_rate: float | None = None  # requests a second of the trace file, before it was sped up or slowed down
+
+
 def read_traffic(
     trace: str | None,
     isl: str | None,
@@ -21,11 +32,8 @@ def read_traffic(
     arrival_cv: float,
     num_requests: int | None,
     seed: int,
-) -> tuple[list[SimRequest], tuple[str, ...], tuple[str, ...]]:
-    """The requests, what was done to them for the reader, and the flags of `bench` that send the same.
-
-    Raises: ConfigError: flags are missing or contradict each other, or the trace is wrong.
-    """
+) -> Traffic:
+    """Raises: ConfigError: flags are missing or contradict each other, or the trace is wrong."""
     if trace is None:
         if isl is None or osl is None or rate is None:
             raise ConfigError("traffic is missing: give --isl, --osl and --rate, or --trace")
@@ -37,19 +45,25 @@ def read_traffic(
             num_requests=num_requests or DEFAULT_REQUESTS,
             seed=seed,
         )
-        return made, (), ()
+        return Traffic(requests=made)
     if isl is not None or osl is not None:
         raise ConfigError("--trace and --isl or --osl both say how long requests are; choose one")
     notes: tuple[str, ...] = ()
-    flags: tuple[str, ...] = ()
+    flags: list[str] = []
     if trace in STATISTICS and not Path(trace).exists():
         requests = published_traffic(trace, num_requests, seed=seed)
         notes = (f"the traffic follows the statistics of the {trace} trace; it is not the trace",)
     else:
         read = read_trace(Path(trace), seed=seed, limit=num_requests)
-        requests, notes, flags = list(read.requests), read.notes, ("--trace", trace)
+        requests, notes = list(read.requests), read.notes
+        flags = ["--trace", trace]
+        if num_requests is not None:
+            flags += ["--num-requests", f"{num_requests}"]
+        if seed:
+            flags += ["--seed", f"{seed}"]
+    recorded_rate = mean_rate(requests)
     if rate is not None:
-        factor = rate / mean_rate(requests)
-        requests = scale_rate(requests, factor)
-        flags = (*flags, "--time-scale", f"{1 / factor:.4g}") if flags else ()
-    return requests, notes, flags
+        requests = scale_rate(requests, rate / recorded_rate)
+    return Traffic(
+        requests=requests, notes=notes, bench_flags=tuple(flags), recorded_rate=recorded_rate if flags else None
+    )

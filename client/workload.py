@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..core.errors import ConfigError
+from ..core.recorded_times import spread_note, spread_times
 from .request import Prompt
 from .results import Model
 
 _Item = TypeVar("_Item")
 
 _MOONCAKE_BLOCK = 512  # tokens that one hash id of a Mooncake trace stands for
+_PLAIN = ("timestamp", "isl", "osl")
+_AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +50,7 @@ class Workload:
 
     num_requests: int
     make: Callable[[Model], Iterator[LoadRequest]]
+    notes: tuple[str, ...] = ()  # what was done to them, for the reader of results
 
 
 def poisson_arrivals(rate: float, seed: int) -> Iterator[float]:
@@ -90,14 +94,17 @@ def trace_workload(
 ) -> Workload:
     """A trace's requests with random tokens; equal hash ids become equal blocks, so prefixes are shared as recorded.
 
-    Lengths are clipped to `max_input_len` and to what the model can hold.
+    Lengths are clipped to `max_input_len` and to what the model can hold; rounded times are spread, as a plan does.
     Raises: ConfigError: the file cannot be read, a row is wrong, or it holds none.
     """
-    rows = _some(path, read_trace(path), num_requests)
+    rows = sorted(_some(path, read_trace(path), num_requests), key=lambda row: row.at_s)
+    times_s, bin_s = spread_times([row.at_s for row in rows], seed)
+    first_s = min(times_s)
+    arrivals = sorted(zip(times_s, rows, strict=True), key=lambda arrival: arrival[0])
 
     def make(model: Model) -> Iterator[LoadRequest]:
         limit = min(max_input_len or model.max_model_len, model.max_model_len - 1)
-        for index, row in enumerate(rows):
+        for index, (at_s, row) in enumerate(arrivals):
             input_len = min(row.num_prompt_tokens, limit)
             prompt: list[int] = []
             for name in row.hash_ids or (f"row {index}",):
@@ -106,20 +113,21 @@ def trace_workload(
             yield LoadRequest(
                 prompt=prompt[:input_len],
                 max_tokens=min(row.num_output_tokens, model.max_model_len - input_len),
-                at_s=row.at_s * time_scale,
+                at_s=(at_s - first_s) * time_scale,
             )
 
-    return Workload(num_requests=len(rows), make=make)
+    notes = (spread_note(path.name, bin_s),) if bin_s else ()
+    return Workload(num_requests=len(rows), make=make, notes=notes)
 
 
 def read_trace(path: Path) -> Iterator[TraceRow]:
     """Rows of a trace, times from its first row on.
 
-    Formats: `.csv` as Azure publishes (TIMESTAMP, ContextTokens, GeneratedTokens); `.jsonl` as Mooncake does (timestamp
-    in ms, input_length, output_length, hash_ids).
+    Formats: `.csv` as Azure publishes (TIMESTAMP, ContextTokens, GeneratedTokens) or plain (timestamp, isl, osl);
+    `.jsonl` as Mooncake does (timestamp in ms, input_length, output_length, hash_ids).
     Raises: ConfigError: the file cannot be read, with its line.
     """
-    rows = _azure_rows(path) if path.suffix == ".csv" else _mooncake_rows(path)
+    rows = _csv_rows(path) if path.suffix == ".csv" else _mooncake_rows(path)
     first_s: float | None = None
     for row in rows:
         first_s = row.at_s if first_s is None else first_s
@@ -131,17 +139,22 @@ def read_trace(path: Path) -> Iterator[TraceRow]:
         )
 
 
-def _azure_rows(path: Path) -> Iterator[TraceRow]:
+def _csv_rows(path: Path) -> Iterator[TraceRow]:
     reader = csv.DictReader(_lines(path))
+    at, isl, osl = _PLAIN if set(_PLAIN) <= set(reader.fieldnames or ()) else _AZURE
     for row in reader:
         try:
-            yield _checked(
-                at_s=datetime.fromisoformat(row["TIMESTAMP"]).timestamp(),
-                num_prompt_tokens=int(row["ContextTokens"]),
-                num_output_tokens=int(row["GeneratedTokens"]),
-            )
+            yield _checked(at_s=_seconds(row[at]), num_prompt_tokens=int(row[isl]), num_output_tokens=int(row[osl]))
         except (KeyError, ValueError, TypeError) as error:
-            raise _bad_row(path, reader.line_num, error, "TIMESTAMP,ContextTokens,GeneratedTokens") from error
+            raise _bad_row(path, reader.line_num, error, f"{','.join(_AZURE)} or {','.join(_PLAIN)}") from error
+
+
+def _seconds(text: str) -> float:
+    """From a number or from a date and time."""
+    try:
+        return float(text)
+    except ValueError:
+        return datetime.fromisoformat(text).timestamp()
 
 
 def _mooncake_rows(path: Path) -> Iterator[TraceRow]:

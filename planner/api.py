@@ -55,6 +55,7 @@ def plan(
     calibration: Calibration | None = None,
     seed: int = 0,
     traffic_flags: Sequence[str] = (),
+    trace_rate: float | None = None,
     notes: Sequence[str] = (),
     fast: bool = False,
     on_progress: Progress = lambda what, number, of: None,
@@ -99,6 +100,7 @@ def plan(
         calibration=calibration,
         seed=seed,
         traffic_flags=tuple(traffic_flags),
+        trace_rate=trace_rate,
         notes=tuple(notes),
     )
     return plan_question(question, judge=None if fast else simulated_outcome, on_progress=on_progress)

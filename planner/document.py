@@ -21,6 +21,20 @@ from .search import Plan
 FORMAT = 1
 _CLIFF = 0.9  # utilisation from which a little more load means a lot more waiting
 _BUSY_LINK = 0.7
+_SAME_RATE = 1e-3
+_ENGINE_DTYPES = ("float32", "bfloat16", "float16")
+# What Ray calls a node's devices in the label ray.io/accelerator-type.
+_ACCELERATOR_TYPES: Mapping[str, str] = {
+    "a10": "A10",
+    "l4": "L4",
+    "l40s": "L40S",
+    "a100-40": "A100",
+    "a100-80": "A100",
+    "h100": "H100",
+    "h200": "H200",
+    "b200": "B200",
+    "mi300x": "AMD-Instinct-MI300X-OAM",
+}
 
 
 def plan_document(plan: Plan, *, command: Sequence[str] = ()) -> dict[str, Any]:
@@ -139,6 +153,9 @@ def bench_command(plan: Plan) -> str:
     words = ["splitserve", "bench"]
     if question.traffic_flags:
         words += question.traffic_flags
+        scale = question.trace_rate / answer.rate if question.trace_rate else 1.0
+        if abs(scale - 1) > _SAME_RATE:
+            words += ["--time-scale", f"{scale:.4g}"]
     else:
         words += ["--rate", f"{answer.rate:.4g}", "--num-requests", "500"]
         words += ["--input-len", f"{question.load.mean_isl:.0f}", "--output-len", f"{question.load.mean_osl:.0f}"]
@@ -162,25 +179,45 @@ def cluster_yaml(plan: Plan) -> str:
             "prefix_cache": question.prefix_cache,
         },
     }
-    degrees = sorted({pool.choice.tp for pool in (candidate.prefill, candidate.decode) if pool})
-    if degrees[-1] > 1:
-        tree["engine"]["tensor_parallel"] = degrees[0]
-    if question.dtype in ("float32", "bfloat16", "float16"):
+    if question.dtype in _ENGINE_DTYPES:
         tree["engine"]["dtype"] = question.dtype
-    if question.max_running is not None:
-        tree["engine"]["max_running"] = question.max_running
+    for key in ("max_running", "num_kv_blocks"):
+        if (stated := getattr(question, key)) is not None:
+            tree["engine"][key] = stated
     if candidate.prefill is None:
         tree |= {"prefill": {"replicas": 0}, "decode": {"replicas": 0}, "colocated": _deployed(candidate.decode)}
     else:
-        tree |= {"prefill": _deployed(candidate.prefill), "decode": _deployed(candidate.decode)}
+        pools = {"prefill": candidate.prefill, "decode": candidate.decode}
+        labels = _node_labels(candidate)
+        tree |= {role: _deployed(pool) | labels.get(pool.choice.gpu.name, {}) for role, pool in pools.items()}
     head = f"# Made by `splitserve plan` {__version__}: {plan.verdict}, {plan.reason}.\n"
-    if len(degrees) > 1:
-        # The configuration knows one degree for the whole cluster.
-        head += (
-            f"# The pools differ in tensor parallelism ({cluster_text(candidate)}): start the wider workers by hand,\n"
-        )
-        head += f"# with --tensor-parallel {degrees[-1]}.\n"
+    head += "".join(f"# {line}\n" for line in _not_in_the_file(plan, candidate))
     return head + yaml.safe_dump(tree, sort_keys=False)
+
+
+def _not_in_the_file(plan: Plan, candidate: Candidate) -> list[str]:
+    """What the plan assumes and no key can say."""
+    dtype, kv_dtype, found = plan.question.dtype, plan.question.kv_dtype, []
+    if dtype not in _ENGINE_DTYPES:
+        found.append(f"Weights in {dtype} are no setting: serve a checkpoint that is stored so.")
+    kept = dtype if dtype in _ENGINE_DTYPES else "bfloat16"
+    if kv_dtype != kept:
+        found.append(f"KV in {kv_dtype} is no setting, workers keep it in {kept}: plan with --kv-dtype {kept}.")
+    if candidate.prefill is not None and candidate.prefill.choice.gpu != candidate.decode.choice.gpu:
+        labels = _node_labels(candidate)
+        if not labels:
+            names = f"{candidate.prefill.choice.gpu.name} and {candidate.decode.choice.gpu.name}"
+            found.append(f"Ray cannot tell {names} apart: label the nodes, and set prefill.labels and decode.labels.")
+    return found
+
+
+def _node_labels(candidate: Candidate) -> dict[str, dict[str, str]]:
+    """By device, the key that sends its pool to its nodes; none where the pools' devices, or Ray's names, are alike."""
+    devices = {pool.choice.gpu.name for pool in (candidate.prefill, candidate.decode) if pool} - {"cpu"}
+    names = {_ACCELERATOR_TYPES.get(device) for device in devices}
+    if len(devices) < 2 or None in names or len(names) < 2:
+        return {}
+    return {device: {"accelerator_type": _ACCELERATOR_TYPES[device]} for device in devices}
 
 
 def write_candidates(path: Path, plan: Plan) -> None:
@@ -219,8 +256,10 @@ def _pool(pool: Pool) -> dict[str, Any]:
     return {"gpu": choice.gpu.name, "tp": choice.tp, "workers": pool.workers, "chunk": choice.spec.max_step_tokens}
 
 
-def _deployed(pool: Pool) -> dict[str, int]:
-    return {"replicas": pool.workers, "gpus": 0 if pool.choice.gpu.name == "cpu" else pool.choice.tp}
+def _deployed(pool: Pool) -> dict[str, Any]:
+    degree = pool.choice.tp
+    found = {"replicas": pool.workers, "gpus": 0 if pool.choice.gpu.name == "cpu" else degree}
+    return found | ({"tensor_parallel": degree} if degree > 1 else {})
 
 
 def _percentiles(values: Figures) -> dict[str, float]:

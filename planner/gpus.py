@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -43,11 +43,11 @@ _ARITHMETIC: Mapping[str, tuple[str, ...]] = {
 class _Sheet(BaseModel):
     """One device of a YAML file."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     memory_gb: float = Field(gt=0)
     bandwidth_gb_s: float = Field(gt=0)
-    tflops: dict[str, float]
+    tflops: dict[str, Annotated[float, Field(gt=0)]]
     link_gb_s: float = Field(gt=0)
     max_tp: int = Field(default=8, ge=1)
     price: float = Field(default=0.0, ge=0)
@@ -81,15 +81,11 @@ def load_gpu(name: str) -> GpuSpec:
         if not wanted and len(rows) == 1:
             wanted = next(iter(rows))
         if wanted not in rows:
-            raise ConfigError(f"--gpu: {file} holds {', '.join(rows)}; name one as {file}:NAME")
+            raise ConfigError(f"--gpu: {file} holds {', '.join(map(str, rows))}; name one as {file}:NAME")
         return _spec(wanted, rows[wanted], file)
     near = difflib.get_close_matches(name.lower(), table, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(table)}"
     raise ConfigError(f"--gpu: unknown GPU {name!r}; {hint}; or give a YAML file (docs/planner.md)")
-
-
-def gpu_names() -> list[str]:
-    return list(_built_in())
 
 
 @cache
@@ -102,8 +98,9 @@ def _built_in() -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         rows = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--gpu: cannot read {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"--gpu: cannot read {path}: {reason}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"--gpu: {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(rows, dict) or not rows:

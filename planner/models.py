@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,26 @@ WEIGHT_BYTES: Mapping[str, float] = {
     "fp4": 0.563,
 }
 KV_BYTES: Mapping[str, float] = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
+
+# What a config.json leaves to its model type: feed-forwards of two matrices, embeddings that are the head too, and each
+# which layer attends to all tokens where the others have a window.
+_UNGATED = frozenset({"apertus", "arcee", "bloom", "gpt2", "gpt_neox", "nemotron", "opt", "phi", "starcoder2"})
+_TIED = frozenset(
+    {
+        "bloom",
+        "cohere",
+        "cohere2",
+        "ernie4_5",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "opt",
+        "smollm3",
+        "starcoder2",
+    }
+)
+_FULL_EVERY: Mapping[str, int] = {"cohere2": 4, "gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +222,8 @@ def load_model(name: str) -> ModelSpec:
     if path.is_file():
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"--model: cannot read {path}: {error.strerror}") from error
         except ValueError as error:
             raise ConfigError(f"--model: {path} is not JSON: {error}") from error
         spec = model_from_config(path.parent.name or str(path), config)
@@ -241,44 +263,32 @@ def _built_in() -> dict[str, dict[str, Any]]:
 
 def model_from_config(name: str, config: Mapping[str, Any]) -> ModelSpec:
     """A spec from the fields of a config.json. Raises: ConfigError, ModelUnsupported."""
-    config = {**config, **config.get("text_config", {})}
+    config = _section(name, "its config", config)
+    config = {**config, **_section(name, "text_config", config.get("text_config"))}
     if config.get("is_encoder_decoder"):
         raise ModelUnsupported(f"{name} is an encoder-decoder; the planner knows decoder-only models")
-
-    def number(*keys: str, default: int | None = None) -> int:
-        for key in keys:
-            if config.get(key) is not None:
-                value = config[key]
-                if not isinstance(value, int) or value < 0:
-                    raise ConfigError(f"{name}: {key} is {value!r}; it must be a whole number")
-                return value
-        if default is None:
-            raise ConfigError(f"{name}: its config has no {keys[0]}; the planner needs it")
-        return default
-
+    number = partial(_number, name, config)
     hidden, heads = number("hidden_size", "n_embd"), number("num_attention_heads", "n_head")
-    if heads == 0 or hidden == 0:
-        raise ConfigError(f"{name}: hidden_size {hidden} and {heads} attention heads; both must be above 0")
     latent = None
     if config.get("kv_lora_rank"):
         latent = LatentAttention(
-            query_rank=config.get("q_lora_rank"),
+            query_rank=number("q_lora_rank") if config.get("q_lora_rank") is not None else None,
             kv_rank=number("kv_lora_rank"),
             nope_dim=number("qk_nope_head_dim"),
             rope_dim=number("qk_rope_head_dim"),
             value_dim=number("v_head_dim"),
         )
     experts = None
-    num_experts = number("num_local_experts", "num_experts", "n_routed_experts", default=0)
+    num_experts = number("num_local_experts", "num_experts", "n_routed_experts", default=0, least=0)
     if num_experts > 1:
         experts = Experts(
             num_experts=num_experts,
             num_active=number("num_experts_per_tok", "num_experts_per_token"),
             intermediate_size=number("moe_intermediate_size", "intermediate_size"),
-            num_shared=number("n_shared_experts", default=0),
-            num_dense_layers=number("first_k_dense_replace", default=0),
+            num_shared=number("n_shared_experts", default=0, least=0),
+            num_dense_layers=number("first_k_dense_replace", default=0, least=0),
         )
-    num_layers = number("num_hidden_layers", "n_layer")
+    num_layers, kind = number("num_hidden_layers", "n_layer"), str(config.get("model_type"))
     return ModelSpec(
         name=name,
         num_layers=num_layers,
@@ -289,34 +299,51 @@ def model_from_config(name: str, config: Mapping[str, Any]) -> ModelSpec:
         intermediate_size=number("intermediate_size", "n_inner", default=4 * hidden),
         vocab_size=number("vocab_size"),
         max_model_len=number("max_position_embeddings", "n_positions", default=131_072),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        gated=bool(config.get("gated", True)),
+        tied_embeddings=bool(config.get("tie_word_embeddings", kind in _TIED)),
+        gated=bool(config.get("gated", kind not in _UNGATED)),
         latent=latent,
         experts=experts,
-        sliding_window=config.get("sliding_window"),
-        num_sliding_layers=_sliding_layers(config, num_layers),
-        quantization=_quantization(config),
+        sliding_window=number("sliding_window", default=0, least=0) or None,
+        num_sliding_layers=_sliding_layers(name, kind, config, num_layers),
+        quantization=_quantization(_section(name, "quantization_config", config.get("quantization_config"))),
     )
 
 
-def _sliding_layers(config: Mapping[str, Any], num_layers: int) -> int:
+def _section(name: str, key: str, value: object) -> Mapping[str, Any]:
+    """A part of a config that has keys; empty where it is left out."""
+    if not isinstance(value, Mapping | None):
+        raise ConfigError(f"{name}: {key} is {str(value)[:40]!r}; wanted keys with values, as in a config.json")
+    return value or {}
+
+
+def _number(name: str, config: Mapping[str, Any], *keys: str, default: int | None = None, least: int = 1) -> int:
+    """The first of `keys` that the config has."""
+    stated = ((key, config[key]) for key in keys if config.get(key) is not None)
+    key, value = next(stated, (keys[0], default))
+    if value is None:
+        raise ConfigError(f"{name}: its config has no {key}; the planner needs it")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name}: {key} is {value!r}; it must be a whole number of at least {least}")
+    return value
+
+
+def _sliding_layers(name: str, kind: str, config: Mapping[str, Any], num_layers: int) -> int:
     """Layers that attend to a window only; a window that no layer is said to use counts for none."""
-    if config.get("sliding_window") is None:
+    if not config.get("sliding_window"):
         return 0
-    if (stated := config.get("sliding_layers")) is not None:
-        return int(stated)
+    if config.get("sliding_layers") is not None:
+        return _number(name, config, "sliding_layers", least=0)
     if kinds := config.get("layer_types"):
+        if not isinstance(kinds, list):
+            raise ConfigError(f"{name}: layer_types is {kinds!r}; it must be a list")
         return sum(kind == "sliding_attention" for kind in kinds)
-    if (pattern := config.get("sliding_window_pattern")) is not None:
-        return num_layers - num_layers // int(pattern)
+    if full_every := _number(name, config, "sliding_window_pattern", default=_FULL_EVERY.get(kind, 0), least=0):
+        return num_layers - num_layers // full_every
     return 0 if "use_sliding_window" in config and not config["use_sliding_window"] else num_layers
 
 
-def _quantization(config: Mapping[str, Any]) -> WeightDtype | None:
-    """The number type of a quantised checkpoint's weights."""
-    section = config.get("quantization_config")
-    if not section:
-        return None
+def _quantization(section: Mapping[str, Any]) -> WeightDtype | None:
+    """The number type of a quantised checkpoint's weights; None where the config has no such section."""
     method, bits = str(section.get("quant_method", "")).lower(), section.get("bits")
     if method in ("fp8", "fbgemm_fp8"):
         return "fp8"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -53,19 +54,22 @@ class Question:
     calibration: Calibration | None = None
     seed: int = 0
     traffic_flags: tuple[str, ...] = ()  # of `splitserve bench`, to send the same; empty: rate and mean lengths
+    trace_rate: float | None = None  # requests a second of the trace that these flags name, as it was recorded
     notes: tuple[str, ...] = ()  # what was done to the traffic, for the reader
 
     def __post_init__(self) -> None:
         slo = self.slo
         for flag, value in (("--ttft-ms", slo.ttft_s), ("--tpot-ms", slo.tpot_s), ("--itl-ms", slo.itl_s)):
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{flag} is {value * 1e3:g}; it must be above 0")
         if not 0 < slo.percentile < 100:
             raise ConfigError(f"--percentile is {slo.percentile:g}; it must be between 0 and 100")
+        if any(degree < 1 for degree in self.tp):
+            raise ConfigError(f"--tp is {min(self.tp)}; it must be at least 1")
         if self.max_gpus < 1:
             raise ConfigError(f"--max-gpus is {self.max_gpus}; it must be at least 1")
-        if self.headroom < 0:
-            raise ConfigError(f"--headroom is {self.headroom:g}; it must not be negative")
+        if not 0 <= self.headroom < math.inf:
+            raise ConfigError(f"--headroom is {self.headroom:g}; it must be a number and not negative")
         if len(self.requests) < 2:
             raise ConfigError(f"the traffic holds {len(self.requests)} requests; a rate needs at least 2")
         if self.engine not in engine_names():

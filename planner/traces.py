@@ -12,9 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..core.errors import ConfigError
+from ..core.recorded_times import spread_note, spread_times
 from .types import SimRequest
 
 MOONCAKE_BLOCK_TOKENS = 512
@@ -24,7 +23,6 @@ AZURE_TRACE = "AzureLLMInferenceTrace_2023_conv.csv"
 _PLAIN = ("timestamp", "isl", "osl")
 _AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _MOONCAKE = '{"timestamp": ms, "input_length": n, "output_length": n, "hash_ids": [...]}'
-_CROWDED = 1.5  # requests per distinct timestamp, above which the timestamps are taken to be rounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +34,8 @@ class Trace:
 
 
 def data_directory() -> Path:
-    """Where public traces lie that the project does not ship: SPLITSERVE_DATA, else shared/data beside the checkout."""
-    return Path(os.environ.get("SPLITSERVE_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+    """Where public traces lie that the project does not ship: SPLITSERVE_DATA, else ~/.cache/splitserve/data."""
+    return Path(os.environ.get("SPLITSERVE_DATA") or Path.home() / ".cache" / "splitserve" / "data")
 
 
 def read_trace(path: Path, *, spread: bool = True, seed: int = 0, limit: int | None = None) -> Trace:
@@ -69,19 +67,11 @@ def read_trace(path: Path, *, spread: bool = True, seed: int = 0, limit: int | N
 
 
 def _spread(requests: list[SimRequest], path: Path, seed: int) -> tuple[list[SimRequest], tuple[str, ...]]:
-    times = sorted({request.arrival_s for request in requests})
-    if len(times) < 2 or len(requests) < _CROWDED * len(times):
+    times_s, bin_s = spread_times([request.arrival_s for request in requests], seed)
+    if not bin_s:
         return requests, ()
-    bin_s = float(np.round(np.median(np.diff(times)), 1))
-    if bin_s <= 0:
-        return requests, ()
-    offsets = np.random.default_rng(seed).uniform(0, bin_s, len(requests))
-    moved = [
-        replace(request, arrival_s=request.arrival_s + float(offset))
-        for request, offset in zip(requests, offsets, strict=True)
-    ]
-    note = f"{path.name}: timestamps are rounded to {bin_s:g} s; arrivals were spread at random within these bins"
-    return sorted(moved, key=lambda request: request.arrival_s), (note,)
+    moved = [replace(request, arrival_s=at_s) for request, at_s in zip(requests, times_s, strict=True)]
+    return sorted(moved, key=lambda request: request.arrival_s), (spread_note(path.name, bin_s),)
 
 
 def _mooncake_rows(path: Path) -> Iterator[SimRequest]:

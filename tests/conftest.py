@@ -24,6 +24,11 @@ settings.load_profile("splitserve")
 
 _HERE = Path(__file__).parent
 
+# Public data that some tests read, where it lies beside the checkout; without it they are skipped.
+_DATA = _HERE.resolve().parents[1] / "shared" / "data"
+if not os.environ.get("SPLITSERVE_DATA") and _DATA.is_dir():
+    os.environ["SPLITSERVE_DATA"] = str(_DATA)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -60,7 +60,8 @@ def test_wheel_holds_every_module_and_stub_and_nothing_else(tmp_path: Path) -> N
     for folder in package_folders(source):
         files = [path for path in (source / folder).iterdir() if path.suffix in {".py", ".pyi", ".proto", ".c"}]
         wanted |= {f"splitserve/{path.relative_to(source)}" for path in files}
-    wanted |= {f"splitserve/planner/data/{path.name}" for path in (source / "planner" / "data").iterdir()}
+    for folder in ("planner", "benchmarks"):
+        wanted |= {f"splitserve/{folder}/data/{path.name}" for path in (source / folder / "data").iterdir()}
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == wanted
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -15,6 +15,7 @@ if command -v nvidia-smi >/dev/null; then # Ray labels the accelerator by itself
   nvidia-smi --query-gpu=name --format=csv,noheader | sort | uniq -c
 fi
 if [ "$role" = head ]; then
+  [ -s "$HOME/.ray/auth_token" ] || ray get-auth-token --generate >/dev/null
   exec ray start --head --port=6379 --labels "$labels" --dashboard-host=127.0.0.1
 fi
 exec ray start --address "${head:?the address of the head}:6379" --labels "$labels"

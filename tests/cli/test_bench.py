@@ -93,6 +93,7 @@ def test_prompts_and_traces_are_sent(router: ScriptedRouter, tmp_path: Path) -> 
         ("--rate nan", "--rate is nan"),
         ("--rate 0", "--rate is 0"),
         ("--rate inf", "--rate is inf"),
+        ("--rate 1 --slo-tpot-ms nan", "--slo-tpot-ms is nan"),
         ("--concurrency 0", "--concurrency is 0"),
         ("--concurrency 1 --num-requests 0", "--num-requests is 0"),
         ("--concurrency 1 --trace a.csv --prompts b.txt", "choose one"),

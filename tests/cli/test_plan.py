@@ -41,6 +41,13 @@ def test_a_trace_is_planned_for_and_simulated(tmp_path: Path) -> None:
     assert "simulation" in result.stdout
     assert "4 requests/s, 800 tokens in, 22 out" in result.stdout
     assert "--time-scale 0.5" in result.stdout.replace("\n", " ")
+    document = tmp_path / "plan.json"
+    for more, wanted in (
+        (["--num-requests", "60"], f"--trace {trace} --num-requests 60 --slo"),
+        (["--headroom", "1", "--seed", "3"], f"--trace {trace} --seed 3 --time-scale 0.5 --slo"),
+    ):
+        assert plan(*flags, *more, "--fast", "--json", str(document)).exit_code == 0
+        assert wanted in json.loads(document.read_text())["bench_command"]
 
 
 def test_infeasible_is_exit_code_3_with_its_constraint() -> None:
@@ -58,6 +65,9 @@ def test_infeasible_is_exit_code_3_with_its_constraint() -> None:
         ([*ASKED, *TRAFFIC, "--price", "h100=cheap"], "--price: 'h100=cheap' is neither"),
         ([*ASKED, *TRAFFIC, "--calibration", "/nowhere.json"], "--calibration: cannot read /nowhere.json"),
         ([*ASKED, *TRAFFIC, "--json", "/nowhere/plan.json"], "/nowhere/plan.json: its directory does not exist"),
+        ([*ASKED, *TRAFFIC, "--json", "/"], "--json /: it is a directory; name a file"),
+        ([*ASKED, *TRAFFIC, "--csv", "/"], "--csv /: it is a directory"),
+        ([*ASKED, *TRAFFIC, "--tp", "0"], "--tp is 0; it must be at least 1"),
         ([*ASKED, *TRAFFIC, "--gpu", "h300"], "unknown GPU 'h300'"),
         ([*ASKED, "--trace", "/nowhere.csv"], "/nowhere.csv"),
         ([*ASKED, *TRAFFIC, "--trace", "azure"], "both say how long requests are"),

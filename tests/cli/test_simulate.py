@@ -34,11 +34,34 @@ def test_split_and_colocated_clusters_are_simulated() -> None:
 
 def test_a_clusters_file_is_taken_and_flags_override_it(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
-    path.write_text("model: llama-3.1-8b\nprefill: {replicas: 3, gpus: 2}\ndecode: {replicas: 2, gpus: 4}\n")
+    path.write_text(
+        "model: llama-3.1-8b\nengine: {tensor_parallel: 2}\n"
+        "prefill: {replicas: 3, gpus: 4}\ndecode: {replicas: 2, gpus: 4, tensor_parallel: 4}\n"
+    )
     result = simulate("--cluster", str(path), "--gpu", "h100", *TRAFFIC, "--decode", "5")
     assert result.exit_code == 0, result.output
     assert "3 x TP2 h100" in result.stdout
     assert "5 x TP4 h100" in result.stdout
+    path.write_text("router: {policy: no_such_policy}\n")
+    refused = simulate("--cluster", str(path), *LLAMA, *TRAFFIC)
+    assert refused.exit_code == 2
+    assert "router.policy: got 'no_such_policy', wanted one of" in refused.stderr
+
+
+def test_a_clusters_routing_is_simulated(tmp_path: Path) -> None:
+    def routed_by(router: str) -> tuple[list[float], str]:
+        path = tmp_path / "cluster.yaml"
+        path.write_text(f"prefill: {{replicas: 3}}\nrouter: {router}\n")
+        flags = ["--cluster", str(path), "--json", str(tmp_path / "run.json"), *LLAMA, *TRAFFIC, "--rate", "60"]
+        result = simulate(*flags)
+        assert result.exit_code == 0, result.output
+        requests = json.loads((tmp_path / "run.json").read_text())["requests"]
+        return [request["ttft_s"] for request in requests], result.stdout
+
+    plain, stdout = routed_by("{}")
+    assert "KV moved" in stdout
+    assert routed_by("{policy: round_robin}")[0] != plain
+    assert "KV moved" not in routed_by("{local_prefill_itl_s: 100}")[1]  # every prompt on its decode worker
 
 
 def test_the_json_holds_every_request_and_is_a_prediction(tmp_path: Path) -> None:
@@ -73,6 +96,8 @@ def test_a_trace_is_replayed_and_what_was_done_to_it_is_said(tmp_path: Path) -> 
         ([*LLAMA, *TRAFFIC, "--prefill", "1", "--decode", "1", "--colocated", "1"], "a simulation is of one kind"),
         ([*LLAMA, "--trace", "missing.jsonl"], "cannot read the trace missing.jsonl"),
         ([*LLAMA, *TRAFFIC, "--json", "/nowhere/run.json"], "its directory does not exist"),
+        ([*LLAMA, *TRAFFIC, "--json", "/"], "it is a directory"),
+        ([*LLAMA, *TRAFFIC, "--slo-ttft-ms", "nan"], "--ttft-ms is nan; it must be above 0"),
         (["--model", "llama-3.1-70b", "--gpu", "l4", "--tp", "1", *TRAFFIC], "fits on none of the workers"),
     ],
 )

@@ -16,6 +16,7 @@ from splitserve.client.workload import (
     read_trace,
     trace_workload,
 )
+from splitserve.planner.traces import read_trace as read_planned_trace
 
 TINY = Model(name="tiny", max_model_len=2_000, vocab_size=1_000)
 
@@ -25,7 +26,7 @@ AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 """
 MOONCAKE = """{"timestamp": 1000, "input_length": 1030, "output_length": 5, "hash_ids": [1, 2, 3]}
 {"timestamp": 3000, "input_length": 1024, "output_length": 900, "hash_ids": [1, 2]}
-{"timestamp": 3000, "input_length": 600, "output_length": 1, "hash_ids": [1, 9]}
+{"timestamp": 4000, "input_length": 600, "output_length": 1, "hash_ids": [1, 9]}
 """
 
 
@@ -69,12 +70,36 @@ def test_an_azure_trace_is_scaled_and_clipped(tmp_path: Path) -> None:
     assert (second.at_s, len(second.prompt), second.max_tokens) == (pytest.approx(1.0), 1_950, 50)
 
 
+def test_a_plain_trace_has_seconds_or_dates(tmp_path: Path) -> None:
+    path = tmp_path / "plain.csv"
+    path.write_text("timestamp,isl,osl\n7.5,9,2\n7,8,3\n")
+    first, second = trace_workload(path, num_requests=None, time_scale=2.0, max_input_len=None, seed=0).make(TINY)
+    assert (first.at_s, len(first.prompt), first.max_tokens) == (0.0, 8, 3)
+    assert (second.at_s, len(second.prompt), second.max_tokens) == (1.0, 9, 2)
+    path.write_text("timestamp,isl,osl\n2023-11-16 18:17:03,9,2\n2023-11-16 18:17:04,8,3\n")
+    workload = trace_workload(path, num_requests=None, time_scale=1.0, max_input_len=None, seed=0)
+    assert [request.at_s for request in workload.make(TINY)] == [0.0, 1.0]
+
+
+def test_rounded_times_are_sent_as_a_plan_simulates_them(tmp_path: Path) -> None:
+    path = tmp_path / "mooncake.jsonl"
+    rows = [f'{{"timestamp": {3000 * (i // 9)}, "input_length": {i + 1}, "output_length": 9}}\n' for i in range(90)]
+    path.write_text("".join(rows))
+    workload = trace_workload(path, num_requests=None, time_scale=1.0, max_input_len=None, seed=4)
+    planned = read_planned_trace(path, seed=4)
+    sent = [(request.at_s, len(request.prompt)) for request in workload.make(TINY)]
+    assert sent == [(request.arrival_s, request.isl) for request in planned.requests]
+    assert len({at_s for at_s, _ in sent}) == 90
+    assert workload.notes == planned.notes
+    assert "rounded to 3 s" in workload.notes[0]
+
+
 def test_a_mooncake_trace_shares_the_prefixes_it_recorded(tmp_path: Path) -> None:
     path = tmp_path / "mooncake.jsonl"
     path.write_text(MOONCAKE)
     workload = trace_workload(path, num_requests=None, time_scale=0.5, max_input_len=None, seed=0)
     first, second, third = workload.make(TINY)
-    assert [request.at_s for request in (first, second, third)] == [0.0, 1.0, 1.0]
+    assert [request.at_s for request in (first, second, third)] == [0.0, 1.0, 1.5]
     assert [len(request.prompt) for request in (first, second, third)] == [1_030, 1_024, 600]
     assert first.prompt[:1_024] == second.prompt
     assert third.prompt[:512] == first.prompt[:512]

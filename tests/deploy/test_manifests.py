@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,14 @@ def test_by_hand_the_labels_are_those_that_the_cluster_file_asks_for() -> None:
     assert [dict(config.pool(role).labels) for role in ROLES] == [{"splitserve/role": role} for role in ROLES]
 
 
+def test_every_node_has_the_token_that_ray_asks_for() -> None:
+    script = (DEPLOY / "ray" / "on_premise.sh").read_text()
+    assert script.index("ray get-auth-token --generate") < script.index("exec ray start --head")
+    (document,) = documents(DEPLOY / "ray" / "aws.yaml")
+    assert document["file_mounts"]["/home/splitserve/.ray/auth_token"] == "~/.ray/auth_token"
+    assert "RAY_AUTH_MODE=token" in (DEPLOY / "ray" / "start.sh").read_text()
+
+
 # --- KubeRay ---
 
 
@@ -171,6 +180,7 @@ def test_the_autoscaler_sees_two_groups_of_gpu_nodes() -> None:
 def test_the_job_runs_on_that_cluster_with_its_configuration() -> None:
     job, cluster = kuberay("RayJob"), kuberay("RayCluster")
     assert job["spec"]["clusterSelector"]["ray.io/cluster"] == cluster["metadata"]["name"]
+    assert not job["spec"].get("backoffLimit")  # KubeRay refuses retries of a job on a cluster that was selected
     words = shlex.split(job["spec"]["entrypoint"])
     check_command(words)
     head = cluster["spec"]["headGroupSpec"]["template"]["spec"]
@@ -192,6 +202,10 @@ def test_the_images_install_extras_that_exist_and_run_commands_that_exist() -> N
         assert set(names.split(",")) <= set(extras)
     for words in re.findall(r"^CMD \[(.*)\]$", text, re.M):
         check_command([word.strip(' "') for word in words.split(",")])
+    (pinned,) = re.findall(r'whl/cpu "torch==\$\((sed .*) /src/constraints\.txt\)"', text)
+    constraints = ROOT / "constraints.txt"
+    found = subprocess.run([*shlex.split(pinned), str(constraints)], capture_output=True, text=True, check=True).stdout
+    assert f"torch=={found}" in constraints.read_text().splitlines(keepends=True)
     assert re.findall(r"^FROM \S+ AS (\w+)$", text, re.M) == ["base", "cpu", "cuda"]
     config = ClusterConfig()
     assert f"EXPOSE {config.router.port} {config.router.http_port_of(0)} 9090" in text
@@ -217,6 +231,17 @@ def test_composed_services_find_each_other(name: str) -> None:
     assert set(targets) == {f"{row['--host']}:{row['--metrics-port']}" for row in flags.values()}
     targets = {row["build"]["target"] for row in services.values()}
     assert targets <= set(re.findall(r"AS (\w+)$", (DEPLOY / "docker" / "Dockerfile").read_text(), re.M))
+
+
+def test_the_images_user_may_write_where_models_are_kept() -> None:
+    """A volume is root's unless the image has its directory, or Kubernetes gives it to the user's group."""
+    text = (DEPLOY / "docker" / "Dockerfile").read_text()
+    (user_id,) = re.findall(r"useradd .*--uid (\d+) splitserve", text)
+    (compose,) = documents(DEPLOY / "docker" / "compose.yaml")
+    (mount,) = compose["x-worker"]["volumes"]
+    assert f"install -d -o splitserve -g splitserve {mount.split(':')[1]}\n" in text
+    for group in kuberay("RayCluster")["spec"]["workerGroupSpecs"]:
+        assert group["template"]["spec"]["securityContext"]["fsGroup"] == int(user_id)
 
 
 def test_mounted_files_exist() -> None:

@@ -14,6 +14,7 @@ from splitserve.engine.loading import load_model
 from splitserve.engine.options import EngineOptions
 from splitserve.engine.self_check import paged_logits, relative_error
 from splitserve.engine.testing import ARCHITECTURES, make_tiny_model
+from splitserve.planner.models import model_from_config
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -105,6 +106,24 @@ def test_key_and_value_dims_of_mla_differ(tmp_path: Path) -> None:
     make_tiny_model("deepseek_v3", tmp_path)
     layer = load_model(EngineOptions(model=str(tmp_path))).geometry.layers[0]
     assert (layer.num_kv_heads, layer.key_dim, layer.value_dim) == (4, 24, 20)
+
+
+@pytest.mark.parametrize(
+    "architecture", [name for name, needs in ARCHITECTURES.items() if not any("expert" in key for key in needs)]
+)
+def test_the_planner_knows_what_a_config_json_leaves_to_its_model_type(architecture: str) -> None:
+    """Matrices of each feed-forward, tied embeddings and layers with windows, where the file does not say so."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes |= {"head_dim": 16, "intermediate_size": 96, "vocab_size": 300}
+    config = AutoConfig.for_model(architecture, **sizes, pad_token_id=None)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    left_out = {"tie_word_embeddings", "layer_types", "_sliding_window_pattern"}
+    spec = model_from_config("m", {key: value for key, value in config.to_dict().items() if key not in left_out})
+    assert spec.num_parameters == sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        assert spec.num_sliding_layers == kinds.count("sliding_attention")
 
 
 @pytest.mark.parametrize("architecture", [*sorted(REFUSED), "bart", "t5", "mamba", "gpt2"])

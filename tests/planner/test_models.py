@@ -90,6 +90,8 @@ def test_sliding_layers_are_counted_however_the_config_says_it() -> None:
     kinds = ["sliding_attention", "full_attention"] * 6
     assert model_from_config("m", {**base, "sliding_window": 8, "layer_types": kinds}).num_sliding_layers == 6
     assert model_from_config("m", {**base, "sliding_window": 8, "sliding_window_pattern": 6}).num_sliding_layers == 10
+    assert model_from_config("m", {**base, "sliding_window": 8, "model_type": "gemma2"}).num_sliding_layers == 6
+    assert model_from_config("m", {**base, "sliding_window": 0}).num_sliding_layers == 0
     unused = {**base, "sliding_window": 8, "use_sliding_window": False}
     assert model_from_config("m", unused).num_sliding_layers == 0
 
@@ -101,8 +103,26 @@ def test_bad_names_and_configs_say_what_to_do(tmp_path: Path) -> None:
         model_from_config("m", {"hidden_size": 64, "num_attention_heads": 4})
     with pytest.raises(ConfigError, match="must be a whole number"):
         model_from_config("m", {"hidden_size": "64", "num_attention_heads": 4})
+    full = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+    model_from_config("m", {**full, "text_config": None})
+    for changes, message in (
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be a whole number of at least 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"hidden_size": True}, "hidden_size is True"),
+        ({"hidden_size": 2}, "head_dim is 0"),
+        ({"text_config": 3}, "text_config is '3'"),
+        ({"quantization_config": "fp8"}, "quantization_config is 'fp8'"),
+        ({"sliding_window": "abc"}, "sliding_window is 'abc'"),
+        ({"sliding_window": 8, "sliding_window_pattern": "LLLG"}, "sliding_window_pattern is .LLLG."),
+        ({"sliding_window": 8, "layer_types": 5}, "layer_types is 5"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            model_from_config("m", {**full, **changes})
     with pytest.raises(ModelUnsupported, match="encoder-decoder"):
         model_from_config("m", {"is_encoder_decoder": True})
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"its config is '\[\]'"):
+        load_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="not JSON"):
         load_model(str(tmp_path))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from rich.console import Console
-from splitserve.core.config import load_config
+from splitserve.core.config import ClusterConfig, load_config
 from splitserve.core.errors import ConfigError
 from splitserve.planner import Plan, plan
 from splitserve.planner.document import bench_command, cluster_yaml, plan_document, warnings, write_candidates
@@ -138,7 +139,12 @@ def test_infeasible_is_an_answer_with_the_binding_constraint() -> None:
         ({"model": "llama-3.1-405b", "gpu": "l4"}, "fits on none of the workers for prefill: 8 x l4: 812 GB"),
         ({"engine": "magic"}, "--engine: unknown 'magic'; known: splitserve"),
         ({"tp": [3]}, "32 attention heads do not divide by 3"),
+        ({"ttft_s": math.nan}, "--ttft-ms is nan; it must be above 0"),
+        ({"itl_s": math.inf}, "--itl-ms is inf; it must be above 0"),
+        ({"headroom": math.nan}, "--headroom is nan; it must be a number"),
+        ({"headroom": math.inf}, "--headroom is inf"),
         ({"percentile": 100}, "--percentile is 100"),
+        ({"percentile": math.nan}, "--percentile is nan"),
         ({"link": "string"}, "--link: 'string' is neither"),
     ],
 )
@@ -179,9 +185,51 @@ def test_the_cluster_file_is_one_that_up_takes(qwen: Plan, tmp_path: Path) -> No
     assert qwen.disaggregated is not None
     assert qwen.disaggregated.candidate.prefill is not None
     assert config.replicas("prefill") == qwen.disaggregated.candidate.prefill.workers
-    assert config.pool("decode").gpus == qwen.disaggregated.candidate.decode.choice.tp
+    for role, pool in (
+        ("prefill", qwen.disaggregated.candidate.prefill),
+        ("decode", qwen.disaggregated.candidate.decode),
+    ):
+        assert config.pool(role).gpus == config.tensor_parallel(role) == pool.choice.tp  # type: ignore[arg-type]
+        assert config.pool(role).accelerator_type is None  # type: ignore[arg-type]
     assert yaml.safe_load(path.read_text())["model"] == "Qwen/Qwen3-32B"
-    assert "start the wider workers by hand" in path.read_text()
+    assert path.read_text().count("#") == 1  # nothing is left to do by hand
+
+
+def cluster_of(path: Path, gpus: tuple[str, str], **changes: object) -> tuple[ClusterConfig, str]:
+    found = plan(
+        "llama-3.1-8b",
+        gpus[0],
+        decode_gpu=gpus[1],
+        isl=1000,
+        osl=300,
+        rate=4,
+        ttft_s=1.0,
+        tpot_s=0.05,
+        fast=True,
+        **changes,  # type: ignore[arg-type]
+    )
+    assert found.disaggregated is not None
+    text = cluster_yaml(replace(found, verdict="disaggregate"))
+    path.write_text(text)
+    return load_config(path, {}), text
+
+
+def test_the_cluster_file_sends_each_pool_to_its_own_gpus(tmp_path: Path) -> None:
+    config, _ = cluster_of(tmp_path / "cluster.yaml", ("h200", "l40s"))
+    assert (config.prefill.accelerator_type, config.decode.accelerator_type) == ("H200", "L40S")
+    config, text = cluster_of(tmp_path / "cluster.yaml", ("a100-40", "a100-80"))
+    assert (config.prefill.accelerator_type, config.decode.accelerator_type) == (None, None)
+    assert "# Ray cannot tell a100-40 and a100-80 apart: label the nodes" in text
+
+
+def test_the_cluster_file_says_what_the_plan_assumes_and_no_key_can(tmp_path: Path) -> None:
+    config, text = cluster_of(
+        tmp_path / "cluster.yaml", ("h200", "h200"), num_kv_blocks=9000, dtype="fp8", kv_dtype="fp8"
+    )
+    assert config.engine.num_kv_blocks == 9000
+    assert config.engine.dtype is None
+    assert "# Weights in fp8 are no setting: serve a checkpoint that is stored so." in text
+    assert "# KV in fp8 is no setting, workers keep it in bfloat16: plan with --kv-dtype bfloat16." in text
 
 
 def test_the_bench_command_repeats_the_traffic(qwen: Plan) -> None:
@@ -190,7 +238,9 @@ def test_the_bench_command_repeats_the_traffic(qwen: Plan) -> None:
     assert words[words.index("--input-len") + 1] == "4000"
     assert words[words.index("--slo-ttft-ms") + 1] == "1000"
     traced = replace(qwen, question=replace(qwen.question, traffic_flags=("--trace", "a b.csv")))
-    assert "--trace 'a b.csv'" in bench_command(traced)
+    assert bench_command(traced).startswith("splitserve bench --trace 'a b.csv' --slo")
+    slower = replace(traced, question=replace(traced.question, trace_rate=5.0))  # 10 requests/s are planned for
+    assert "--trace 'a b.csv' --time-scale 0.5 " in bench_command(slower)
 
 
 def test_every_candidate_is_a_row(qwen: Plan, tmp_path: Path) -> None:
