@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import grpc.aio
@@ -78,17 +80,16 @@ class Session(Generic[In, Out]):
             handle(message)
 
     async def _write(self, context: grpc.aio.ServicerContext[Any, Out]) -> None:
+        due_s = time.monotonic() + STATUS_PERIOD_S  # also of a session whose tokens wake it all the time
         while True:
-            try:
-                async with asyncio.timeout(STATUS_PERIOD_S):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(due_s - time.monotonic()):
                     await self._wake.wait()
-            except TimeoutError:
-                self._status_due = True
             self._wake.clear()
             while self._outbox:
                 await context.write(self._outbox.popleft())
             if self._ending:
                 return
-            if self._status_due:
-                self._status_due = False
+            if self._status_due or time.monotonic() >= due_s:
+                self._status_due, due_s = False, time.monotonic() + STATUS_PERIOD_S
                 await context.write(self._status(self))
