@@ -72,6 +72,7 @@ class Controller:
         self._scaling: Scaling | None = None
         self._rolling: asyncio.Task[None] | None = None
         self._successor: Keeper | None = None  # of its pool's only worker, whose place it has not taken
+        self._kept: dict[str, str] = {}  # process -> settings that it does not get: a roll-out ended before its turn
         self._is_settled = False
 
     def view(self) -> ClusterView:
@@ -248,14 +249,17 @@ class Controller:
             renewed = await self._renew(outdated[0])
             if renewed.member.phase is Phase.FAILED and not renewed.outdated:
                 logger.error("%s does not serve with new settings, and the others keep theirs", renewed.name)
+                self._kept = {k.name: k.wanted for k in self._staying() if k.outdated}
                 break
         self._reconcile()
 
     def _outdated(self) -> list[Keeper]:
-        """Those to be renewed: none of a role of which one has failed with the same settings."""
+        """Those to be renewed. While one is down that failed with what it should have: none of its role, and none that
+        the roll-out left out."""
         staying = self._staying()
         failed = {k.member.role for k in staying if k.member.phase is Phase.FAILED and not k.outdated}
-        return [k for k in staying if k.outdated and k.member.role not in failed]
+        kept = self._kept if failed else {}
+        return [k for k in staying if k.outdated and k.member.role not in failed and kept.get(k.name) != k.wanted]
 
     async def _renew(self, keeper: Keeper) -> Keeper:
         """Returns what serves in its place, or failed: the only worker of its pool gets a successor first, where there

@@ -99,10 +99,15 @@ class Keeper:
         """Whether the process runs with other settings than it should, or failed with others."""
         endpoint = self.member.endpoint
         if self.member.phase is Phase.FAILED:
-            return self._started_with != self._launch(fixed_ports=False).digest
+            return self._started_with != self.wanted
         if endpoint is None or self.member.phase is Phase.SWITCHING:
             return False
-        return endpoint.launch != self._launch(fixed_ports=False).digest
+        return endpoint.launch != self.wanted
+
+    @property
+    def wanted(self) -> str:
+        """Digest of the settings that it should have."""
+        return self._launch(fixed_ports=False).digest
 
     @property
     def ordered(self) -> bool:
@@ -125,7 +130,7 @@ class Keeper:
         """
         was_outdated = self.outdated
         self._update(role=role, phase=Phase.SWITCHING)
-        self._switched_with = "" if was_outdated else self._launch(fixed_ports=False).digest
+        self._switched_with = "" if was_outdated else self.wanted
         self._give(_Order.SWITCH)
 
     def replace(self, reason: str) -> None:
@@ -217,7 +222,7 @@ class Keeper:
         if launch is None:
             return None
         self._update(phase=Phase.STARTING, reason="")
-        self._started_with = self._launch(fixed_ports=False).digest
+        self._started_with = self.wanted
         started: Endpoint | StartFailure = await self._actor.start.remote(
             launch.command,
             {**launch.environment, **self._environment},
@@ -341,7 +346,7 @@ class Keeper:
             return False
         taken = switch_worker(endpoint.address, role, self.config.drain_timeout_s, tls_of(self.config, "operator"))
         boot_id = await self._unless_hurried(taken)
-        if boot_id is None or self._switched_with != self._launch(fixed_ports=False).digest:
+        if boot_id is None or self._switched_with != self.wanted:
             return False
         try:
             await self._actor.took_role.remote(boot_id, self._switched_with)

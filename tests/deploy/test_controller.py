@@ -229,6 +229,22 @@ async def test_settings_that_do_not_serve_cost_one_process_until_they_are_correc
         assert {psutil.Process(after[name].pid).environ()["COLOUR"] for name in ("decode-0", "decode-1")} == {"red"}
 
 
+async def test_a_roll_out_that_ended_does_not_go_on_in_another_pool_by_itself(tmp_path: Path) -> None:
+    def cluster(**overrides: object) -> ClusterConfig:
+        return config(prefill__replicas=2, decode__replicas=2, restart__max_restarts=0, **overrides)
+
+    async with running(cluster(), tmp_path) as controller:
+        before = endpoints(controller.view())
+        broken = {"FAILS": "silent"}
+        controller.apply(cluster(prefill__env=broken, decode__env=broken))
+        await until(controller, lambda view: phase_of(view, "prefill-0") is Phase.FAILED)
+        await until(controller, lambda _: controller._rolling is not None and controller._rolling.done())
+        controller.apply(controller.config.scaled({"decode": 2}))  # as it was
+        await until(controller, lambda _: controller._rolling is not None and controller._rolling.done())
+        del before["prefill-0"]
+        assert endpoints(controller.view()) == before
+
+
 @pytest.mark.verify
 async def test_a_worker_that_hangs_is_killed_and_started_again(tmp_path: Path) -> None:
     async with running(config(restart__unhealthy_s=3.0), tmp_path) as controller:
