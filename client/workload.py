@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -187,6 +188,8 @@ def _some(path: Path, items: Iterator[_Item], limit: int | None) -> list[_Item]:
 def _checked(
     *, at_s: float, num_prompt_tokens: int, num_output_tokens: int, hash_ids: tuple[int, ...] = ()
 ) -> TraceRow:
+    if not math.isfinite(at_s):
+        raise ValueError(f"the time is {at_s}")
     if num_prompt_tokens < 1 or num_output_tokens < 1:
         raise ValueError(f"{num_prompt_tokens} tokens in and {num_output_tokens} out; both must be at least 1")
     if hash_ids and len(hash_ids) * _MOONCAKE_BLOCK < num_prompt_tokens:

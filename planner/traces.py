@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -118,10 +119,9 @@ def _csv_rows(path: Path) -> Iterator[SimRequest]:
 
 def _time(path: Path, number: int, row: Mapping[str, Any], name: str, wanted: str) -> float:
     """Seconds, from a number or from a date and time."""
-    try:
-        return float(row[name])
-    except (TypeError, ValueError):
-        pass
+    with suppress(TypeError, ValueError):
+        if math.isfinite(found := float(row[name])):
+            return found
     try:
         return datetime.fromisoformat(str(row[name])).timestamp()
     except ValueError as error:

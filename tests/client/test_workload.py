@@ -111,6 +111,7 @@ def test_a_mooncake_trace_shares_the_prefixes_it_recorded(tmp_path: Path) -> Non
     [
         ("a.csv", "TIMESTAMP,ContextTokens\n2023-11-16,3\n", "line 2: KeyError"),
         ("a.csv", AZURE + "yesterday,1,1\n", "line 4: ValueError"),
+        ("a.csv", "timestamp,isl,osl\nnan,1,1\n", "line 2: .*the time is nan"),
         ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n", "holds no requests"),
         ("a.jsonl", "{\n", "line 1: JSONDecodeError"),
         ("a.jsonl", "[]\n", "line 1: TypeError"),

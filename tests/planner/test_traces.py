@@ -100,6 +100,7 @@ def test_a_malformed_line_17_is_named(tmp_path: Path, line: str, what: str) -> N
     [
         ("a,b\n1,2\n", "line 1: the header is 'a,b'; wanted timestamp,isl,osl"),
         ("timestamp,isl,osl\n1,2,3\nsoon,2,3\n", "line 3: timestamp is 'soon', no time"),
+        ("timestamp,isl,osl\n1,2,3\nnan,2,3\n", "line 3: timestamp is 'nan', no time"),
         ("timestamp,isl,osl\n1,2\n", "line 2: osl is None, no number"),
         ("timestamp,isl,osl\n1,-2,3\n", "line 2: isl is -2"),
         ("timestamp,isl,osl\n", "holds no requests"),
