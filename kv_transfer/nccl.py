@@ -41,6 +41,9 @@ _SLOT_LOOK_S = 0.02  # between two looks whether who waits for one of them was a
 _idle_streams: defaultdict[torch.device, deque[torch.cuda.Stream]] = defaultdict(deque)
 _turns = Turns()
 _FREE_PATIENCE_S = 1.0  # less than its receive may spin beside a decode step
+# NCCL ends a communicator's kernels at once, looks half a second later whether its threads may go, and then frees its
+# memory. Who makes one meanwhile is connected before that, or waits for what is left.
+_MAKE_PATIENCE_S = 0.25
 
 
 class NcclRendezvous:
@@ -114,7 +117,7 @@ class NcclChannel:
         self._stream: torch.cuda.Stream | None = None
         self._unfinished: set[_Posted] = set()  # one that was posted ahead is waited for by nobody after an abort
         deadline_s = time.monotonic() + set_up_s
-        with self._whole(), _turns.making(set_up_s / 2), torch.cuda.device(device):
+        with self._whole(), _turns.making(_MAKE_PATIENCE_S), torch.cuda.device(device):
             self._communicator = nccl().begin(unique_id, rank, max_ctas)
             self._wait("set up", self._is_ready, deadline_s)
             self._stream = _take_stream(device)
