@@ -146,12 +146,13 @@ async def test_a_lane_opens_in_its_time_while_others_are_given_up() -> None:
 
 
 async def test_a_receive_that_spins_holds_up_no_other_stream() -> None:
+    streams = [torch.cuda.Stream(1, -1) for _ in range(32)]  # as many as PyTorch has; the first one makes them all,
+    torch.cuda.synchronize(1)  # which waits for what runs there
     async with joined(set_up_s=30.0, stall_s=60.0) as (_, receiver):
         moving = await receiver.recv(0, on(1, 64 << 20))
         async with asyncio.timeout(10):
             while receiver._payloads[0].posted is None:
                 await asyncio.sleep(0.002)
-        streams = [torch.cuda.Stream(1, -1) for _ in range(32)]  # as many as PyTorch has
         ends = [stream.record_event() for stream in streams]
         async with asyncio.timeout(10):
             while not all(end.query() for end in ends):
