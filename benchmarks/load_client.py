@@ -7,6 +7,7 @@ more. The sum of independent Poisson streams is a Poisson stream.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ import typer
 from ..client import AsyncClient
 from ..client.load import NO_RETRY, run_load
 from ..client.workload import poisson_arrivals, random_workload
+from ..proto.server import run as run_on_uvloop
 
 
 def main(
@@ -30,7 +32,7 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON lines: one object a request.")],
 ) -> None:
     """Send and record."""
-    asyncio.run(_main(address, rate, seconds, input_len, output_len, start_at, seed, out))
+    run_on_uvloop(_main(address, rate, seconds, input_len, output_len, start_at, seed, out))
 
 
 async def _main(
@@ -46,6 +48,7 @@ async def _main(
     async with AsyncClient(address, retry=NO_RETRY) as client:
         (model,) = await client.models()
         requests = list(workload.make(model))  # before the clock starts: making a prompt takes milliseconds
+        gc.freeze()  # looking through them would hold up a token that has come
         await asyncio.sleep(max(0.0, start_at - time.monotonic()))
         records = await run_load(client, requests, {"timeout_s": 600.0})
     with out.open("w", encoding="utf-8") as file:
