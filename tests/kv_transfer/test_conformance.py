@@ -34,6 +34,7 @@ one_transport_in_make_test = pytest.mark.parametrize(
 
 NUM_TOKENS = 100
 NUM_ABORTS = 50
+LEASE_S = {"cuda_ipc": 3.0, "nccl": 3.0}  # others: 0.5; between GPUs the next link alone may take half a second
 SEEN_S = 15.0  # far above every time-out used here: a failure that was not seen by then never is
 
 
@@ -92,7 +93,7 @@ async def test_killed_sender_at_every_edge(pair, sender_process, same_pool, tran
 @pytest.mark.parametrize("edge", ["granted", "half", "received"])
 async def test_killed_receiver_at_every_edge(pair, receiver_process, transport: str, edge: str) -> None:
     """Killed before it fetches, amid the KV, and with all of it but uncommitted."""
-    async with pair(transport, sender_options={"lease_s": 0.5}) as p:
+    async with pair(transport, sender_options={"lease_s": LEASE_S.get(transport, 0.5)}) as p:
         process = receiver_process(p.address, transport, NUM_TOKENS)
         grant = Grant.from_proto(kv_transfer_pb2.Grant.FromString(bytes.fromhex(process.say("grant"))))
         packing = asyncio.Event()
@@ -142,7 +143,7 @@ async def test_a_frozen_sender_is_given_up(pair, sender_process, transport: str)
 @one_transport_in_make_test
 async def test_a_frozen_receiver_is_given_up(pair, receiver_process, transport: str) -> None:
     """Its keepalive fails, whatever moves the bytes."""
-    async with pair(transport, sender_options={"lease_s": 0.5}) as p:
+    async with pair(transport, sender_options={"lease_s": LEASE_S.get(transport, 0.5)}) as p:
         process = receiver_process(p.address, transport, NUM_TOKENS)
         grant = Grant.from_proto(kv_transfer_pb2.Grant.FromString(bytes.fromhex(process.say("grant"))))
         packing = threading.Event()
