@@ -1,6 +1,6 @@
 // Decode attention over the paged KV pool: one new token per sequence reads its keys and values once, where they lie.
 //
-// Compiled by the machine that runs it (engine/compiled.py). Plain C with the vector types that GCC and Clang share: no
+// Compiled by the machine that runs it (core/compiled.py). Plain C with the vector types that GCC and Clang share: no
 // intrinsics, no Python, no torch, no libm. Everything is summed in float32, in an order that depends on a sequence's
 // own length and nothing else, so a result is bitwise the same in any batch, on any blocks and with any thread count.
 

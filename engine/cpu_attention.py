@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,13 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .compiled import compiled
+from ..core.compiled import compiled
 from .pool import KvPool
 
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".c")
-SWITCH = "SPLITSERVE_CPU_KERNEL"  # "off": as if there were no compiler
 
 
 class _DecodeArguments(ctypes.Structure):
@@ -119,7 +117,8 @@ class DecodeKernel:
 @cache
 def decode_kernel() -> DecodeKernel | None:
     """The kernel of this process, compiled if no process of this user did it before."""
-    if os.environ.get(SWITCH) == "off":
+    library = compiled(SOURCE)
+    if library is None:
         return None
     # A symbol looked up in torch's library is found in what that library itself is linked with.
     torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
@@ -128,5 +127,4 @@ def decode_kernel() -> DecodeKernel | None:
     except AttributeError:
         logger.warning("this build of torch does not run on OpenMP: decode attention gathers the KV, which is slower")
         return None
-    library = compiled(SOURCE)
-    return None if library is None else DecodeKernel(library, parallel)
+    return DecodeKernel(library, parallel)

@@ -6,7 +6,6 @@ import fcntl
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import struct
 import tempfile
@@ -19,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from ..core.errors import ModelLoadFailed
+from ..core.user_cache import cache_directory
 
 logger = logging.getLogger(__name__)
 
@@ -130,12 +130,6 @@ def _embedded_gguf() -> Path:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
     raise ModelLoadFailed(f"the model {EMBEDDED} is not installed; run `{_EMBEDDED_INSTALL}`")
-
-
-def cache_directory(kind: str) -> Path:
-    """Where this user keeps what was made once, by kind."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "splitserve" / kind
 
 
 def _converted(gguf: Path, name: str) -> Path:

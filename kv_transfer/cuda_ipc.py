@@ -21,7 +21,8 @@ from ..proto import kv_transfer_pb2
 from .cuda import cuda_runtime
 from .device_layout import HIGH_PRIORITY, DevicePoolBytes
 from .frames import KvPart
-from .layout import Ids, PoolBytes
+from .host_copies import Ids
+from .layout import PoolBytes
 
 logger = logging.getLogger(__name__)
 

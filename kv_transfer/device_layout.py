@@ -14,7 +14,9 @@ from ..core.errors import TransferFailed
 from .device_checksum import device_checksum
 from .device_gather import move
 from .frames import KvPart
-from .layout import Ids, PoolBytes
+from .frames import checksum as checksum_of
+from .host_copies import HostCopies, Ids
+from .layout import PoolBytes
 from .pool import KvPool
 
 HIGH_PRIORITY = -1  # a kernel of microseconds goes before the next wave of a step's large ones
@@ -46,6 +48,9 @@ class DevicePoolBytes(PoolBytes):
 
     def _array(self, view: Tensor) -> Any:
         return view
+
+    def _own_copies(self) -> HostCopies | None:
+        return None
 
     def _load_kernels(self) -> None:
         """So that no transfer waits until they are compiled: one token of each layer, in a row that is no block."""
@@ -99,16 +104,18 @@ class DevicePoolBytes(PoolBytes):
     def scatter(self, part: KvPart, block_table: Sequence[int], data: Tensor) -> None:
         self._move(part, block_table, data, gather=False)
 
-    def pack(self, part: KvPart, block_table: Sequence[int], out: Any) -> None:
+    def pack(self, part: KvPart, block_table: Sequence[int], out: Any) -> int:
         with self.on_own_stream():
             flat = torch.empty(self.part_bytes(part), dtype=torch.uint8, device=self.device)
             self.gather(part, block_table, flat)
             out[...] = flat.cpu().numpy()
+        return checksum_of(out.data)
 
-    def unpack(self, part: KvPart, block_table: Sequence[int], payload: Any) -> None:
+    def unpack(self, part: KvPart, block_table: Sequence[int], payload: Any) -> int:
         with self.on_own_stream() as stream:
             self.scatter(part, block_table, torch.tensor(payload).to(self.device))
             stream.synchronize()
+        return checksum_of(payload.data)
 
     def _move(
         self,

@@ -11,8 +11,7 @@ from ..core.errors import TransferFailed
 from .device_checksum import device_checksum
 from .device_layout import DevicePoolBytes
 from .frames import KvPart
-from .staging import check
-from .wire import WireBytes
+from .wire import WireBytes, check
 
 
 class DeviceStaging:

@@ -26,10 +26,11 @@ from .capability import Granter
 from .channel import Lane
 from .channels import staging_of
 from .codecs import WireFormat
-from .frames import HEADER_BYTES, FrameHeader, FrameKind, checksum
+from .frames import HEADER_BYTES, FrameHeader, FrameKind
 from .grants import Grant
+from .host_copies import Bytes
 from .incoming import Incoming
-from .layout import Bytes, PoolBytes
+from .layout import PoolBytes
 from .peer import MAPPED, TRANSPORT_NAMES, LinkClosed, Peer, ask
 from .pool import KvPool
 from .staging import Staging
@@ -332,9 +333,7 @@ def _unpack(wire_bytes: WireBytes, header: FrameHeader, payload: Bytes, block_id
     """Check a payload and scatter it; runs in a thread. Returns its checksum."""
     if payload.nbytes != wire_bytes.part_bytes(header.part):
         raise KvCorrupted(f"frame {header.sequence} has {payload.nbytes} bytes for {header.part}")
-    if checksum(payload.data) != header.checksum:
-        raise KvCorrupted(f"the checksum of frame {header.sequence} is wrong")
-    wire_bytes.unpack(header.part, block_ids, payload)
+    wire_bytes.unpack(header.part, block_ids, payload, header.checksum)
     return header.checksum
 
 

@@ -1,7 +1,7 @@
 """Between paged rows and the wire's canonical order: [layer][K|V][head][token][dim] over a token range.
 
 The canonical order knows no blocks, so sender and receiver may have different block sizes. Everything here works on
-byte views: any dtype, and in host memory, where numpy copies, one thread and no interpreter lock.
+byte views: any dtype. In host memory host_copies.py does the work, and numpy what that does not serve.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .frames import KvPart
+from .frames import checksum as checksum_of
+from .host_copies import Bytes, HostCopies, Ids, PartPlace, host_copies
 from .pool import KvPool
 
-Bytes = NDArray[np.uint8]
-Ids = NDArray[np.integer[Any]]
 _Index = slice | NDArray[np.intp]
 
 
@@ -44,12 +44,30 @@ class PoolBytes:
         first, itemsize = views[0][0], views[0][0].element_size()
         self._offsets = [(key.storage_offset() - first.storage_offset()) * itemsize for key, _ in views]
         self._offsets.append(pool.row_bytes)
+        # Of each layer's K and V: bytes from a row's start, of a head, and of a head's token.
+        start = first.storage_offset()
+        self._shapes = [
+            [
+                (
+                    (int(view.storage_offset()) - int(start)) * itemsize,
+                    view.stride(1) * itemsize,
+                    view.stride(2) * itemsize,
+                )
+                for view in pair
+            ]
+            for pair in views
+        ]
         flat = first.as_strided((pool.num_blocks, pool.row_bytes // itemsize), (first.stride(0), 1))
         self.rows = self._array(flat.view(torch.uint8))  # [num_blocks, row_bytes]
+        self._copies = self._own_copies()
 
     def _array(self, view: Tensor) -> Any:
         """What a view is indexed as."""
         return view.numpy()
+
+    def _own_copies(self) -> HostCopies | None:
+        """What serves this memory, but for odd sizes."""
+        return host_copies()
 
     def row_range(self, part: KvPart) -> slice:
         """The bytes of a row that hold the part's layers."""
@@ -62,20 +80,64 @@ class PoolBytes:
 
     def checksum(self, part: KvPart, block_ids: Ids) -> int:
         """64 bits over the part's layers of these blocks, in order: what a copy of them must have as well."""
-        digest, span = xxhash.xxh3_64(), self.row_range(part)
+        span = self.row_range(part)
+        if self._copies is not None and self._copies.serves_rows(self.rows, len(block_ids), span):
+            return self._copies.checksum_rows(self.rows, block_ids, span)
+        digest = xxhash.xxh3_64()
         for block in block_ids:
             digest.update(self.rows[block, span].data)
         return digest.intdigest()
 
-    def pack(self, part: KvPart, block_table: Sequence[int], out: Any) -> None:
-        """Gather a part from its blocks into `out` [part_bytes] uint8."""
+    def copy_rows(self, part: KvPart, source: Bytes, source_ids: Ids, block_ids: Ids) -> int:
+        """Copy the part's layers of whole blocks from another pool's rows. Returns the checksum of what now is here."""
+        span = self.row_range(part)
+        if self._copies is not None and all(
+            self._copies.serves_rows(rows, len(block_ids), span) for rows in (source, self.rows)
+        ):
+            return self._copies.copy_rows(self.rows, block_ids, source, source_ids, span)
+        digest = xxhash.xxh3_64()
+        for from_row, to_row in zip(source_ids, block_ids, strict=True):
+            copied = self.rows[to_row, span]
+            copied[...] = source[from_row, span]
+            digest.update(copied.data)
+        return digest.intdigest()
+
+    def pack(self, part: KvPart, block_table: Sequence[int], out: Any) -> int:
+        """Gather a part from its blocks into `out` [part_bytes] uint8. Returns its checksum."""
+        if (place := self._place(part, block_table)) is not None:
+            assert self._copies is not None
+            return self._copies.gather(self.rows, place, out)
         for plane, blocks, heads, inside, canonical in self._pieces(part, block_table, out):
             canonical[...] = plane[blocks, heads, inside].swapaxes(0, 1)
+        return checksum_of(out.data)
 
-    def unpack(self, part: KvPart, block_table: Sequence[int], payload: Any) -> None:
-        """Scatter a canonical payload [part_bytes] uint8 into its blocks."""
+    def unpack(self, part: KvPart, block_table: Sequence[int], payload: Any) -> int:
+        """Scatter a canonical payload [part_bytes] uint8 into its blocks. Returns the checksum of what was written."""
+        if (place := self._place(part, block_table)) is not None:
+            assert self._copies is not None
+            return self._copies.scatter(self.rows, place, payload)
         for plane, blocks, heads, inside, canonical in self._pieces(part, block_table, payload):
             plane[blocks, heads, inside] = canonical.swapaxes(0, 1)
+        return checksum_of(payload.data)
+
+    def _place(self, part: KvPart, block_table: Sequence[int]) -> PartPlace | None:
+        """Where a part lies; None: it is not for `_copies`."""
+        if self._copies is None:
+            return None
+        first_block, inside = divmod(part.token_start, self.block_size)
+        place = PartPlace(
+            planes=[
+                (offset + (part.head_start - self._first_heads[layer]) * head_bytes, token_bytes)
+                for layer in range(part.layer_start, part.layer_end)
+                for offset, head_bytes, token_bytes in self._shapes[layer]
+            ],
+            blocks=block_table[first_block : -(-part.token_end // self.block_size)],
+            num_heads=part.num_heads,
+            block_size=self.block_size,
+            first_token=inside,
+            num_tokens=part.num_tokens,
+        )
+        return place if self._copies.serves_part(self.rows, place, self.part_bytes(part)) else None
 
     def gather(self, part: KvPart, block_table: Sequence[int], out: Tensor) -> None:
         """`pack` into a tensor beside the pool; on a GPU it is only queued."""

@@ -14,7 +14,8 @@ from .codecs import WireFormat
 from .frames import HEADER_BYTES, FrameHeader, FrameKind, KvPart, checksum, new_frame
 from .framing import Framing
 from .grants import Grant
-from .layout import Ids, PoolBytes
+from .host_copies import Ids
+from .layout import PoolBytes
 from .pool import KvPool
 from .staging import Staging
 from .wire import WireBytes
@@ -72,8 +73,7 @@ class Packer:
             return Apart(header=header, payload=apart)
         frame, view = new_frame(HEADER_BYTES + wire_bytes.part_bytes(part))
         body = view[HEADER_BYTES:]
-        wire_bytes.pack(part, table, body)
-        value = checksum(body.data)
+        value = wire_bytes.pack(part, table, body)
         header = _header(grant, FrameKind.DATA, part, grant.wire, sequence, body.nbytes, value, way.round)
         view[:HEADER_BYTES] = np.frombuffer(header.pack(), dtype=np.uint8)
         return frame

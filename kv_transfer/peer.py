@@ -21,8 +21,9 @@ from ..proto.tls import PeerRole, Tls, open_channel
 from .channel import Lane
 from .channels import CHANNELS, is_usable, rendezvous_of
 from .frames import SERVICE, KvPart
+from .host_copies import Ids
 from .identity import WorkerIdentity
-from .layout import Ids, PoolBytes
+from .layout import PoolBytes
 from .pool import KvPool
 from .ranges import KvLayout
 from .shared_memory import PeerPool

@@ -7,12 +7,12 @@ import mmap
 import os
 
 import numpy as np
-import xxhash
 
 from ..core.errors import KvCorrupted, TransferFailed
 from ..proto import kv_transfer_pb2
 from .frames import KvPart
-from .layout import Bytes, Ids, PoolBytes
+from .host_copies import Bytes, Ids
+from .layout import PoolBytes
 
 _REQUIRED_SEALS = fcntl.F_SEAL_SHRINK  # a sender that shrank its pool would kill us with SIGBUS
 
@@ -48,14 +48,9 @@ class PeerPool:
 
         Raises: TransferFailed: the peer is gone. KvCorrupted: it named a block that it does not have.
         """
-        rows, span = self._rows, own.row_range(part)
+        rows = self._rows
         if rows is None:
             raise TransferFailed("the prefill worker went away; its memory was unmapped")
         if len(source_ids) != len(block_ids) or int(source_ids.max()) >= len(rows):
             raise KvCorrupted(f"a frame names {len(source_ids)} blocks where {len(block_ids)} of {len(rows)} are due")
-        digest = xxhash.xxh3_64()
-        for source, target in zip(source_ids, block_ids, strict=True):
-            copied = own.rows[target, span]
-            copied[...] = rows[source, span]
-            digest.update(copied.data)
-        return digest.intdigest()
+        return own.copy_rows(part, rows, source_ids, block_ids)

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.errors import KvCorrupted
 from ..core.kv_geometry import DTYPE_BYTES, KvGeometry
 from .codecs import TORCH_DTYPES, PlaneShape, WireFormat, decode, encode, wire_bytes
-from .frames import KvPart
-from .layout import Bytes, PoolBytes
+from .frames import KvPart, checksum
+from .host_copies import Bytes
+from .layout import PoolBytes
 
 
 def plane_shapes(geometry: KvGeometry, part: KvPart) -> list[PlaneShape]:
@@ -44,20 +46,25 @@ class WireBytes:
     def part_bytes(self, part: KvPart) -> int:
         return payload_bytes(self._geometry, self._wire, part)
 
-    def pack(self, part: KvPart, block_table: Sequence[int], out: Bytes) -> None:
-        """Gather a part from its blocks into `out` [part_bytes]. Raises: KvCorrupted: a value cannot be coded."""
+    def pack(self, part: KvPart, block_table: Sequence[int], out: Bytes) -> int:
+        """Gather a part from its blocks into `out` [part_bytes]. Returns its checksum.
+
+        Raises: KvCorrupted: a value cannot be coded.
+        """
         if self._is_plain:
-            self._pool.pack(part, block_table, out)
-            return
+            return self._pool.pack(part, block_table, out)
         native = np.empty(self._pool.part_bytes(part), dtype=np.uint8)
         self._pool.pack(part, block_table, native)
         self._encode(part, torch.from_numpy(native), torch.from_numpy(out))
+        return checksum(out.data)
 
-    def unpack(self, part: KvPart, block_table: Sequence[int], payload: Bytes) -> None:
-        """Scatter a payload [part_bytes] into its blocks. Raises: KvCorrupted: it cannot be decoded."""
+    def unpack(self, part: KvPart, block_table: Sequence[int], payload: Bytes, expected: int) -> None:
+        """Scatter a payload [part_bytes] into its blocks. Raises: KvCorrupted: its checksum is not the expected one,
+        and what is in the blocks is nothing; or it cannot be decoded."""
         if self._is_plain:
-            self._pool.unpack(part, block_table, payload)
+            check(self._pool.unpack(part, block_table, payload), expected, part)
             return
+        check(checksum(payload.data), expected, part)
         native = np.empty(self._pool.part_bytes(part), dtype=np.uint8)
         self._decode(part, _read_only_tensor(payload), torch.from_numpy(native))
         self._pool.unpack(part, block_table, native)
@@ -98,6 +105,12 @@ class WireBytes:
             end = position + shape.elements * itemsize
             native[position:end] = values.reshape(-1).view(torch.uint8)
             position = end
+
+
+def check(found: int, expected: int, part: KvPart) -> None:
+    """Raises: KvCorrupted."""
+    if found != expected:
+        raise KvCorrupted(f"the checksum of {part} is {found:#x}, not {expected:#x}: it was damaged on its way")
 
 
 def _read_only_tensor(data: Bytes) -> Tensor:

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from splitserve.core import compiled
+from splitserve.core.compiled import SWITCH
 from splitserve.core.kv_geometry import KvDtype, KvGeometry, LayerGeometry
 from splitserve.core.request import Request
-from splitserve.engine import attention, compiled
+from splitserve.engine import attention
 from splitserve.engine.attention import AttentionRules, DecodeBatch
-from splitserve.engine.cpu_attention import SWITCH, DecodeKernel, decode_kernel
+from splitserve.engine.cpu_attention import DecodeKernel, decode_kernel
 from splitserve.engine.loading import LoadedModel
 from splitserve.engine.pool import KvPool
 from torch import Tensor
