@@ -38,11 +38,14 @@ class Sending:
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-pack")
+        # One is enough at memory speed, and a host's other cores are for those who copy meanwhile.
+        self._checking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-check")
         self.in_flight = InFlight(link_bytes=framing.MAX_LINK_BYTES, total_bytes=framing.MAX_BYTES)
         self._on_device = InFlight(link_bytes=framing.MAX_DEVICE_LINK_BYTES, total_bytes=framing.MAX_DEVICE_BYTES)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._checking):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def send(self, out: Outgoing, stream: object, write: Write, way: Way) -> None:
         """Send parts as they become ready, behind those of `out.sent`, then END.
@@ -62,7 +65,8 @@ class Sending:
             wake_bytes=framing.wake_bytes,
             wake_share=framing.wake_share,
         )
-        checks = [self._check(out, frame.part) for frame in sent if frame.has_late_checksum]
+        summing = self._threads if framing.on_device else self._checking
+        checks = [self._check(out, frame.part, summing) for frame in sent if frame.has_late_checksum]
         write_s = 0.0
         parts: deque[KvPart] = deque()  # taken and not sent
         packed: asyncio.Future[Packed] | None = None
@@ -102,7 +106,8 @@ class Sending:
                     if framing.mapped:  # block numbers are at hand sooner than a thread
                         packed = self._loop.create_future()
                         packed.set_result(self._pack(out, part, number, way))
-                        checks.append(self._check(out, part))
+                        if framing.on_device:  # a kernel is at work at once, and holds nobody up
+                            checks.append(self._check(out, part, summing))
                     else:
                         packed = self._loop.run_in_executor(self._threads, self._pack, out, part, number, way)
                     parts.append(part)
@@ -125,6 +130,8 @@ class Sending:
                         )
                     )
                     await write(frame)
+                    if framing.mapped and not framing.on_device:  # who is to copy it begins first
+                        checks.append(self._check(out, part, summing))
                     if lane is None and held:
                         in_flight.give(link, held.popleft())
                     write_s += time.monotonic() - began_s
@@ -178,10 +185,9 @@ class Sending:
         """Runs in a thread, if it moves KV."""
         return self._packer.pack(out.grant, out.block_table, out.wire_bytes, part, sequence, way)
 
-    def _check(self, out: Outgoing, part: KvPart) -> asyncio.Future[int]:
+    def _check(self, out: Outgoing, part: KvPart, threads: ThreadPoolExecutor) -> asyncio.Future[int]:
         """Begin to compute the checksum of a part's blocks."""
-        job = partial(self._packer.checksum, out.grant, out.block_table, part)
-        return self._loop.run_in_executor(self._threads, job)
+        return self._loop.run_in_executor(threads, self._packer.checksum, out.grant, out.block_table, part)
 
 
 def _check_newest(out: Outgoing, stream: object) -> None:
