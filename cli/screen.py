@@ -16,7 +16,7 @@ from .status import Row, cluster_table, worker_row
 
 if TYPE_CHECKING:  # Ray must not be imported before its environment is prepared
     from ..deploy.cluster_handle import ClusterHandle
-    from ..deploy.members import ClusterView, MemberFailed
+    from ..deploy.members import ClusterView, Member, MemberFailed
     from ..deploy.throughput import Throughput
 
 REFRESH_S = 0.5
@@ -89,11 +89,23 @@ async def follow(handle: ClusterHandle, screen: Screen) -> ClusterView:
             if view.settled:
                 return view
             rest = [m for m in view.members if m.phase.value != "ready"]
-            stuck = [m for m in rest if m.phase.value in ("no room", "failed")]
+            stuck = _stuck(view)
             looks = looks + 1 if stuck and len(stuck) == len(rest) else 0
             if looks == _STUCK_LOOKS:
                 raise Unavailable("; ".join(f"{m.name}: {m.reason}" for m in stuck))
             await asyncio.sleep(REFRESH_S)
+
+
+def check_none_is_stuck(view: ClusterView) -> None:
+    """Raises: Unavailable: a process stays down until somebody does something."""
+    if stuck := _stuck(view):
+        down = [f"{m.name}: {m.phase.value}, {m.reason}" for m in stuck]
+        failed = " ".join(m.name for m in stuck if m.phase.value == "failed")
+        raise Unavailable("; ".join([*down, *([f"`splitserve restart {failed}` tries again"] if failed else [])]))
+
+
+def _stuck(view: ClusterView) -> list[Member]:
+    return [member for member in view.members if member.phase.value in ("no room", "failed")]
 
 
 def _rows(view: ClusterView, throughput: Throughput | None) -> list[Row]:

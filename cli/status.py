@@ -57,7 +57,8 @@ def cluster_table(rows: Sequence[Row], routers: Sequence[RouterStatus]) -> Table
     table = Table(header_style="bold", box=None, caption=_counts(routers), caption_justify="left")
     for title in ("process", "role", "state"):
         table.add_column(title, no_wrap=True)
-    for title in ("running", "waiting", "KV use", "tokens/s"):
+    has_rates = any(row.tokens_per_s is not None for row in rows)  # a router does not count them
+    for title in ("running", "waiting", "KV use", *(["tokens/s"] if has_rates else [])):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("address", no_wrap=True)
     table.add_column("")
@@ -66,7 +67,8 @@ def cluster_table(rows: Sequence[Row], routers: Sequence[RouterStatus]) -> Table
         table.add_row(
             *(row.name, row.role, f"[{style}]{row.state}[/]"),
             *(_text(row.num_running, "d"), _text(row.num_waiting, "d"), _text(row.kv_use, ".0%")),
-            *(_text(row.tokens_per_s, ",.0f"), row.address, row.note),
+            *([_text(row.tokens_per_s, ",.0f")] if has_rates else []),
+            *(row.address, row.note),
         )
     return table
 

@@ -21,7 +21,7 @@ from ..deploy.scaler import check_scaling
 from ..engine.model_files import check_local_model
 from .attached import attached, cluster_state, remember_routers, running_state
 from .background import continue_in_background, continue_in_own_session
-from .screen import REFRESH_S, Screen, follow
+from .screen import REFRESH_S, Screen, check_none_is_stuck, follow
 
 if TYPE_CHECKING:  # Ray must not be imported before its environment is prepared
     from ..deploy.cluster_handle import ClusterHandle
@@ -144,7 +144,10 @@ def _change(config: ClusterConfig, *, dry_run: bool) -> None:
     async def change(handle: ClusterHandle) -> None:
         text = await handle.preview(config)
         print(text, flush=True)
-        if dry_run or text == NOTHING_CHANGES:
+        if dry_run:
+            return
+        if text == NOTHING_CHANGES:
+            check_none_is_stuck(await handle.view())
             return
         await handle.apply(config)
         screen = Screen()
