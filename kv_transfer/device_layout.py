@@ -16,7 +16,7 @@ from .device_gather import move
 from .frames import KvPart
 from .frames import checksum as checksum_of
 from .host_copies import HostCopies, Ids
-from .layout import PoolBytes
+from .layout import PoolBytes, check
 from .pool import KvPool
 
 HIGH_PRIORITY = -1  # a kernel of microseconds goes before the next wave of a step's large ones
@@ -111,11 +111,12 @@ class DevicePoolBytes(PoolBytes):
             out[...] = flat.cpu().numpy()
         return checksum_of(out.data)
 
-    def unpack(self, part: KvPart, block_table: Sequence[int], payload: Any) -> int:
+    def unpack(self, part: KvPart, block_table: Sequence[int], payload: Any, expected: int | None = None) -> None:
+        if expected is not None:
+            check(checksum_of(payload.data), expected, part)
         with self.on_own_stream() as stream:
             self.scatter(part, block_table, torch.tensor(payload).to(self.device))
             stream.synchronize()
-        return checksum_of(payload.data)
 
     def _move(
         self,

@@ -11,7 +11,8 @@ from ..core.errors import TransferFailed
 from .device_checksum import device_checksum
 from .device_layout import DevicePoolBytes
 from .frames import KvPart
-from .wire import WireBytes, check
+from .layout import check
+from .wire import WireBytes
 
 
 class DeviceStaging:

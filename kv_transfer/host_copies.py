@@ -68,12 +68,13 @@ class HostCopies:
     def serves_rows(self, rows: Bytes, num_rows: int, span: slice) -> bool:
         """Whether it can copy and sum up these bytes of some rows."""
         width = span.stop - span.start
-        return _is_whole(_address(rows), rows.shape[1], span.start, width) and num_rows * width >= _LEAST
+        is_whole = _is_whole(_address(rows), rows.shape[1], span.start, width)
+        return is_whole and rows.flags.c_contiguous and num_rows * width >= _LEAST
 
     def copy_rows(self, target: Bytes, target_ids: Ids, source: Bytes, source_ids: Ids, span: slice) -> int:
         """Copy rows by their numbers. Returns xxh3_64 of what now is in the target's, in order."""
-        assert source.shape[1] == target.shape[1]
-        assert len(source_ids) == len(target_ids)
+        if source.shape[1] != target.shape[1] or len(source_ids) != len(target_ids):
+            raise ValueError(f"{len(source_ids)} rows of {source.shape[1]} bytes to {len(target_ids)} rows of others")
         return self._rows(_address(target), _inside(target, target_ids), source, source_ids, span)
 
     def checksum_rows(self, rows: Bytes, ids: Ids, span: slice) -> int:
@@ -100,7 +101,8 @@ class HostCopies:
     def serves_part(self, rows: Bytes, place: PartPlace, num_bytes: int) -> bool:
         """Whether it can gather and scatter a part of so many bytes."""
         sizes = (size for plane in place.planes for size in plane)
-        return _is_whole(_address(rows), rows.shape[1], *sizes) and num_bytes >= _LEAST
+        is_whole = _is_whole(_address(rows), rows.shape[1], *sizes)
+        return is_whole and rows.flags.c_contiguous and num_bytes >= _LEAST
 
     def gather(self, rows: Bytes, place: PartPlace, flat: Bytes) -> int:
         """Fill `flat` with a part in canonical order. Returns its xxh3_64."""
@@ -113,10 +115,15 @@ class HostCopies:
     def _move(self, move: Any, rows: Bytes, place: PartPlace, flat: Bytes) -> int:
         blocks = _inside(rows, np.asarray(place.blocks))
         planes = np.array(place.planes, dtype=np.int64)
-        num_bytes = place.num_heads * place.num_tokens * int(planes[:, 1].sum())
-        assert flat.nbytes == num_bytes
-        assert flat.flags.c_contiguous
-        assert len(blocks) * place.block_size - place.first_token >= place.num_tokens
+        starts, token_bytes = planes[:, 0], planes[:, 1]
+        ends = starts + place.num_heads * place.block_size * token_bytes
+        if int(starts.min()) < 0 or int(ends.max()) > rows.shape[1]:
+            raise IndexError(f"{place.num_heads} heads from {starts.tolist()} on, in rows of {rows.shape[1]} bytes")
+        if place.first_token + place.num_tokens > len(blocks) * place.block_size:
+            raise IndexError(f"{place.num_tokens} tokens in {len(blocks)} blocks of {place.block_size}")
+        num_bytes = place.num_heads * place.num_tokens * int(token_bytes.sum())
+        if flat.nbytes != num_bytes or not flat.flags.c_contiguous:
+            raise ValueError(f"{flat.nbytes} bytes for a part that has {num_bytes}")
         part = _Part(
             rows=_address(rows),
             flat=_address(flat),

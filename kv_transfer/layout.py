@@ -16,6 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..core.errors import KvCorrupted
 from .frames import KvPart
 from .frames import checksum as checksum_of
 from .host_copies import Bytes, HostCopies, Ids, PartPlace, host_copies
@@ -111,14 +112,23 @@ class PoolBytes:
             canonical[...] = plane[blocks, heads, inside].swapaxes(0, 1)
         return checksum_of(out.data)
 
-    def unpack(self, part: KvPart, block_table: Sequence[int], payload: Any) -> int:
-        """Scatter a canonical payload [part_bytes] uint8 into its blocks. Returns the checksum of what was written."""
+    def unpack(self, part: KvPart, block_table: Sequence[int], payload: Any, expected: int | None = None) -> None:
+        """Scatter a canonical payload [part_bytes] uint8 into its blocks.
+
+        Args: expected: its checksum; None: it was checked.
+        Raises: KvCorrupted: it has another one. The part's place in the blocks holds what it held, or zeros.
+        """
         if (place := self._place(part, block_table)) is not None:
             assert self._copies is not None
-            return self._copies.scatter(self.rows, place, payload)
+            found = self._copies.scatter(self.rows, place, payload)
+            if expected is not None and found != expected:  # not a NaN where attention reads padding
+                self._copies.scatter(self.rows, place, np.zeros_like(payload))
+                check(found, expected, part)
+            return
+        if expected is not None:
+            check(checksum_of(payload.data), expected, part)
         for plane, blocks, heads, inside, canonical in self._pieces(part, block_table, payload):
             plane[blocks, heads, inside] = canonical.swapaxes(0, 1)
-        return checksum_of(payload.data)
 
     def _place(self, part: KvPart, block_table: Sequence[int]) -> PartPlace | None:
         """Where a part lies; None: it is not for `_copies`."""
@@ -179,6 +189,12 @@ class PoolBytes:
             stop = size if whole else inside + end - token
             yield blocks, slice(inside, stop), slice(token - part.token_start, end - part.token_start)
             token = end
+
+
+def check(found: int, expected: int, part: KvPart) -> None:
+    """Raises: KvCorrupted."""
+    if found != expected:
+        raise KvCorrupted(f"the checksum of {part} is {found:#x}, not {expected:#x}: it was damaged on its way")
 
 
 def _consecutive(ids: Sequence[int]) -> _Index:

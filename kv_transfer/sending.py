@@ -131,6 +131,7 @@ class Sending:
                     )
                     await write(frame)
                     if framing.mapped and not framing.on_device:  # who is to copy it begins first
+                        _check_newest(out, stream)  # since it was written
                         checks.append(self._check(out, part, summing))
                     if lane is None and held:
                         in_flight.give(link, held.popleft())

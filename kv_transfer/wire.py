@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.errors import KvCorrupted
 from ..core.kv_geometry import DTYPE_BYTES, KvGeometry
 from .codecs import TORCH_DTYPES, PlaneShape, WireFormat, decode, encode, wire_bytes
 from .frames import KvPart, checksum
 from .host_copies import Bytes
-from .layout import PoolBytes
+from .layout import PoolBytes, check
 
 
 def plane_shapes(geometry: KvGeometry, part: KvPart) -> list[PlaneShape]:
@@ -59,10 +58,12 @@ class WireBytes:
         return checksum(out.data)
 
     def unpack(self, part: KvPart, block_table: Sequence[int], payload: Bytes, expected: int) -> None:
-        """Scatter a payload [part_bytes] into its blocks. Raises: KvCorrupted: its checksum is not the expected one,
-        and what is in the blocks is nothing; or it cannot be decoded."""
+        """Scatter a payload [part_bytes] into its blocks.
+
+        Raises: KvCorrupted: its checksum is not the expected one, or it cannot be decoded.
+        """
         if self._is_plain:
-            check(self._pool.unpack(part, block_table, payload), expected, part)
+            self._pool.unpack(part, block_table, payload, expected)
             return
         check(checksum(payload.data), expected, part)
         native = np.empty(self._pool.part_bytes(part), dtype=np.uint8)
@@ -105,12 +106,6 @@ class WireBytes:
             end = position + shape.elements * itemsize
             native[position:end] = values.reshape(-1).view(torch.uint8)
             position = end
-
-
-def check(found: int, expected: int, part: KvPart) -> None:
-    """Raises: KvCorrupted."""
-    if found != expected:
-        raise KvCorrupted(f"the checksum of {part} is {found:#x}, not {expected:#x}: it was damaged on its way")
 
 
 def _read_only_tensor(data: Bytes) -> Tensor:

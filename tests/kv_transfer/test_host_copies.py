@@ -6,20 +6,26 @@ import os
 import platform
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import xxhash
 from splitserve.core.compiled import SWITCH
-from splitserve.core.errors import KvCorrupted
+from splitserve.core.errors import Draining, KvCorrupted, StaleMessage, Unavailable
 from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
 from splitserve.kv_transfer.codecs import WireFormat
-from splitserve.kv_transfer.frames import KvPart
+from splitserve.kv_transfer.frames import FrameHeader, FrameKind, KvPart
+from splitserve.kv_transfer.framing import framing_of
 from splitserve.kv_transfer.host_copies import Bytes, HostCopies, host_copies
 from splitserve.kv_transfer.layout import PoolBytes
+from splitserve.kv_transfer.packing import Way
+from splitserve.kv_transfer.sender import KvSender
 from splitserve.kv_transfer.wire import WireBytes
+from splitserve.proto import kv_transfer_pb2
 
 # Whole stripes of 64 bytes in every head's token; layers differ in all that may differ.
 GEOMETRY = KvGeometry(
@@ -146,23 +152,124 @@ def test_parts_are_gathered_and_scattered_as_by_numpy(
         assert compiled.pack(part, table, out) == plain.pack(part, table, expected)
         assert np.array_equal(out, expected)
         payload = np.frombuffer(random.Random(sizes).randbytes(sizes), dtype=np.uint8)  # read-only, as a frame is
-        assert compiled.unpack(part, table, payload) == plain.unpack(part, table, payload)
+        for side in (compiled, plain):
+            side.unpack(part, table, payload, xxhash.xxh3_64_intdigest(payload))
         assert torch.equal(ours.data.view(torch.int32), theirs.data.view(torch.int32))
     assert num_served > 30
 
 
-def test_a_payload_that_is_not_what_was_sent_is_refused(copies: HostCopies, tiny_pool) -> None:
+@pytest.mark.parametrize("served", [True, False])
+def test_a_payload_that_is_not_what_was_sent_is_refused_and_leaves_no_nan(
+    copies: HostCopies, tiny_pool, served: bool
+) -> None:
     pool = tiny_pool(16, 24, GEOMETRY)
-    wire = WireBytes(PoolBytes(pool), GEOMETRY, WireFormat(codec="none", dtype="float32"))
+    pool_bytes = PoolBytes(pool)
+    wire = WireBytes(pool_bytes, GEOMETRY, WireFormat(codec="none", dtype="float32"))
     part = KvPart(layer_start=0, layer_end=3, head_start=0, head_end=3, token_start=5, token_end=90)
     payload = np.zeros(wire.part_bytes(part), dtype=np.uint8)
     value = wire.pack(part, range(24), payload)
     wire.unpack(part, range(24), payload, value)
+    before = pool.data.clone()
+    if not served:
+        pool_bytes._copies = None
     for at in (0, 63, len(payload) // 2, len(payload) - 64, len(payload) - 1):
         damaged = payload.copy()
         damaged[at] ^= 1
+        damaged[at - at % 4 :][:4] ^= np.frombuffer(np.float32("nan").tobytes(), dtype=np.uint8)
         with pytest.raises(KvCorrupted, match="damaged on its way"):
             wire.unpack(part, range(24), damaged, value)
+        assert bool(pool.data.isfinite().all())
+        wire.unpack(part, range(24), payload, value)
+        assert torch.equal(pool.data, before)
+
+
+def test_a_part_that_is_not_inside_its_rows_is_refused(copies: HostCopies, tiny_pool) -> None:
+    pool = tiny_pool(16, 4, GEOMETRY)
+    compiled, before = PoolBytes(pool, (2, 2, 2)), pool.data.clone()
+    whole = KvPart(layer_start=0, layer_end=1, head_start=2, head_end=5, token_start=0, token_end=64)
+    flat = np.zeros(compiled.part_bytes(whole), dtype=np.uint8)
+    place = compiled._place(whole, range(4))
+    assert place is not None
+    end = ROW_BYTES * 64
+    for wrong in (
+        replace(place, planes=[(-64, 64), *place.planes[1:]]),
+        replace(place, planes=[(end, 64), *place.planes[1:]]),
+        replace(place, blocks=[0, 1, 4, 2]),
+        replace(place, blocks=[0, 1, 2]),
+        replace(place, first_token=1),
+    ):
+        for move in (copies.gather, copies.scatter):
+            with pytest.raises(IndexError):
+                move(compiled.rows, wrong, flat)
+    with pytest.raises(ValueError, match="bytes for a part"):
+        copies.scatter(compiled.rows, place, flat[1:])
+    assert torch.equal(pool.data, before)
+
+
+class Damaging(KvSender):
+    """Its first frame of KV has a bit flipped on its way, once."""
+
+    is_over = False
+
+    async def _send(self, out: Any, stream: object, write: Any, way: Any) -> None:
+        async def damaged(frame: bytes) -> None:
+            if FrameHeader.unpack(frame).kind is FrameKind.DATA and not self.is_over:
+                self.is_over = True
+                frame = frame[:-1] + bytes([frame[-1] ^ 0x40])
+            await write(frame)
+
+        if way.lane is not None and not self.is_over:
+            self.is_over = True
+            way = replace(way, lane=DamagingLane(way.lane))
+        await super()._send(out, stream, damaged, way)
+
+
+class DamagingLane:
+    def __init__(self, lane: Any) -> None:
+        self._lane = lane
+        self.abort = lane.abort
+
+    def send(self, data: torch.Tensor) -> Any:
+        data[-1] ^= 0x40
+        return self._lane.send(data)
+
+
+@pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize("transport", ["grpc", "gloo"])
+async def test_a_damaged_frame_is_sent_again(pair, transport: str) -> None:
+    async with pair(transport, geometry=GEOMETRY, sender_type=Damaging) as p:
+        request = p.request(150)
+        grant = p.grant(request)
+        p.complete(grant, request)
+        await p.receive(grant, request)
+        p.assert_arrived(grant)
+        assert p.receiver_metrics.transfer_resumes._value.get() == 1
+
+
+@pytest.mark.parametrize("how", ["closed", "failed", "replaced"])
+async def test_nothing_is_summed_up_for_a_transfer_that_ended_while_its_frame_was_written(pair, how: str) -> None:
+    """Nor does it end in an error of ours."""
+    async with pair("shared_memory", geometry=GEOMETRY) as p:
+        request = p.request(150)
+        grant = p.grant(request)
+        p.complete(grant, request)
+        out = p.sender._by_request[request.request_id]
+        way = Way(framing=framing_of(kv_transfer_pb2.TRANSPORT_SHARED_MEMORY))
+        stream = out.stream = object()
+        summed: list[object] = []
+        p.sender._sending._check = lambda *of: summed.append(of)
+
+        async def write(_: bytes) -> None:
+            if how == "closed":
+                await p.sender.close()
+            elif how == "failed":
+                p.sender.fail(request.request_id, Unavailable("the test says so"))
+            else:
+                out.stream = object()
+
+        with pytest.raises({"closed": Draining, "failed": Unavailable, "replaced": StaleMessage}[how]):
+            await p.sender._sending.send(out, stream, write, way)
+        assert not summed
 
 
 @pytest.mark.usefixtures("copies")
