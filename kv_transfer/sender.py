@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,11 +17,8 @@ from ..core.errors import (
     CapabilityRefused,
     Draining,
     GeometryMismatch,
-    KvCorrupted,
-    LeaseExpired,
     Overloaded,
     SplitserveError,
-    StaleMessage,
     TransferFailed,
     TransferInterrupted,
 )
@@ -38,6 +34,7 @@ from .frames import SERVICE, FrameKind
 from .grants import Grant
 from .identity import WorkerIdentity
 from .layout import pool_bytes
+from .offers import Offers
 from .outgoing import Outgoing
 from .packing import Packer, Way
 from .pool import KvPool
@@ -50,8 +47,6 @@ from .wire import WireBytes
 logger = logging.getLogger(__name__)
 
 MAX_PARKED = 1024
-MAX_ENDED = 4096
-
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -91,20 +86,16 @@ class KvSender:
         self._bytes = pool_bytes(pool, self._layout.first_heads(rank))
         self._identity = identity
         self._geometry_digest = self._layout.geometry.digest()
-        self._release = release
-        self._report = report
         self._metrics = metrics
-        self._lease_s = lease_s
         self._park_s = park_s
-        self._resume_s = min(resume_s, lease_s)
         self._packer = Packer(pool, self._bytes)
         self._loop = asyncio.get_running_loop()
         self._sending = Sending(self._packer, self._bytes, metrics)
         self._ways = Ways(pool, self._bytes, identity, self._layout, rank, host)
-        self._by_request: dict[str, Outgoing] = {}
-        self._by_grant: dict[str, Outgoing] = {}
+        self._offers = Offers(
+            identity.boot_id, release=release, report=report, metrics=metrics, lease_s=lease_s, resume_s=resume_s
+        )
         self._parked: dict[str, set[asyncio.Event]] = {}  # grant id -> Fetches that wait for its request
-        self._ended: OrderedDict[str, tuple[Grant, SplitserveError | None]] = OrderedDict()  # bounded
         self._standing_by: set[asyncio.Task[Any]] = set()  # a stream of Fetch each that is asked for nothing
         self._closed = False
 
@@ -131,7 +122,7 @@ class KvSender:
         Raises: StaleMessage, GeometryMismatch: the grant is not for this process, this model or these tokens.
         """
         if grant.prefill_boot_id != self._identity.boot_id:
-            raise self._stale(f"{grant} is for boot {grant.prefill_boot_id}, this is {self._identity.boot_id}")
+            raise self._offers.stale(f"{grant} is for boot {grant.prefill_boot_id}, this is {self._identity.boot_id}")
         if grant.geometry_digest != self._geometry_digest:
             raise GeometryMismatch(
                 f"{grant} has KV geometry {grant.geometry_digest}, this worker has {self._geometry_digest}; "
@@ -150,12 +141,7 @@ class KvSender:
                 f"{self._layout.num_ranks}"
             )
         if len(token_ids) != grant.num_tokens:
-            raise self._stale(f"{grant} covers {grant.num_tokens} tokens, the request has {len(token_ids)}")
-        older = self._by_request.get(grant.request_id)
-        if older is not None:
-            if older.grant.attempt >= grant.attempt:
-                raise self._stale(f"{grant} is not newer than attempt {older.grant.attempt}, which is still here")
-            self._end(older, StaleMessage(f"attempt {grant.attempt} replaced attempt {older.grant.attempt}"))
+            raise self._offers.stale(f"{grant} covers {grant.num_tokens} tokens, the request has {len(token_ids)}")
         target = KvLayout(geometry=self._layout.geometry, num_ranks=grant.decode_ranks)
         sent = route(self._layout, self._rank, target, grant.decode_rank)
         out = Outgoing(
@@ -165,8 +151,7 @@ class KvSender:
             progress=KvProgress(self._layout.geometry, grant.num_cached_tokens, grant.num_tokens, sent.heads),
             wire_bytes=WireBytes(self._bytes, self._pool.geometry, grant.wire),
         )
-        self._by_request[grant.request_id] = self._by_grant[grant.grant_id] = out
-        self._start_lease(out, "no decode worker came to fetch it")  # a Fetch that is parked may not get as far
+        self._offers.add(out)
         for parked in self._parked.get(grant.grant_id, ()):
             parked.set()
 
@@ -180,7 +165,7 @@ class KvSender:
         at_s: float | None = None,
     ) -> None:
         """Any thread: these layers of these tokens are in the pool, and stay until `release`. `at_s`: since when."""
-        out = self._by_request.get(request_id)
+        out = self._offers.of_request(request_id)
         if out is None:
             return
         if out.prefill_began_s is None:
@@ -194,36 +179,33 @@ class KvSender:
 
     def finish(self, request_id: str, first_token_id: int, *, final: bool, at_s: float | None = None) -> None:
         """Prefill is done, since `at_s`. `final`: the answer is complete with its first token, nobody needs the KV."""
-        out = self._by_request.get(request_id)
+        out = self._offers.of_request(request_id)
         if out is None:
             return
         out.first_token_id, out.finished = first_token_id, final
         out.prefill_ended_s = time.monotonic() if at_s is None else at_s
         # Else something reads its blocks, or will once more when it resumes: the stream's end frees them.
         if final and out.stream is None and not out.sent:
-            self._release_once(out)
+            self._offers.release(out)
         out.changed.set()
 
     def fail(self, request_id: str, error: SplitserveError) -> None:
         """Give up a request, also when cancelled: the receiver is told, now or when it asks. Idempotent."""
-        out = self._by_request.get(request_id)
+        out = self._offers.of_request(request_id)
         if out is not None:
-            self._end(out, error)
+            self._offers.end(out, error)
 
     def lease_left_s(self, request_id: str) -> float | None:
         """Until its KV is freed if nobody comes for it; None while somebody fetches it."""
-        out = self._by_request.get(request_id)
-        if out is None or out.lease is None or out.lease.cancelled():
-            return None
-        return max(0.0, out.lease.when() - self._loop.time())
+        return self._offers.lease_left_s(request_id)
 
     async def close(self) -> None:
         """Fail what is left."""
         self._closed = True
         for fetch in self._standing_by:
             fetch.cancel()
-        for out in list(self._by_request.values()):
-            self._end(out, self._stopping(), report=True)
+        for out in self._offers.all():
+            self._offers.end(out, self._stopping(), report=True)
         self._ways.close()
         self._sending.close()
 
@@ -275,86 +257,57 @@ class KvSender:
             way = self._ways.of(request)  # first: without a lane the receiver connects anew and asks again
             out = await self._find(grant, write, request.round)
             self._check_proof(out.grant, request.proof)
-            self._begin(out, stream, request)
+            self._offers.begin(out, stream, request)
             await self._send(out, stream, write, way)
             if out.stream is stream:  # a commit by another stream may have ended it already
-                self._sent(out)
+                self._offers.sent(out)
         except TransferInterrupted as error:
             if out is not None and out.stream is stream:
-                self._suspend(out)
+                self._offers.suspend(out)
             await abort(context, error)
         except SplitserveError as error:
             if out is not None and out.stream is stream:
-                self._end(out, error, report=True)
+                self._offers.end(out, error, report=True)
             await abort(context, error)
         except asyncio.CancelledError:
             if out is not None and out.stream is stream:
                 if out.digest is None:
-                    self._suspend(out)
+                    self._offers.suspend(out)
                 else:  # a receiver that has END may close before we see our last write return
-                    self._sent(out)
+                    self._offers.sent(out)
             raise
         except Exception:
             logger.exception("sending %s failed", grant)
             failure = TransferFailed(f"{grant}: the prefill worker failed while sending; see its log")
             if out is not None and out.stream is stream:
-                self._end(out, failure, report=True)
+                self._offers.end(out, failure, report=True)
             await abort(context, failure)
 
     async def _commit(self, request: pb.FetchRequest, context: Context) -> None:
         grant = Grant.from_proto(request.grant)
         try:
-            out = self._live(grant)
+            out = self._offers.of_grant(grant)
             if out is not None:
                 self._check_proof(out.grant, request.proof)
-                self._take(out, request.commit)
-            elif grant.grant_id not in self._ended and not request.commit.abandoned:
-                raise self._stale(f"{grant} is unknown here; it may be from before a restart")
+                self._offers.commit(out, request.commit)
+            elif not self._offers.is_over(grant) and not request.commit.abandoned:
+                raise self._offers.stale(f"{grant} is unknown here; it may be from before a restart")
         except SplitserveError as error:
             await abort(context, error)
         await context.write(pb.FetchResponse().SerializeToString())
 
     # -- inside --
 
-    def _take(self, out: Outgoing, commit: pb.Commit) -> None:
-        """What the receiver says of a transfer. Raises: StaleMessage, KvCorrupted."""
-        if commit.abandoned:
-            gone = TransferFailed(f"{out.grant}: the decode worker gave the transfer up")
-            self._end(out, gone, report=True)
-            return
-        if out.digest is None:
-            raise self._stale(f"{out.grant} was committed before it was sent")
-        if out.digest != commit.digest:
-            raise KvCorrupted(f"{out.grant}: the receiver's digest differs from what was sent")
-        if self._metrics is not None:
-            self._metrics.transfers.inc()
-        self._end(out, None)
-
-    def _live(self, grant: Grant) -> Outgoing | None:
-        """The offered request of a grant that matches in every field; None if there is none (any more, or yet).
-
-        Raises: StaleMessage: another boot, attempt or epoch. The error that the request ended with.
-        """
-        if grant.prefill_boot_id != self._identity.boot_id:
-            raise self._stale(f"{grant} is for boot {grant.prefill_boot_id}, this is {self._identity.boot_id}")
-        out = self._by_grant.get(grant.grant_id)
-        offered, error = (out.grant, None) if out is not None else self._ended.get(grant.grant_id, (grant, None))
-        if offered != grant:
-            raise self._stale(f"{grant} does not match the live one: {offered}")
-        if error is not None:
-            raise error
-        return out
-
     async def _find(self, grant: Grant, write: Write, number: int) -> Outgoing:
         """The request of a Fetch; parks it until the router brings the request.
 
         Raises: StaleMessage: no such grant. Overloaded: too many wait already.
         """
-        out = self._live(grant)
+        out = self._offers.of_grant(grant)
         if out is not None:
             return out
-        if grant.grant_id in self._ended:
-            raise self._stale(f"{grant} is over")
+        if self._offers.is_over(grant):
+            raise self._offers.stale(f"{grant} is over")
         if len(self._parked) >= MAX_PARKED:
             raise Overloaded(f"{MAX_PARKED} transfers wait for their requests already", retry_after_s=1.0)
         offered, waiting = asyncio.Event(), self._parked.setdefault(grant.grant_id, set())
@@ -363,15 +316,15 @@ class KvSender:
         try:
             while not await is_set(offered, min(WAIT_INTERVAL_S, give_up_s - time.monotonic())):
                 if time.monotonic() >= give_up_s:
-                    raise self._stale(f"{grant}: its request did not come within {self._park_s:g} s")
+                    raise self._offers.stale(f"{grant}: its request did not come within {self._park_s:g} s")
                 await write(self._packer.control(grant, FrameKind.WAIT, 0, round_number=number))
         finally:
             waiting.discard(offered)
             if not waiting:
                 self._parked.pop(grant.grant_id, None)
-        out = self._live(grant)
+        out = self._offers.of_grant(grant)
         if out is None:
-            raise self._stale(f"{grant} is over")
+            raise self._offers.stale(f"{grant} is over")
         return out
 
     async def _send(self, out: Outgoing, stream: object, write: Write, way: Way) -> None:
@@ -382,72 +335,8 @@ class KvSender:
         out.wake_pending = False
         if out.progress.torn and out.error is None:
             error = TransferFailed(f"{out.grant}: its KV was preempted while it was sent; prefill it again")
-            self._end(out, error, report=True)
+            self._offers.end(out, error, report=True)
         out.changed.set()
-
-    def _begin(self, out: Outgoing, stream: object, request: pb.FetchRequest) -> None:
-        """The newest stream wins; it goes on behind what the receiver kept of those before.
-
-        Raises: StaleMessage: the receiver claims more than was sent.
-        """
-        if request.num_kept > len(out.sent):
-            raise self._stale(f"{out.grant}: {request.num_kept} frames were kept of {len(out.sent)}")
-        kept, again = out.sent[: request.num_kept], out.sent[request.num_kept :]
-        if request.round and self._metrics is not None:
-            self._metrics.transfer_resumes.inc()
-            self._metrics.transfer_resent_bytes.inc(sum(frame.num_bytes for frame in again))
-        out.sent = kept
-        out.stream, out.digest = stream, None
-        out.changed.set()
-        if out.lease is not None:
-            out.lease.cancel()
-
-    def _suspend(self, out: Outgoing) -> None:
-        """Its stream broke: the receiver may come back for the rest."""
-        out.stream = None
-        gone = TransferFailed(f"{out.grant}: the decode worker closed the transfer or went away")
-        if out.lease is not None:
-            out.lease.cancel()
-        out.lease = self._loop.call_later(self._resume_s, lambda: self._end(out, gone, report=True))
-
-    def _sent(self, out: Outgoing) -> None:
-        """END is out: what is left to wait for is the Commit."""
-        if out.finished:
-            self._end(out, None)
-        else:
-            self._start_lease(out, "it was sent but not committed")
-
-    def _start_lease(self, out: Outgoing, why: str) -> None:
-        def expire() -> None:
-            text = f"{out.grant}: {why} within {self._lease_s:g} s, its KV was freed; prefill it again"
-            self._end(out, LeaseExpired(text), report=True)
-
-        out.lease = self._loop.call_later(self._lease_s, expire)
-
-    def _end(self, out: Outgoing, error: SplitserveError | None, *, report: bool = False) -> None:
-        """The one way out of an offered request; safe to call again."""
-        grant = out.grant
-        if self._by_grant.get(grant.grant_id) is not out:
-            return
-        del self._by_grant[grant.grant_id], self._by_request[grant.request_id]
-        self._ended[grant.grant_id] = (grant, error)
-        if len(self._ended) > MAX_ENDED:
-            self._ended.popitem(last=False)
-        if out.lease is not None:
-            out.lease.cancel()
-        out.error, out.stream = error, None
-        out.changed.set()
-        if error is not None:
-            if self._metrics is not None:
-                self._metrics.transfer_failures.inc()
-            if report and self._report is not None and not out.released:
-                self._report(grant.request_id, error)
-        self._release_once(out)
-
-    def _release_once(self, out: Outgoing) -> None:
-        if not out.released:
-            out.released = True
-            self._release(out.grant.request_id)
 
     def _check_proof(self, grant: Grant, proof: bytes) -> None:
         """Raises: CapabilityRefused."""
@@ -460,11 +349,6 @@ class KvSender:
 
     def _stopping(self) -> Draining:
         return Draining(f"prefill worker {self._identity.worker_id} is stopping")
-
-    def _stale(self, message: str) -> StaleMessage:
-        if self._metrics is not None:
-            self._metrics.stale_messages.inc()
-        return StaleMessage(message)
 
 
 async def _write(context: Context, frame: bytes) -> None:

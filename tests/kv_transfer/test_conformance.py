@@ -360,7 +360,7 @@ async def test_aborts_at_random_moments_lose_nothing(pair, monkeypatch, transpor
             untouched = p.target_table[14:]
             assert not p.target.data[untouched].any()
         assert sorted(p.released) == sorted(f"r{number}" for number in range(num_aborts))
-        assert not p.sender._by_grant
+        assert not p.sender._offers._by_grant
         assert not p.sender._parked
         assert 0 < arrived < num_aborts
         await next_transfer_works(p)

@@ -253,7 +253,7 @@ async def test_nothing_is_summed_up_for_a_transfer_that_ended_while_its_frame_wa
         request = p.request(150)
         grant = p.grant(request)
         p.complete(grant, request)
-        out = p.sender._by_request[request.request_id]
+        out = p.sender._offers._by_request[request.request_id]
         way = Way(framing=framing_of(kv_transfer_pb2.TRANSPORT_SHARED_MEMORY))
         stream = out.stream = object()
         summed: list[object] = []

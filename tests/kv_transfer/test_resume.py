@@ -166,7 +166,7 @@ async def test_a_stream_that_was_replaced_takes_nothing_of_the_newer_one(pair, m
         p.complete(grant, request)
         older = p.fetch(grant)  # its first part is being packed
         reading = asyncio.ensure_future(older.read())
-        out = p.sender._by_grant[grant.grant_id]
+        out = p.sender._offers._by_grant[grant.grant_id]
         async with asyncio.timeout(30):
             while out.stream is None:
                 await asyncio.sleep(0.002)
@@ -238,7 +238,7 @@ async def test_a_final_first_token_is_told_to_a_stream_that_comes_back(pair, mon
         receiving = asyncio.ensure_future(
             p.receiver.receive(grant, proxy.address, request.prompt_token_ids, p.target_table)
         )
-        out = p.sender._by_grant[grant.grant_id]
+        out = p.sender._offers._by_grant[grant.grant_id]
         async with asyncio.timeout(30):
             while not p.target.data.any():  # it will keep a frame
                 await asyncio.sleep(0.002)

@@ -199,7 +199,7 @@ async def test_kv_that_is_told_of_behind_the_first_token_leaves_at_once(pair, mo
         p.offer(grant, request)
         arriving = asyncio.ensure_future(p.receive(grant, request))
         p.sender.finish(grant.request_id, 7, final=False)
-        out = p.sender._by_request[grant.request_id]
+        out = p.sender._offers._by_request[grant.request_id]
         async with asyncio.timeout(30):
             while out.stream is None or out.changed.is_set():  # until it waits for the KV
                 await asyncio.sleep(0.002)
