@@ -147,7 +147,7 @@ async def test_a_commit_that_overtakes_the_end_of_its_stream_leaves_no_lease_beh
     class Overtaken(KvSender):
         async def _send(self, out, *args):
             await super()._send(out, *args)
-            self._end(out, None)
+            self._offers.end(out, None)
             sent.append(out)
 
     async with pair("grpc", sender_type=Overtaken) as p:
