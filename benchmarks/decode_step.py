@@ -16,7 +16,7 @@ _WARM_UP = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
-    """Seconds of each step: as a device loop sees it, and between two events on the device."""
+    """Seconds from each step's end to the next one's: as a device loop sees it, and on the device."""
 
     host_s: list[float]
     device_s: list[float]
@@ -52,27 +52,32 @@ class Stepping:
         host_s: list[float] = []
         device_s: list[float] = []
         until_s = time.perf_counter() + seconds
-        number = 0
-        while time.perf_counter() < until_s or number <= _WARM_UP:
-            began_s = time.perf_counter()
-            on_device_s = self._step()
-            number += 1
-            if number > _WARM_UP:
-                host_s.append(time.perf_counter() - began_s)
-                device_s.append(on_device_s or host_s[-1])
-        return StepTimes(host_s=host_s, device_s=device_s)
+        before, running = self._launch(), self._launch()  # one ahead, as an engine does: the device waits for no thread
+        ended_s = self._end(before)
+        while time.perf_counter() < until_s or len(host_s) <= _WARM_UP:
+            following = self._launch()
+            began_s, ended_s = ended_s, self._end(running)
+            host_s.append(ended_s - began_s)
+            device_s.append(host_s[-1] if before is None or running is None else before.elapsed_time(running) / 1e3)
+            before, running = running, following
+        self._end(running)
+        return StepTimes(host_s=host_s[_WARM_UP:], device_s=device_s[_WARM_UP:])
 
-    def _step(self) -> float:
-        """Seconds between its events on the device; 0 without one."""
+    def _launch(self) -> torch.cuda.Event | None:
+        """Queue a step, behind those that are; its end, or None where it has ended already."""
         if self._graph is None:
             self._forward()
-            return 0.0
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
+            return None
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._graph.replay()
         end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
+        return end
+
+    def _end(self, step: torch.cuda.Event | None) -> float:
+        """When the host saw it end."""
+        if step is not None:
+            step.synchronize()
+        return time.perf_counter()
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
