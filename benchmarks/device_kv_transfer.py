@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import random
 import secrets
 import statistics
 import time
@@ -15,6 +16,7 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -127,12 +129,12 @@ async def _serve(control: Connection, plan: Plan) -> None:
     sender.register(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    table = torch.randperm(pool.num_blocks).tolist()
     channel: Channel | None = None
     control.send(f"127.0.0.1:{port}")
     while (asked := await asyncio.to_thread(control.recv)) is not None:
         if isinstance(asked, Grant):
-            sender.offer(asked, range(asked.num_tokens), lambda _: table)
+            table = torch.randperm(pool.num_blocks).tolist()
+            sender.offer(asked, range(asked.num_tokens), partial(_table, table))
             sender.kv_written(asked.request_id, 0, pool.geometry.num_layers, 0, asked.num_tokens)
             sender.finish(asked.request_id, 0, final=False)
             control.send("ready")
@@ -148,6 +150,10 @@ async def _serve(control: Connection, plan: Plan) -> None:
     await server.stop(0)
     if channel is not None:
         await asyncio.to_thread(channel.close)
+
+
+def _table(table: list[int], _: str) -> list[int]:
+    return table
 
 
 # -- the decode side --
@@ -192,9 +198,10 @@ class _Link:
 
     async def move(self, receiver: KvReceiver, way: str, grant: Grant, slot: int = 0) -> tuple[float, Received]:
         """Seconds from the call of receive() to verified KV in our blocks."""
-        began_s = time.perf_counter()
+        table = random.sample(self._tables[slot], len(self._tables[slot]))  # no two prompts lie alike
         prompt = self._prompt(grant.num_tokens)
-        received = await receiver.receive(grant, self._address, prompt, self._tables[slot])
+        began_s = time.perf_counter()
+        received = await receiver.receive(grant, self._address, prompt, table)
         seconds = time.perf_counter() - began_s
         assert received.transport == way, f"{received.transport} was taken, {way} was to be measured"
         await receiver.commit(grant, self._address, received)
