@@ -11,7 +11,6 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -105,10 +104,9 @@ class PeerDevicePool:
         with torch.cuda.device(own.device), torch.cuda.stream(stream), _quiet_after(stream):
             on_device = own.on_device(block_ids)  # before the copies: nothing then stands between them and the checksum
             single = np.ones(len(sources), dtype=bool)
-            for start, end in pairwise(_run_starts(source_ids, block_ids)):
-                if end - start >= _MIN_RECTANGLE:
-                    runtime.copy_rectangle(int(targets[start]), int(sources[start]), row, width, end - start, stream)
-                    single[start:end] = False
+            for start, end in _long_runs(source_ids, block_ids):
+                runtime.copy_rectangle(int(targets[start]), int(sources[start]), row, width, end - start, stream)
+                single[start:end] = False
             if single.any():
                 runtime.copy_pieces(targets[single].astype(np.uint64), sources[single].astype(np.uint64), width, stream)
             return own.checksum_here(part, on_device)
@@ -141,7 +139,9 @@ def _quiet_after(stream: torch.cuda.Stream) -> Iterator[None]:
         raise
 
 
-def _run_starts(source_ids: Ids, block_ids: Ids) -> list[int]:
-    """Where runs that are consecutive on both sides begin, and the end."""
+def _long_runs(source_ids: Ids, block_ids: Ids) -> list[tuple[int, int]]:
+    """Where blocks that are consecutive on both sides begin and end, if there are enough of them."""
     breaks = np.flatnonzero((np.diff(source_ids) != 1) | (np.diff(block_ids) != 1)) + 1
-    return [0, *breaks.tolist(), len(source_ids)]
+    edges = np.concatenate(([0], breaks, [len(source_ids)]))
+    long = np.flatnonzero(np.diff(edges) >= _MIN_RECTANGLE)
+    return list(zip(edges[long].tolist(), edges[long + 1].tolist(), strict=True))

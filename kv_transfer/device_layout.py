@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from .layout import PoolBytes, check
 from .pool import KvPool
 
 HIGH_PRIORITY = -1  # a kernel of microseconds goes before the next wave of a step's large ones
+_MAX_TABLES = 256  # block tables that are kept on the GPU
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
@@ -89,14 +91,13 @@ class DevicePoolBytes(PoolBytes):
             return self.checksum_here(part, self.on_device(block_ids))
 
     def on_device(self, block_ids: Ids) -> Tensor:
-        """[n] int32, copied on the current stream."""
-        return torch.from_numpy(block_ids.astype(np.int32)).to(self.device)
+        """[n] int32. Copied once: the parts of a prompt's layers lie in the same blocks."""
+        return _copied(block_ids.astype(np.int32).tobytes(), self.device)
 
     def checksum_here(self, part: KvPart, block_ids: Tensor) -> int:
         """The checksum, behind whatever the current stream has to do."""
         span = self.row_range(part)
-        value = device_checksum(self.rows, block_ids, span.start, span.stop - span.start)
-        return int(value.item()) & (2**64 - 1)
+        return device_checksum(self.rows, block_ids, span.start, span.stop - span.start)
 
     def gather(self, part: KvPart, block_table: Sequence[int], out: Tensor) -> None:
         self._move(part, block_table, out, gather=True)
@@ -144,3 +145,9 @@ class DevicePoolBytes(PoolBytes):
             width=max(dim for _, dim, _, _ in self._shape_of_planes[planes]),
             gather=gather,
         )
+
+
+@lru_cache(maxsize=_MAX_TABLES)
+def _copied(block_ids: bytes, device: torch.device) -> Tensor:
+    """It is there when this returns, so any stream may use it."""
+    return torch.from_numpy(np.frombuffer(block_ids, dtype=np.int32).copy()).to(device)
