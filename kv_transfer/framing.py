@@ -22,7 +22,7 @@ WAKE_BYTES = 1 << 20
 # Between GPUs a frame costs its receiver a copy in pieces of a block each, a checksum behind whatever its decode step
 # has running, and turns of two threads: half a millisecond, for a layer of 2,048 tokens every 1.5. What they leave is a
 # tenth of a millisecond of the link at most.
-DEVICE_WAKE_BYTES, DEVICE_WAKE_SHARE = 32 << 20, 0.25
+DEVICE_WAKE_BYTES, DEVICE_WAKE_SHARE = 32 << 20, 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
