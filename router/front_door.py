@@ -78,6 +78,7 @@ class FrontDoor:
         self._num_preparing += 1
         try:
             work = await self._prepare(request, timeout_s)
+            await asyncio.sleep(0)  # tokens of others that came meanwhile go on first
         finally:
             self._num_preparing -= 1
         answer = AnswerText(self._text, request.stop, work.min_tokens)
