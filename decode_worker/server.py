@@ -15,6 +15,8 @@ from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
 from .worker import DecodeWorker, RouterSession
 
+LONG_PROMPT_TOKENS = 1024
+
 
 class DecodeServer(worker_pb2_grpc.DecodeWorkerServicer):
     """Turns messages into calls of DecodeWorker."""
@@ -32,10 +34,15 @@ class DecodeServer(worker_pb2_grpc.DecodeWorkerServicer):
             status=lambda session: worker_pb2.DecodeSessionResponse(status=host.status(session)),
         )
         try:
-            await session.run(context, lambda message: self._handle(session, message))
+            await session.run(context, lambda message: self._handle(session, message), self._pause)
         finally:
             host.session_ended(session)
             self.worker.session_ended(session)
+
+    async def _pause(self, message: worker_pb2.DecodeSessionRequest) -> None:
+        """A grant for a long prompt can wait: the prompt is being computed for many times as long."""
+        if message.HasField("grant") and len(message.grant.request.prompt_token_ids) >= LONG_PROMPT_TOKENS:
+            await self.worker.host.quiet.wait()
 
     def _handle(self, session: RouterSession, message: worker_pb2.DecodeSessionRequest) -> None:
         match message.WhichOneof("message"):

@@ -34,6 +34,7 @@ from .admin import ROLES, WorkerAdmin
 from .device import DeviceReader, DeviceState, open_devices
 from .measured import Measured
 from .options import Role, WorkerOptions
+from .quiet import Quiet
 from .rank_links import ENTRY as RANK_ENTRY
 from .rank_links import RankLink, RankSettings
 from .role import Holder, RoleHooks, RoleSwitch
@@ -134,6 +135,7 @@ class WorkerHost:
         self._tasks: list[asyncio.Task[None]] = []
         self._device_states: Sequence[DeviceState] = ()
         self.measured = Measured(self.engine, self.metrics)
+        self.quiet = Quiet()
         worker_pb2_grpc.add_WorkerAdminServicer_to_server(WorkerAdmin(self), self.rpc.server)
 
     async def start(self) -> Ready:
@@ -392,6 +394,8 @@ class WorkerHost:
         self.measured.step(output, self.options.role)
         if self._role is not None:
             self._role.on_step(output)
+        record = output.record
+        self.quiet.stepped(record.at_s + record.schedule_s + record.run_s, record.run_s)
 
     def _kv_written(self, sequence: str, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
         if self._role is not None and self._role.kv_written is not None:  # device thread

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
@@ -61,10 +61,18 @@ class Session(Generic[In, Out]):
         if self._handler is not None:
             self._handler.cancel()
 
-    async def run(self, context: grpc.aio.ServicerContext[In, Out], handle: Callable[[In], None]) -> None:
-        """Read and write until the router closes its side, the call is cancelled or `end` was called."""
+    async def run(
+        self,
+        context: grpc.aio.ServicerContext[In, Out],
+        handle: Callable[[In], None],
+        pause: Callable[[In], Awaitable[None]] | None = None,
+    ) -> None:
+        """Read and write until the router closes its side, the call is cancelled or `end` was called.
+
+        Args: pause: waits until a message may be handled; those behind it wait too.
+        """
         writer = asyncio.create_task(self._write(context))
-        reader = asyncio.create_task(self._read(context, handle))
+        reader = asyncio.create_task(self._read(context, handle, pause))
         try:
             await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -75,8 +83,15 @@ class Session(Generic[In, Out]):
             if isinstance(failure, Exception) and not isinstance(failure, grpc.aio.BaseError):  # those: the router left
                 raise failure
 
-    async def _read(self, context: grpc.aio.ServicerContext[In, Out], handle: Callable[[In], None]) -> None:
+    async def _read(
+        self,
+        context: grpc.aio.ServicerContext[In, Out],
+        handle: Callable[[In], None],
+        pause: Callable[[In], Awaitable[None]] | None,
+    ) -> None:
         while (message := await context.read()) is not grpc.aio.EOF:
+            if pause is not None:
+                await pause(message)
             handle(message)
 
     async def _write(self, context: grpc.aio.ServicerContext[Any, Out]) -> None:

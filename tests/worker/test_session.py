@@ -35,3 +35,30 @@ async def test_a_session_that_streams_without_a_pause_tells_its_status_too(monke
     assert call.taken.count("token") > 3
     session.end()
     await running
+
+
+async def test_a_message_that_waits_for_its_moment_keeps_its_place() -> None:
+    said = ["grant", "cancel"]
+
+    class Asking(Call):
+        async def read(self) -> str:
+            return said.pop(0) if said else await super().read()
+
+    handled: list[str] = []
+    quiet = asyncio.Event()
+
+    async def pause(message: str) -> None:
+        if message == "grant":
+            await quiet.wait()
+
+    session: Session[str, str] = Session("r", lambda _: "status")
+    running = asyncio.create_task(session.run(Asking(), handled.append, pause))
+    await asyncio.sleep(0.05)
+    assert handled == []
+    quiet.set()
+    async with asyncio.timeout(30):
+        while len(handled) < 2:
+            await asyncio.sleep(0.01)
+    assert handled == ["grant", "cancel"]
+    session.end()
+    await running
