@@ -70,6 +70,7 @@ class DecodeWorker:
             layout=self.host.layout,
             granter=self.host.granter,
             tls=options.tls,
+            pause=self.host.quiet.wait,
         )
         self._ranks = ReceiverGroup(self.receiver, self.host.layout, self.host.rank_links)
         self.host.take_role(
@@ -223,7 +224,7 @@ class DecodeWorker:
                 source,
                 token_ids,
                 reservation.block_ids,
-                on_covered=lambda: self.host.engine.expect_reserved(request.request_id),
+                on_end=lambda: self.host.engine.expect_reserved(request.request_id),
             )
             received = arrived.whole
             self._record(run, Event.TRANSFER_STARTED, received.started_at_s)
@@ -237,6 +238,7 @@ class DecodeWorker:
             self._transfer_done(run, received)
             if received.finished:  # the first token was final: the router has it from the prefill worker
                 self._end(run)
+            await self.host.quiet.wait()
             await self._ranks.commit(grants, source, arrived)
         except SplitserveError as error:
             self._fail(run, error)

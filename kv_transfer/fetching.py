@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,13 +59,13 @@ class Transfer:
 
     grant: Grant
     block_ids: Sequence[int]
-    on_covered: Callable[[], None]
+    on_end: Callable[[], None]
     incoming: Incoming
     checksums: list[int] = field(default_factory=list)  # of the frames that are in our blocks, in order
     copying: deque[asyncio.Future[int]] = field(default_factory=deque)  # frames that arrived since, in order
     started_s: float | None = None  # first KV frame of all streams
     round: int = 0
-    was_covered: bool = False
+    was_told: bool = False  # that the end of all KV came
     was_open: bool = False  # the last stream began
     is_link_lost: bool = False  # as far as the last stream saw
     is_over: bool = False  # the prefill worker gave it up, or its KV is not what was granted: no other stream helps
@@ -74,11 +74,11 @@ class Transfer:
     def num_kept(self) -> int:
         return len(self.checksums)
 
-    def tell_if_covered(self) -> None:
-        """Once, whatever of it has to come again."""
-        if self.incoming.is_covered and not self.was_covered:
-            self.was_covered = True
-            self.on_covered()
+    def tell_end(self) -> None:
+        """Once, whatever has to come again."""
+        if self.incoming.is_covered and not self.was_told:
+            self.was_told = True
+            self.on_end()
 
     async def settle(self, most: int = 0) -> None:
         """Wait until at most so many copies run. Raises: their error. Cancelling the waiter does not disown them."""
@@ -118,6 +118,7 @@ class Fetcher:
         metrics: WorkerMetrics | None,
         silence_s: float,
         stall_s: float,
+        pause: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._pool = pool
         self._bytes = pool_bytes
@@ -125,6 +126,7 @@ class Fetcher:
         self._metrics = metrics
         self._silence_s = silence_s
         self._stall_s = stall_s
+        self._pause = pause
         self._stagings: dict[int, Staging] = {}  # by transport
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-unpack")
         # Of one transfer, so that a thread has the next frame at hand; a GPU's have a queue of their own.
@@ -167,6 +169,7 @@ class Fetcher:
                 if incoming.is_stale(header):
                     self._count_stale()
                 elif header.kind is FrameKind.END:
+                    transfer.tell_end()
                     break
                 elif header.kind is not FrameKind.WAIT:
                     has_begun = True
@@ -178,8 +181,9 @@ class Fetcher:
                     if lane is not None:  # posted at once, so that others' turns can follow
                         payload = self._staging(transport).room(wire_bytes.part_bytes(header.part))
                         moving = await self._post(lane, header, payload)
-                    transfer.tell_if_covered()
                     await transfer.settle(self._most_copies - 1)
+                    if transport == pb.TRANSPORT_CUDA_IPC and self._pause is not None and not incoming.is_covered:
+                        await self._pause()  # the last one is waited for, and NCCL's sender waits for each
                     if payload is not None:
                         staging = self._staging(transport)
                         moved = self._copy_moved(moving, staging, wire_bytes, header, payload, transfer.block_ids)

@@ -62,23 +62,23 @@ class RankReceiver:
         source: Endpoint,
         token_ids: Sequence[int],
         block_ids: Sequence[int],
-        on_covered: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None] = lambda: None,
     ) -> list[Received]:
         """Pull all shares at once; when this returns or raises, nothing writes to the blocks any more.
 
-        `on_covered` is called when the last share was announced whole.
+        `on_end` is called when the end of the last share came.
         """
         num_open = len(grants)
 
-        def covered() -> None:
+        def ended() -> None:
             nonlocal num_open
             num_open -= 1
             if num_open == 0:
-                on_covered()
+                on_end()
 
         return await _all_or_none(
             [
-                self._receiver.receive(grant, source.addresses[grant.prefill_rank], token_ids, block_ids, covered)
+                self._receiver.receive(grant, source.addresses[grant.prefill_rank], token_ids, block_ids, ended)
                 for grant in grants
             ]
         )
@@ -101,7 +101,7 @@ class TargetRank(Protocol):
         source: Endpoint,
         token_ids: Sequence[int],
         block_ids: Sequence[int],
-        on_covered: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None] = lambda: None,
     ) -> list[Received]: ...
 
     async def commit(self, grants: Sequence[Grant], source: Endpoint, received: Sequence[Received]) -> None: ...
@@ -163,13 +163,13 @@ class ReceiverGroup:
         source: Endpoint,
         token_ids: Sequence[int],
         block_ids: Sequence[int],
-        on_covered: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None] = lambda: None,
     ) -> Arrived:
         """Pull and verify every rank's share; when this returns or raises, nothing writes to the blocks any more.
 
         Raises: what the first rank that failed raised.
         """
-        hints = [on_covered, *(lambda: None for _ in self._ranks[1:])]  # the ranks end within a millisecond or so
+        hints = [on_end, *(lambda: None for _ in self._ranks[1:])]  # the ranks end within a millisecond or so
         shares = await _all_or_none(
             [
                 self._share(number, own, source, token_ids, block_ids, hint)
@@ -188,11 +188,11 @@ class ReceiverGroup:
         source: Endpoint,
         token_ids: Sequence[int],
         block_ids: Sequence[int],
-        on_covered: Callable[[], None],
+        on_end: Callable[[], None],
     ) -> list[Received]:
         """One rank's. What fails at another rank counts here, where the epochs of grants are."""
         try:
-            return await self._ranks[number].receive(grants, source, token_ids, block_ids, on_covered)
+            return await self._ranks[number].receive(grants, source, token_ids, block_ids, on_end)
         except SplitserveError:
             if number:  # our own receiver has seen to its own
                 for grant in grants:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
@@ -51,6 +51,7 @@ class KvReceiver:
         silence_s: a stream that says nothing for this long is given up.
         stall_s: the same, once the first KV has come.
         tls: of this worker; None: plain text.
+        pause: waits for a moment in which a part of KV that is not urgent disturbs nobody.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class KvReceiver:
         silence_s: float = 10.0,
         stall_s: float = 5.0,
         tls: Tls | None = None,
+        pause: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._pool = pool
         self._layout = layout or KvLayout(geometry=pool.geometry)
@@ -83,7 +85,9 @@ class KvReceiver:
         self._epochs: defaultdict[str, int] = defaultdict(lambda: 1)  # per address, raised after every failure
         self._speeds: defaultdict[str, LinkSpeed] = defaultdict(LinkSpeed)  # per address
         self._abandoning: set[asyncio.Task[None]] = set()
-        self._fetcher = Fetcher(pool, self._bytes, self._granter, metrics=metrics, silence_s=silence_s, stall_s=stall_s)
+        self._fetcher = Fetcher(
+            pool, self._bytes, self._granter, metrics=metrics, silence_s=silence_s, stall_s=stall_s, pause=pause
+        )
 
     def choose_wire(self, source: KvSource, num_tokens: int) -> WireFormat:
         """How KV from there shall travel: what is configured or, with codec auto, what its link's speed asks for."""
@@ -145,11 +149,11 @@ class KvReceiver:
         kv_address: str,
         token_ids: Sequence[int],
         block_ids: Sequence[int],
-        on_covered: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None] = lambda: None,
     ) -> Received:
         """Pull the KV of `token_ids` into `block_ids`; all of it is verified when this returns, not yet committed.
 
-        `on_covered` is called when all KV was announced: what is left takes a millisecond or two.
+        `on_end` is called when the end of all KV came: what is left are the last copies, and half a millisecond.
 
         When it returns, raises or is cancelled, nothing writes to the blocks any more.
         Raises: TransferFailed, KvCorrupted, LeaseExpired, StaleMessage, GeometryMismatch, or the error that the
@@ -160,7 +164,7 @@ class KvReceiver:
         transfer = Transfer(
             grant=grant,
             block_ids=block_ids,
-            on_covered=on_covered,
+            on_end=on_end,
             incoming=Incoming(grant, self._layout.geometry, due, token_ids),
         )
         try:

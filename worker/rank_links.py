@@ -110,7 +110,7 @@ class RankLink:
         source: Endpoint,
         token_ids: Sequence[int],
         block_ids: Sequence[int],
-        on_covered: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None] = lambda: None,
     ) -> list[Received]:
         """Returns, raises or is cancelled when nothing writes to the rank's blocks any more."""
         answer = self._ask(

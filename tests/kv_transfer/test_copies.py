@@ -14,7 +14,7 @@ class Due:
     """Copies that end when they are told to."""
 
     def __init__(self, number: int) -> None:
-        self.transfer = Transfer(grant=None, block_ids=[], on_covered=lambda: None, incoming=None)  # type: ignore[arg-type]
+        self.transfer = Transfer(grant=None, block_ids=[], on_end=lambda: None, incoming=None)  # type: ignore[arg-type]
         self.copies: list[asyncio.Future[int]] = [asyncio.get_running_loop().create_future() for _ in range(number)]
         self.transfer.copying.extend(self.copies)
 
