@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import grpc
 import grpc.aio
 
 from ..core.errors import ProtocolMismatch
+from ..core.garbage import collect_young
 from ..core.request import Request
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.convert import logprob_from_proto, reason_from_proto, request_to_proto, transport_name
@@ -18,6 +20,8 @@ from ..scheduling.routing import DecodeLoad, PrefillLoad
 from ..scheduling.step_times import MeasuredTimes, StepTimes
 from .prefill_link import PrefillLink
 from .session import DecodeReport, TransferReport, WorkerLink
+
+_WRITTEN_S = 1e-3  # after a step's tokens came: they are on their way to the clients, and the next ones are not there
 
 
 class DecodeLink(WorkerLink):
@@ -133,6 +137,7 @@ class DecodeLink(WorkerLink):
         if kind == "tokens":
             for entry in message.sequences:
                 self._decoded(entry)
+            asyncio.get_running_loop().call_later(_WRITTEN_S, collect_young)
         elif kind == "grant":
             self._has_refused = False
             self._events.granted(self, message)
