@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import secrets
 from dataclasses import replace
+from functools import lru_cache
 
 from ..core.errors import CapabilityRefused, KvCorrupted
 from ..proto import kv_transfer_pb2 as pb
@@ -48,6 +49,7 @@ class Granter:
         return hmac.digest(self._secret, purpose + b"\0" + fields, "sha256")
 
 
+@lru_cache(maxsize=256)  # each grant's are asked for with its fetch, its end and its commit
 def _fields(grant: Grant) -> bytes:
     """What was granted; not the proofs that are made of it."""
     message = grant.to_proto()
