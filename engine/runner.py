@@ -149,23 +149,23 @@ class CpuRunner:
             return StepResult(token_ids={})
         inputs, failed = sample_inputs(sampling, self._formats)
         chosen = sample(logits[: len(rows)], inputs)
-        for part, token_id in zip(sampling, chosen, strict=True):
-            if token_id is None:
-                failed.setdefault(part.sequence.request_id, _no_token(self._model.dtype))
-        token_ids = [token_id or 0 for token_id in chosen]
-        likelihoods = StepLogprobs.of(logits, parts, sampling, torch.tensor(token_ids, dtype=torch.int64))
-        return step_result(sampling, token_ids, failed, likelihoods)
+        known = torch.tensor([token_id or 0 for token_id in chosen], dtype=torch.int64)
+        likelihoods = StepLogprobs.of(logits, parts, sampling, known)
+        return step_result(sampling, chosen, failed, likelihoods, self._model.dtype)
 
 
 def step_result(
     sampling: Sequence[ScheduledTokens],
-    token_ids: Sequence[int],
+    token_ids: Sequence[int | None],
     failed: Mapping[str, SplitserveError],
     likelihoods: StepLogprobs | None,
+    dtype: torch.dtype,
 ) -> StepResult:
-    ids = [part.sequence.request_id for part in sampling]
+    """Args: token_ids: None where there is none to choose, which fails its request. dtype: of the model."""
+    chosen = {part.sequence.request_id: token_id for part, token_id in zip(sampling, token_ids, strict=True)}
+    failed = {**{i: _no_token(dtype) for i, token_id in chosen.items() if token_id is None}, **failed}
     return StepResult(
-        token_ids={i: token_id for i, token_id in zip(ids, token_ids, strict=True) if i not in failed},
+        token_ids={i: token_id for i, token_id in chosen.items() if token_id is not None and i not in failed},
         logprobs=likelihoods.of_tokens() if likelihoods is not None else {},
         prompt_logprobs=likelihoods.of_prompts() if likelihoods is not None else {},
         failed=failed,

@@ -215,7 +215,7 @@ class GpuRunner:
             if not self._leads:
                 slots = rows[:, 1].long()
                 slots = torch.where(slots < 0, self._last_tokens.shape[0] - 1, slots)
-                self._last_tokens.scatter_(0, slots, chosen)
+                self._last_tokens.scatter_(0, slots, chosen.clamp_min(0))
 
     # --- steps ---
 
@@ -256,7 +256,8 @@ class GpuRunner:
     def collect(self) -> StepResult:
         step = self._running.popleft()
         step.done.synchronize()
-        return step_result(step.sampling, step.chosen[: len(step.sampling)].tolist(), step.failed, step.likelihoods)
+        chosen = [i if i >= 0 else None for i in step.chosen[: len(step.sampling)].tolist()]
+        return step_result(step.sampling, chosen, step.failed, step.likelihoods, self._model.dtype)
 
     def abandon(self) -> None:
         self._running.clear()
@@ -424,7 +425,7 @@ class GpuRunner:
         inputs, failed = sample_inputs(sampling, self._formats)
         if sampling:
             self._sample(adjust(logits[: len(sampling)], inputs), sent)
-        return StepLogprobs.of(logits, parts, sampling, self._chosen[: len(sampling)]), failed
+        return StepLogprobs.of(logits, parts, sampling, self._chosen[: len(sampling)].clamp_min(0)), failed
 
 
 def _can_be_captured(part: ScheduledTokens) -> bool:

@@ -45,8 +45,10 @@ def _sample_kernel(
     at = tl.arange(0, BLOCK)
     best = float("-inf")
     best_at = 0
+    num_broken = 0
     for start in range(0, vocab, BLOCK):
         x = tl.load(values + start + at, mask=start + at < vocab, other=float("-inf")).to(tl.float32)
+        num_broken += tl.sum((x != x).to(tl.int32), 0)
         highest = tl.max(x, 0)
         if highest > best:  # the first of equals, as torch.argmax on the host
             best_at = start + tl.argmax(x, 0, tie_break_left=True)
@@ -106,7 +108,8 @@ def _sample_kernel(
             if highest > fastest:
                 best_at = start + tl.argmax(speed, 0, tie_break_left=True)
                 fastest = highest
-    tl.store(chosen + row, best_at.to(tl.int64))
+    sound = (num_broken == 0) & (best > float("-inf")) & (best < float("inf"))
+    tl.store(chosen + row, tl.where(sound, best_at, -1).to(tl.int64))
     slot = tl.load(slots + row * slots_row)
     if slot >= 0:
         tl.store(last_tokens + slot, best_at.to(tl.int64))
@@ -114,6 +117,9 @@ def _sample_kernel(
 
 def sample_rows(logits: Tensor, parameters: Tensor, slots: Tensor, *, last_tokens: Tensor, chosen: Tensor) -> None:
     """Write the chosen token of each row of `logits` [rows, vocab] to `chosen` [rows] int64.
+
+    -1 where the logits say nothing, as None of `..sampler.sample`; `last_tokens` then gets some token, so that a step
+    that follows has one to compute.
 
     Args:
         parameters: [rows, 6] int32: top_k, the bits of fp32 temperature (0: greedy), top_p, min_p, the two keys of the

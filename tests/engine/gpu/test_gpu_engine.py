@@ -81,6 +81,40 @@ def test_half_precision_is_accepted_and_runs(tmp_path: Path) -> None:
     assert all(len(found) == NEW_TOKENS for found in tokens)
 
 
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_fail_their_own_request_alone(
+    tmp_path: Path, temperature: float, cuda_graphs: bool
+) -> None:
+    """Also where the step behind the one that fails runs already."""
+    options = EngineOptions(
+        model=str(make_tiny_model("llama", tmp_path)), device="cuda", dtype="float32", num_kv_blocks=400,
+        max_running=8, max_step_tokens=64, max_model_len=256, self_check=False, cuda_graphs=cuda_graphs,
+    )  # fmt: skip
+    loaded = load_model(options)
+    with torch.no_grad():
+        loaded.model.get_input_embeddings().weight[7] = torch.nan
+    engine = Engine(loaded, options)
+    sampling = SamplingParams(temperature=temperature, seed=1)
+    answers: list[list[int]] = []
+    for _ in range(2):  # the second one would find the prefix of the first in the cache
+        for name, token_id in (("bad", 7), ("good", 8)):
+            prompt = (*range(20, 50), token_id)
+            engine.add(Request(request_id=name, prompt_token_ids=prompt, max_tokens=4, sampling=sampling))
+        failed, tokens = [], []
+        while engine.has_work():
+            output = engine.step()
+            assert output is not None
+            failed += [(name, error.code) for name, error in output.failed]
+            assert {token.request_id for token in output.tokens} <= {"good"}
+            tokens += [token.token_id for token in output.tokens]
+        assert failed == [("bad", "engine_failed")]
+        answers.append(tokens)
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == 4
+    assert (engine.usage().blocks_live, engine.num_orphaned_blocks()) == (0, 0)
+
+
 def test_sampling_depends_on_neither_batch_nor_graphs(tmp_path: Path) -> None:
     make_tiny_model("llama", tmp_path)
     engine = make_engine(tmp_path)

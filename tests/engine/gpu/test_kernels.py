@@ -207,8 +207,10 @@ def choose(logits: Tensor, params: list[SamplingParams], indices: list[int]) -> 
     last = torch.full((len(params) + 2,), -1, dtype=torch.int64, device="cuda")
     slots = torch.arange(1, len(params) + 1, dtype=torch.int32, device="cuda")
     sample_rows(logits, rows.cuda(), slots, last_tokens=last, chosen=chosen)
-    assert last.tolist() == [-1, *chosen.tolist(), -1]
-    return chosen.tolist()
+    told, kept = chosen.tolist(), last.tolist()
+    assert kept[0] == kept[-1] == -1
+    assert all(0 <= k < logits.shape[1] and t in (k, -1) for t, k in zip(told, kept[1:-1], strict=True))
+    return told
 
 
 PARAMS = [
@@ -249,6 +251,23 @@ def test_what_is_masked_is_never_chosen() -> None:
     ]
     chosen = choose(logits, params, list(range(64)))
     assert set(chosen) <= set(allowed)
+
+
+@pytest.mark.parametrize("params", PARAMS, ids=str)
+def test_a_row_that_says_nothing_gives_no_token_and_the_others_theirs(params: SamplingParams) -> None:
+    torch.manual_seed(6)
+    vocab = 20_000
+    logits = torch.randn(6, vocab, device="cuda")
+    sound = choose(logits, [params] * 6, [3] * 6)
+    broken = logits.clone()
+    broken[1, 12_345] = float("nan")
+    broken[2] = float("nan")
+    broken[3, 7] = float("inf")
+    broken[4] = float("-inf")
+    chosen = choose(broken, [params] * 6, [3] * 6)
+    assert chosen == [sound[0], -1, -1, -1, -1, sound[5]]
+    inputs = [SampleInput(params=params, index=3, token_ids=(), num_prompt_tokens=0)] * 6
+    assert [token_id is None for token_id in sample(broken.cpu(), inputs)] == [i < 0 for i in chosen]
 
 
 @pytest.mark.parametrize("params", PARAMS[1:], ids=str)
