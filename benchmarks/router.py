@@ -76,7 +76,9 @@ def main(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 64,
     step_ms: Annotated[float, typer.Option(min=1, help="Decode step of the workers.")] = 20.0,
     model: Annotated[str, typer.Option(help="Model whose tokenizer the routers use.")] = "smollm2-135m",
-    profile: Annotated[bool, typer.Option(help="Show where a router's time goes (cProfile; slows it down).")] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="Write where each router's time goes into this folder (cProfile; slows it down).")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
 ) -> None:
     """Requests and tokens a second, with the router's CPU time for each."""
@@ -94,6 +96,8 @@ def main(
                 f"{1e6 / row.router_cpu_us_per_token:,.0f} tokens/s"
             )
     print(f"wanted of one router: {REQUESTS_WANTED:,.0f} 1-token requests/s and {TOKENS_WANTED:,.0f} streamed tokens/s")
+    if profile is not None:
+        print(f"profiles: python -m pstats {profile}/router-0.prof")
     if json_file is not None:
         write_json(json_file, {"seconds": seconds, "clients": clients, "rows": [asdict(row) for row in rows]})
 
@@ -106,7 +110,7 @@ async def _measure(
     prompt_tokens: int,
     step_ms: float,
     model: str,
-    profile: bool,
+    profile: Path | None,
 ) -> list[Figures]:
     """Every load on a fresh cluster's routers, one after the other."""
     async with AsyncExitStack() as stack:
@@ -128,8 +132,9 @@ async def _measure(
             name = f"router-{number}"
             command = role_command(config, "router", name=name, host="127.0.0.1", port=0, num_threads=1, http_port=-1)
             words = [*command, "--prefill", worker.address, "--decode", worker.address]
-            if profile:
-                words = _profiled(words, Path.cwd() / f"{name}.prof")
+            if profile is not None:
+                profile.mkdir(parents=True, exist_ok=True)
+                words = _profiled(words, profile.absolute() / f"{name}.prof")
             routers.append(await start(name, words))
         return [await _run(load, routers, worker, num_clients, seconds, prompt_tokens) for load in loads]
 
