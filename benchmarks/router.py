@@ -77,7 +77,7 @@ def main(
     step_ms: Annotated[float, typer.Option(min=1, help="Decode step of the workers.")] = 20.0,
     model: Annotated[str, typer.Option(help="Model whose tokenizer the routers use.")] = "smollm2-135m",
     profile: Annotated[
-        Path | None, typer.Option(help="Write where each router's time goes into this folder (cProfile; slows it down).")
+        Path | None, typer.Option(help="Write cProfile's figures of each router into this folder; slows it down.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
 ) -> None:
@@ -86,6 +86,9 @@ def main(
     if unknown := set(load or ()) - set(LOADS):
         raise typer.BadParameter(f"unknown load {', '.join(sorted(unknown))}; known: {', '.join(LOADS)}")
     loads = [LOADS[name] for name in load or LOADS]
+    if profile is not None:
+        profile = profile.absolute()
+        profile.mkdir(parents=True, exist_ok=True)
     for num_routers in routers or [1, 2]:
         rows += asyncio.run(_measure(num_routers, loads, clients, seconds, prompt_tokens, step_ms, model, profile))
     Console().print(_table(rows))
@@ -133,8 +136,7 @@ async def _measure(
             command = role_command(config, "router", name=name, host="127.0.0.1", port=0, num_threads=1, http_port=-1)
             words = [*command, "--prefill", worker.address, "--decode", worker.address]
             if profile is not None:
-                profile.mkdir(parents=True, exist_ok=True)
-                words = _profiled(words, profile.absolute() / f"{name}.prof")
+                words = _profiled(words, profile / f"{name}.prof")
             routers.append(await start(name, words))
         return [await _run(load, routers, worker, num_clients, seconds, prompt_tokens) for load in loads]
 
