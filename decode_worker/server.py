@@ -15,8 +15,6 @@ from ..worker.host import WorkerHost
 from ..worker.options import WorkerOptions
 from .worker import DecodeWorker, RouterSession
 
-LONG_PROMPT_TOKENS = 1024
-
 
 class DecodeServer(worker_pb2_grpc.DecodeWorkerServicer):
     """Turns messages into calls of DecodeWorker."""
@@ -40,8 +38,8 @@ class DecodeServer(worker_pb2_grpc.DecodeWorkerServicer):
             self.worker.session_ended(session)
 
     async def _pause(self, message: worker_pb2.DecodeSessionRequest) -> None:
-        """A grant for a long prompt can wait: the prompt is being computed for many times as long."""
-        if message.HasField("grant") and len(message.grant.request.prompt_token_ids) >= LONG_PROMPT_TOKENS:
+        """Whoever can wait does so until the step's tokens are out."""
+        if message.HasField("grant") and message.grant.can_wait:
             await self.worker.host.quiet.wait()
 
     def _handle(self, session: RouterSession, message: worker_pb2.DecodeSessionRequest) -> None:

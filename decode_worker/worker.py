@@ -45,7 +45,7 @@ class _Run:
     received_s: float
     ready_s: float  # local: received; split: committed
     transfer: asyncio.Task[None] | None = None
-    adopted: bool = False  # the engine took over what was reserved for the transfer
+    adopted: bool = False  # the transfer is over: whatever ends the run frees its blocks
     started_s: float | None = None  # first step
     first_token_s: float | None = None
     preemptions: int = 0
@@ -229,9 +229,9 @@ class DecodeWorker:
             received = arrived.whole
             self._record(run, Event.TRANSFER_STARTED, received.started_at_s)
             self._record(run, Event.TRANSFER_FINISHED)
+            run.adopted, run.transfer = True, None  # nothing writes to the blocks any more
             if not received.finished:
                 self.host.engine.start_reserved(request.request_id, received.first_token_id)
-                run.adopted, run.transfer = True, None
                 run.ready_s = time.monotonic()
                 self._record(run, Event.DECODE_QUEUED)
                 self.host.wake()

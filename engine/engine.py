@@ -142,7 +142,7 @@ class Engine:
             self._no_longer_due(request_id)
 
     def expect_reserved(self, request_id: str) -> None:
-        """`start_reserved` or `release` will follow within a millisecond or two: the next step may wait for it."""
+        """`start_reserved` or `release` will follow within a millisecond: the next step may wait for it."""
         with self._lock:
             if self._scheduler.is_reserved(request_id):  # else it was released meanwhile, and nobody would take it out
                 self._due.add(request_id)

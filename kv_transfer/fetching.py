@@ -36,6 +36,8 @@ from .pool import KvPool
 from .staging import Staging
 from .wire import WireBytes
 
+_AHEAD_S = 1e-3  # a frame that was waited for came while later ones are being computed
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
@@ -163,7 +165,9 @@ class Fetcher:
         call = peer.stream()
         try:
             while True:
+                asked_s = time.monotonic()
                 frame = await self._next_frame(call, transfer, self._stall_s if has_begun else self._silence_s, request)
+                is_ahead = time.monotonic() - asked_s > _AHEAD_S
                 request = None
                 header = FrameHeader.unpack(frame)
                 if incoming.is_stale(header):
@@ -182,8 +186,11 @@ class Fetcher:
                         payload = self._staging(transport).room(wire_bytes.part_bytes(header.part))
                         moving = await self._post(lane, header, payload)
                     await transfer.settle(self._most_copies - 1)
-                    if transport == pb.TRANSPORT_CUDA_IPC and self._pause is not None and not incoming.is_covered:
-                        await self._pause()  # the last one is waited for, and NCCL's sender waits for each
+                    # The last one is what a token waits for, and so are those that were there already. NCCL's sender
+                    # waits for each.
+                    can_wait = transport == pb.TRANSPORT_CUDA_IPC and is_ahead and not incoming.is_covered
+                    if can_wait and self._pause is not None:
+                        await self._pause()
                     if payload is not None:
                         staging = self._staging(transport)
                         moved = self._copy_moved(moving, staging, wire_bytes, header, payload, transfer.block_ids)

@@ -883,12 +883,15 @@ class RequestGrant(_message.Message):
     PREFILL_BOOT_ID_FIELD_NUMBER: _builtins.int
     PREFILL_KV_DTYPE_FIELD_NUMBER: _builtins.int
     KV_RANK_ADDRESSES_FIELD_NUMBER: _builtins.int
+    CAN_WAIT_FIELD_NUMBER: _builtins.int
     kv_address: _builtins.str
     """host:port that the KV will be fetched from."""
     prefill_boot_id: _builtins.str
     """Boot id of that prefill worker."""
     prefill_kv_dtype: _builtins.str
     """Dtype of its KV pool; empty reads as the decode worker's own."""
+    can_wait: _builtins.bool
+    """The prompt is being computed meanwhile, and takes long: some milliseconds more do not matter."""
     @_builtins.property
     def request(self) -> Global___WorkRequest:
         """The request."""
@@ -905,10 +908,11 @@ class RequestGrant(_message.Message):
         prefill_boot_id: _builtins.str = ...,
         prefill_kv_dtype: _builtins.str = ...,
         kv_rank_addresses: _abc.Iterable[_builtins.str] | None = ...,
+        can_wait: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_address", b"kv_address", "kv_rank_addresses", b"kv_rank_addresses", "prefill_boot_id", b"prefill_boot_id", "prefill_kv_dtype", b"prefill_kv_dtype", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["can_wait", b"can_wait", "kv_address", b"kv_address", "kv_rank_addresses", b"kv_rank_addresses", "prefill_boot_id", b"prefill_boot_id", "prefill_kv_dtype", b"prefill_kv_dtype", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

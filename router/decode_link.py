@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from ..core.errors import ProtocolMismatch
-from ..core.garbage import collect_young
+from ..core.garbage import garbage
 from ..core.request import Request
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.convert import logprob_from_proto, reason_from_proto, request_to_proto, transport_name
@@ -21,7 +21,7 @@ from ..scheduling.step_times import MeasuredTimes, StepTimes
 from .prefill_link import PrefillLink
 from .session import DecodeReport, TransferReport, WorkerLink
 
-_WRITTEN_S = 1e-3  # after a step's tokens came: they are on their way to the clients, and the next ones are not there
+_WRITTEN_S = 1e-3  # after a step's tokens came: by then they are on their way to the clients
 
 
 class DecodeLink(WorkerLink):
@@ -102,12 +102,20 @@ class DecodeLink(WorkerLink):
         )
 
     def request_grant(
-        self, request: Request, timeout_s: float, waited_s: float, prefill: PrefillLink, prompt_ids: Sequence[int] = ()
+        self,
+        request: Request,
+        timeout_s: float,
+        waited_s: float,
+        prefill: PrefillLink,
+        prompt_ids: Sequence[int] = (),
+        *,
+        can_wait: bool = False,
     ) -> None:
+        """Args: can_wait: for some milliseconds, in which the prompt is being computed."""
         message = worker_pb2.DecodeSessionRequest()
         asked = message.grant
         request_to_proto(request, timeout_s, waited_s, asked.request, prompt_ids)
-        asked.kv_address, asked.prefill_boot_id = prefill.kv_address, prefill.boot_id
+        asked.kv_address, asked.prefill_boot_id, asked.can_wait = prefill.kv_address, prefill.boot_id, can_wait
         if prefill.info is not None:
             asked.kv_rank_addresses.extend(prefill.info.kv_rank_addresses)
             asked.prefill_kv_dtype = prefill.info.kv_dtype
@@ -137,7 +145,7 @@ class DecodeLink(WorkerLink):
         if kind == "tokens":
             for entry in message.sequences:
                 self._decoded(entry)
-            asyncio.get_running_loop().call_later(_WRITTEN_S, collect_young)
+            asyncio.get_running_loop().call_later(_WRITTEN_S, garbage.collect)
         elif kind == "grant":
             self._has_refused = False
             self._events.granted(self, message)

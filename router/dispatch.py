@@ -52,6 +52,8 @@ from .timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
+_LONG_TOKENS = 1024  # of a prompt that takes many times as long as a grant
+
 
 class Dispatcher:
     """All live requests of one router. Implements `WorkerEvents` and `scheduling.dispatch_order.Source`.
@@ -151,7 +153,8 @@ class Dispatcher:
         """
         reading = self._take_over(request, arrived_at, deadline_at, digest)
         if reading is None:
-            reading = self._submit(request, arrived_at, deadline_at, call, digest, prompt_ids).reading
+            job = self._submit(request, arrived_at, deadline_at, call, digest, prompt_ids)
+            reading = job.read(len(request.output_token_ids))
         job = reading.job
         try:
             yield reading
@@ -160,6 +163,7 @@ class Dispatcher:
                 if time.monotonic() >= job.deadline_at:  # gRPC ends the call at the same moment as our timer does
                     self._expire(job)
                 self._end(job, Cancelled("the client went away"))
+                job.reading = None
 
     def _take_over(self, request: Request, arrived_at: float, deadline_at: float, digest: bytes) -> Reading | None:
         """The answer of a live or just finished request, read from where the client is; None: nothing that helps."""
@@ -170,11 +174,10 @@ class Dispatcher:
         if not can_read(job, request, deadline_at):
             self._end(job, Superseded("a later call with this idempotency key began the request anew"))
             return None
-        job.reading.take_away()
-        job.reading = Reading(job, len(request.output_token_ids))
+        reading = job.read(len(request.output_token_ids))
         job.called_at = arrived_at
         self._metrics.takeovers.labels("replayed" if job.answer.ended else "attached").inc()
-        return job.reading
+        return reading
 
     def _submit(
         self,
@@ -443,9 +446,12 @@ class Dispatcher:
             self._admission.ttft.dispatched(now, job.ticket.cost, self.num_queued)
         else:
             job.phase = Phase.GRANTING
-            prefill.attach(request.request_id, self._routing.uncached_tokens(job, prefill.address), request.num_tokens)
-            decode.request_grant(request, timeout_s, waited_s, prefill, job.prompt_ids)
-            if is_early and prefill.takes_late_grants:
+            num_tokens = self._routing.uncached_tokens(job, prefill.address)
+            prefill.attach(request.request_id, num_tokens, request.num_tokens)
+            is_early = is_early and prefill.takes_late_grants
+            can_wait = is_early and num_tokens >= _LONG_TOKENS
+            decode.request_grant(request, timeout_s, waited_s, prefill, job.prompt_ids, can_wait=can_wait)
+            if is_early:
                 self._run_prefill(job, prefill, now)
 
     def _run_prefill(
@@ -479,7 +485,7 @@ class Dispatcher:
                 job.timeline.mark(Event.FIRST_TOKEN, now, tokens.attempt)
                 if job.predicted_ttft_s is not None and job.failures.num == 0:
                     self._admission.ttft.measured(job.predicted_ttft_s, now - job.timeline.arrived_at)
-            job.reading.wake()
+            job.wake_reader()
         if job.answer.finish_reason is not None:
             if job.decode is not None and job.timeline.prefill is not None and job.timeline.prefill.ungranted:
                 job.decode.cancel(tokens.request_id, tokens.attempt)  # nobody else would tell it
@@ -569,7 +575,7 @@ class Dispatcher:
         self.outcomes.ended(job, now, num_live=len(self._jobs))
         if not self._jobs:
             self.idle.set()
-        job.reading.wake()
+        job.wake_reader()
         self._pump()
 
 

@@ -48,7 +48,7 @@ class Job:
         self.digest = digest  # of all that makes it this request
         self.prompt_ids = prompt_ids  # in a message, until the end; see `request_to_proto`
         self.answer = Answer(request.output_token_ids, request.attempt)
-        self.reading = Reading(self, len(request.output_token_ids))  # of the newest call
+        self.reading: Reading | None = None  # of the newest call, while that lasts
         self.called_at = timeline.arrived_at  # of the newest call
         self.timeline = timeline
         self.deadline_at = deadline_at
@@ -69,6 +69,18 @@ class Job:
         self.queue_timer: asyncio.TimerHandle | None = None  # runs while it is queued and has had no attempt
         self.retry_timer: asyncio.TimerHandle | None = None
         self.num_given = len(request.output_token_ids)  # tokens that the client brought
+
+    def read(self, num_received: int) -> Reading:
+        """A call's place in the answer, behind what its client has; an older call loses its own."""
+        if self.reading is not None:
+            self.reading.take_away()
+        self.reading = Reading(self, num_received)
+        return self.reading
+
+    def wake_reader(self) -> None:
+        """There is something to read."""
+        if self.reading is not None:
+            self.reading.wake()
 
     @property
     def weights(self) -> str:

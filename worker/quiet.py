@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from ..core.garbage import collect_young
+from ..core.garbage import garbage
 
 _LEAD_S = 2e-3  # before a step's end: the next one is planned in the last of them, and what began must be done by then
 _LEAST_S = 3e-4  # how long it is quiet after each step, however short steps are
@@ -36,10 +36,10 @@ class Quiet:
         asyncio.get_running_loop().call_soon(self._begin)  # behind those who write the messages
 
     def _begin(self) -> None:
+        garbage.collect()
         self._ends_s = max(self._next_end_s - _LEAD_S, self._clock() + _LEAST_S)
         self._begins.set()
         self._begins.clear()
-        collect_young()
 
     async def wait(self) -> None:
         """Until it is quiet: at once while no step runs, and after some milliseconds in any case."""
