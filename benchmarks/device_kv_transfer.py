@@ -174,7 +174,8 @@ class _Link:
         each = pool.num_blocks // plan.in_flight
         self._asking = asyncio.Lock()
         self._longest = tuple(range(max(plan.sizes)))
-        self._tables = [blocks[n * each : (n + 1) * each] for n in range(plan.in_flight)]
+        self._blocks = [blocks[n * each : (n + 1) * each] for n in range(plan.in_flight)]
+        self._orders: dict[str, list[int]] = {}  # of the blocks of each transfer that was prepared
 
     @asynccontextmanager
     async def receiver(self, way: str) -> AsyncIterator[KvReceiver]:
@@ -191,13 +192,15 @@ class _Link:
         request = Request(request_id=secrets.token_hex(8), prompt_token_ids=self._prompt(num_tokens), max_tokens=1)
         source = KvSource(address=self._address, boot_id=PREFILL_BOOT)
         grant = receiver.make_grant(request, source, receiver.choose_wire(source, num_tokens), 0)
+        self._orders[grant.grant_id] = torch.randperm(len(self._blocks[0])).tolist()  # no two prompts lie alike
         async with self._asking:
             await asyncio.to_thread(self._offer, grant)
         return grant
 
     async def move(self, receiver: KvReceiver, way: str, grant: Grant, slot: int = 0) -> tuple[float, Received]:
         """Seconds from the call of receive() to verified KV in our blocks."""
-        table = self._tables[slot] = self._tables[slot][1:] + self._tables[slot][:1]  # no two prompts lie alike
+        blocks = self._blocks[slot]
+        table = [blocks[index] for index in self._orders.pop(grant.grant_id)]
         prompt = self._prompt(grant.num_tokens)
         began_s = time.perf_counter()
         received = await receiver.receive(grant, self._address, prompt, table)
