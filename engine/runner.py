@@ -100,6 +100,7 @@ class CpuRunner:
         samples: bool = True,
     ) -> None:
         self._model = model
+        self._dtype = model.dtype  # looked up among the parameters each time
         self._pool = pool
         self._formats = formats
         self._kv_written = kv_written
@@ -151,7 +152,7 @@ class CpuRunner:
         chosen = sample(logits[: len(rows)], inputs)
         known = torch.tensor([token_id or 0 for token_id in chosen], dtype=torch.int64)
         likelihoods = StepLogprobs.of(logits, parts, sampling, known)
-        return step_result(sampling, chosen, failed, likelihoods, self._model.dtype)
+        return step_result(sampling, chosen, failed, likelihoods, self._dtype)
 
 
 def step_result(

@@ -92,6 +92,7 @@ class GpuRunner:
         group: RankGroup | None = None,
     ) -> None:
         self._model = model
+        self._dtype = model.dtype  # looked up among the parameters each time
         self._group = group
         self._leads = group is None or group.leads
         self._pool = pool
@@ -257,7 +258,7 @@ class GpuRunner:
         step = self._running.popleft()
         step.done.synchronize()
         chosen = [i if i >= 0 else None for i in step.chosen[: len(step.sampling)].tolist()]
-        return step_result(step.sampling, chosen, step.failed, step.likelihoods, self._model.dtype)
+        return step_result(step.sampling, chosen, step.failed, step.likelihoods, self._dtype)
 
     def abandon(self) -> None:
         self._running.clear()
