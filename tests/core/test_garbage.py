@@ -52,6 +52,8 @@ def test_what_outlived_a_collection_is_freed_within_some_seconds() -> None:
 
 
 def test_a_few_objects_are_not_worth_it() -> None:
+    garbage = Garbage()
+    gc.collect()
     gone = weakref.ref(Node())
-    Garbage().collect()
+    garbage.collect()
     assert gone() is not None
