@@ -81,6 +81,31 @@ async def test_kv_arrives_bit_exact_and_commit_frees_the_sender(pair, transport:
         assert count(p.receiver_metrics.transfer_bytes) == received.num_bytes
 
 
+@both
+async def test_the_end_is_told_once_when_it_has_come_and_not_with_the_last_kv(pair, transport: str) -> None:
+    """A decode step waits for who is told of, so it may not be long."""
+    told: list[bool] = []
+    async with pair(transport) as p:
+        request = p.request(100)
+        grant = p.grant(request)
+        p.offer(grant, request)
+        arriving = asyncio.ensure_future(
+            p.receiver.receive(
+                grant, p.address, request.prompt_token_ids, p.target_table, on_end=lambda: told.append(arriving.done())
+            )
+        )
+        p.write_all(grant)
+        out = p.sender._offers.of_request(grant.request_id)
+        async with asyncio.timeout(30):
+            while not (out.stream is not None and out.progress.all_taken):
+                await asyncio.sleep(0.002)
+        await asyncio.sleep(0.05)
+        assert told == []
+        p.sender.finish(grant.request_id, 7, final=False)
+        await arriving
+        assert told == [False]
+
+
 def counting_streams(opened: list[object]) -> type[KvSender]:
     class Watched(KvSender):
         async def _fetch(self, requests, context):

@@ -136,6 +136,39 @@ async def test_a_prompt_does_not_wait_for_its_grant_where_there_is_room(start_sc
     scene.check_nothing_left()
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "is_early", "can_wait"), [(1500, True, True), (100, True, False), (1500, False, False)]
+)
+async def test_a_grant_can_wait_only_while_its_long_prompt_is_computed(
+    start_scene: StartScene, num_tokens: int, is_early: bool, can_wait: bool
+) -> None:
+    scene = await start_scene()
+    if not is_early:  # a prefill worker of a build before
+        await scene.prefill.die()
+        scene.prefill.info.late_grants = False
+        await scene.prefill.start()
+        await scene.becomes(scene.prefill.address, "ready")
+    await scene.heard(scene.decode)
+    task = asyncio.create_task(scene.client.generate([10] * num_tokens, max_tokens=2))
+    assert (await scene.decode.receive("grant")).can_wait is can_wait
+    task.cancel()
+
+
+async def test_an_ended_request_holds_no_reader(start_scene: StartScene) -> None:
+    """They would be in a cycle, whose prompt and answer only the garbage collector frees."""
+    scene = await start_scene()
+    task = ask(scene)
+    prefill, work = await granted(scene)
+    job = scene.router.dispatcher._jobs[work.request_id]
+    assert job.reading is not None
+    prefill.first_token(work, ANSWER[0])
+    speak(scene.decode, work, 1, len(ANSWER))
+    await end_of(task)
+    async with asyncio.timeout(WAIT_S):
+        while job.reading is not None:
+            await asyncio.sleep(0.002)
+
+
 @pytest.mark.parametrize("grants", ["before the token", "after it"])
 async def test_an_answer_complete_before_its_grant_frees_the_decode_worker(
     start_scene: StartScene, grants: str
