@@ -90,7 +90,7 @@ def main(
     ] = False,
     step_seconds: Annotated[float, typer.Option(help="Of steps beside each transport.")] = 5.0,
     ctas: Annotated[int | None, typer.Option(help="On cuda: multiprocessors of NCCL.", show_default="16")] = None,
-    frame_mib: Annotated[int | None, typer.Option(help="On cuda: MiB of an NCCL frame.", show_default="128")] = None,
+    frame_mib: Annotated[int | None, typer.Option(help="On cuda: MiB of an NCCL frame.", show_default="256")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
 ) -> None:
     """GB/s of each transport, from the call of receive() to verified KV in the receiver's blocks.

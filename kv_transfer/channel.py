@@ -6,6 +6,8 @@ Control stays on the Fetch stream: a header there says that a payload is ready, 
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +33,10 @@ class Channel(Protocol):
         Raises: TransferFailed: the peer is gone, or aborted.
         """
 
-    def wait(self, posted: Any, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def wait(self, posted: Any, sleep: Callable[[float], None] = time.sleep) -> None:
         """Return when what was sent may be overwritten, or what is received is all there; in the order of posting.
 
-        Args: meanwhile: called now and then; it may post.
+        Args: sleep: for at most so many seconds; it may post.
         Raises: TransferFailed: the peer is gone, silent, or aborted.
         """
 
@@ -90,6 +92,7 @@ class Lane:
         self._aborted = False
         self._num_posted = 0
         self._payloads: deque[_Payload] = deque()  # appended by the event loop, taken by the thread, never iterated
+        self._appended = threading.Event()
         self._due: dict[int, asyncio.Future[None]] = {}  # receives whose turn has not come
         self._opening = self._loop.run_in_executor(self._thread, self._open, open_channel)
         self._opening.add_done_callback(self._opened)
@@ -136,6 +139,7 @@ class Lane:
         """In the thread. Its error may find nobody who waits: whoever posted was cancelled, or failed for another."""
         payload = _Payload(is_send=is_send, data=data)
         self._payloads.append(payload)
+        self._appended.set()
         moving = self._loop.run_in_executor(self._thread, self._move, payload)
         moving.add_done_callback(lambda done: done.cancelled() or done.exception())
         return moving
@@ -178,15 +182,24 @@ class Lane:
             if self._channel is None or (self._aborted and payload.posted is None):
                 raise TransferFailed(f"{self.name} was given up")
             payload.posted = payload.posted or self._channel.post(payload.data, is_send=payload.is_send)
-            self._channel.wait(payload.posted, self._post_ahead)
+            self._channel.wait(payload.posted, self._sleep)
         finally:
             self._payloads.remove(payload)
             payload.posted = None  # an error's traceback keeps this frame, and it would keep the channel's connections
 
+    def _sleep(self, seconds: float) -> None:
+        """Less if a payload comes behind the one that is waited for: it is posted ahead."""
+        self._appended.clear()
+        if self._has_following():
+            self._post_ahead()
+            time.sleep(seconds)
+        elif self._appended.wait(seconds) and self._has_following():
+            self._post_ahead()
+
+    def _has_following(self) -> bool:
+        return len(self._payloads) >= _AHEAD
+
     def _post_ahead(self) -> None:
-        """The payload behind the one that is waited for."""
-        if self._channel is None or len(self._payloads) < _AHEAD or self._aborted:
-            return
         following = self._payloads[_AHEAD - 1]
-        if following.posted is None:
+        if self._channel is not None and not self._aborted and following.posted is None:
             following.posted = self._channel.post(following.data, is_send=following.is_send, is_ahead=True)

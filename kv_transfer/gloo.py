@@ -155,8 +155,8 @@ class GlooChannel:
         except RuntimeError as error:
             raise TransferFailed(f"the gloo group broke: {error}") from error
 
-    def wait(self, posted: Any, meanwhile: Callable[[], None] = lambda: None) -> None:
-        meanwhile()
+    def wait(self, posted: Any, sleep: Callable[[float], None] = time.sleep) -> None:
+        sleep(0.0)
         try:
             posted.wait()
         except RuntimeError as error:

@@ -136,13 +136,13 @@ class NcclChannel:
             self._unfinished.add(posted)
             return self._post(data, posted, _SENDER if is_send else _RECEIVER, time.monotonic() + self._stall_s)
 
-    def wait(self, posted: _Posted, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def wait(self, posted: _Posted, sleep: Callable[[float], None] = time.sleep) -> None:
         try:
             with self._whole():
                 if self._communicator is None:
                     raise TransferFailed(f"the NCCL communicator was aborted while {posted.what}")
                 deadline_s = time.monotonic() + self._stall_s
-                self._wait(posted.what, posted.done.query, deadline_s, meanwhile, posted.expected_s)
+                self._wait(posted.what, posted.done.query, deadline_s, sleep, posted.expected_s)
         finally:
             posted.free()
             self._unfinished.discard(posted)
@@ -178,7 +178,7 @@ class NcclChannel:
         what: str,
         is_done: Callable[[], bool],
         deadline_s: float,
-        meanwhile: Callable[[], None] = lambda: None,
+        sleep: Callable[[float], None] = time.sleep,
         expected_s: float = 0.0,
     ) -> None:
         """Raises: TransferFailed: aborted, too late, or NCCL failed."""
@@ -191,10 +191,9 @@ class NcclChannel:
             if time.monotonic() > deadline_s:
                 raise TransferFailed(f"NCCL made no progress while {what}; the peer is gone or silent")
             self._is_ready()  # a peer on another host that is gone is told of here
-            meanwhile()
             return False
 
-        wait_until(is_over, expected_s)
+        wait_until(is_over, expected_s, sleep)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:

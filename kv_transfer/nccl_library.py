@@ -143,13 +143,16 @@ def is_available() -> bool:
         return False
 
 
-def wait_until(is_done: Callable[[], bool], expected_s: float = 0.0) -> None:
+def wait_until(
+    is_done: Callable[[], bool], expected_s: float = 0.0, sleep: Callable[[float], None] = time.sleep
+) -> None:
     """Look often, not all the time: each look takes the interpreter from whoever packs the next payload.
 
-    Args: expected_s: what it takes at least.
+    Args:
+        expected_s: what it takes at least.
+        sleep: for at most so many seconds.
     """
     began_s = time.monotonic()
-    pause_s = expected_s
     while not is_done():
-        time.sleep(max(_PAUSE_S, pause_s))
-        pause_s = min(_MAX_PAUSE_S, (time.monotonic() - began_s) / 16)
+        waited_s = time.monotonic() - began_s
+        sleep(max(_PAUSE_S, expected_s - waited_s, min(_MAX_PAUSE_S, waited_s / 16)))

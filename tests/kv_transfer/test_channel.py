@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -88,7 +89,8 @@ async def test_an_abort_finds_who_has_its_turn_and_has_not_posted_yet() -> None:
 class HeldChannel:
     """Payloads stay on their way until they are let go; an abort is heard by whoever waits, as NCCL's is."""
 
-    def __init__(self) -> None:
+    def __init__(self, look_s: float = 0.001) -> None:
+        self.look_s = look_s
         self.on_their_way: set[int] = set()
         self.first_may_end = threading.Event()
         self.aborted = threading.Event()
@@ -97,9 +99,9 @@ class HeldChannel:
         self.on_their_way.add(data.data_ptr())
         return data.data_ptr()
 
-    def wait(self, posted: int, meanwhile: Callable[[], None] = lambda: None) -> None:
-        while not self.first_may_end.wait(0.001):
-            meanwhile()
+    def wait(self, posted: int, sleep: Callable[[float], None] = time.sleep) -> None:
+        while not self.first_may_end.is_set():
+            sleep(self.look_s)
         is_last = len(self.on_their_way) == 1
         self.on_their_way.remove(posted)
         if is_last and self.aborted.is_set():
@@ -129,6 +131,25 @@ async def test_a_payload_posted_ahead_is_the_channels_until_its_abort_is_over() 
     with pytest.raises(TransferFailed, match="aborted"):
         await second
     assert not channel.on_their_way
+
+
+async def test_a_payload_that_comes_while_another_moves_is_posted_at_once() -> None:
+    channel = HeldChannel(look_s=30.0)
+    lane = Lane("the receiver's lane", lambda: channel)
+    await lane.ready()
+    moving = [await lane.recv(0, torch.empty(8, dtype=torch.uint8))]
+    try:
+        async with asyncio.timeout(10):
+            while not channel.on_their_way:
+                await asyncio.sleep(0.002)
+            await asyncio.sleep(0.05)  # it looks for the first one's end by now
+            moving.append(await lane.recv(1, torch.empty(8, dtype=torch.uint8)))
+            while len(channel.on_their_way) < 2:
+                await asyncio.sleep(0.002)
+    finally:
+        channel.first_may_end.set()
+    await asyncio.gather(*moving)
+    lane.abort("the test is over")
 
 
 async def test_abort_wakes_a_sender_whom_nobody_receives_from() -> None:
