@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.errors import ConfigError, EngineFailed, ModelUnsupported, PromptTooLong, SplitserveError
+from ..core.errors import EngineFailed, PromptTooLong, SplitserveError
 from ..core.events import Recorder, StepKind, StepRecord
 from ..core.kv_geometry import blocks_for
 from ..core.request import Request
@@ -21,14 +21,12 @@ from ..scheduling.sequence import SequenceState
 from ..scheduling.steps import StepPlan, StepScheduler
 from .attention import KvWritten
 from .loading import LoadedModel
-from .model_files import reason_of
 from .options import EngineOptions
-from .output_format import OutputFormats
 from .outputs import Holding, Reservation, StepOutput, Usage, token_output
 from .pace import GPU_PACKED_TOKENS, StepPace
 from .parallel.leader import LeadingRunner, OtherRanks
-from .pool import KvPool
-from .runner import CpuRunner, StepResult, StepRunner, needs_history
+from .runner import StepResult, needs_history
+from .start import model_limit, on_device
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +69,7 @@ class Engine:
         self.options = options
         self.geometry = model.geometry
         self.vocab_size = model.vocab_size
-        self._model_limit = _limit(model, options)
+        self._model_limit = model_limit(model, options)
         self.pool, runner = on_device(model, options, kv_written)
         self._runner = runner if others is None else LeadingRunner(runner, others)
         num_blocks = self.pool.num_blocks
@@ -439,42 +437,3 @@ class Engine:
 def _arrived_at(request: Request) -> float:
     """When the request came to a router, by this process's clock."""
     return time.monotonic() - request.waited_s
-
-
-def on_device(model: LoadedModel, options: EngineOptions, kv_written: KvWritten | None) -> tuple[KvPool, StepRunner]:
-    """The KV pool and what runs steps on it.
-
-    Raises: ModelUnsupported: the pool would not hold a block. ConfigError: nor a request as long as was asked for, or
-        a GPU has no room for all that.
-    """
-    if model.model.device.type == "cuda":
-        from .gpu.start import start_on_gpu
-
-        try:
-            return start_on_gpu(model, options, _limit(model, options), kv_written)
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"the KV pool and the largest step do not fit into the memory of {model.model.device}: "
-                f"{reason_of(error)}; lower --num-kv-blocks, --gpu-memory-fraction, --max-step-tokens or --max-running"
-            ) from error
-    formats = OutputFormats(model.path, model.vocab_size, model.eos_token_ids)
-    row_bytes = model.geometry.bytes_per_token * options.block_size
-    num_blocks = options.num_kv_blocks or options.kv_memory_bytes // row_bytes
-    if num_blocks < 1:
-        raise ModelUnsupported(
-            f"one KV block of {options.block_size} tokens takes {row_bytes:,} bytes, kv_memory_bytes is "
-            f"{options.kv_memory_bytes:,}; raise it"
-        )
-    if options.max_model_len is not None and num_blocks * options.block_size < _limit(model, options):
-        raise ConfigError(
-            f"the KV pool has room for {num_blocks * options.block_size:,} tokens, one request may have "
-            f"{_limit(model, options):,} (--max-model-len); lower that, or raise --kv-memory or --num-kv-blocks"
-        )
-    pool = KvPool(model.geometry, num_blocks=num_blocks, block_size=options.block_size, shared=options.shared_pool)
-    samples = model.group is None or model.group.leads
-    return pool, CpuRunner(model.model, pool, formats, kv_written, samples=samples)
-
-
-def _limit(model: LoadedModel, options: EngineOptions) -> int:
-    """Tokens that one sequence may have, if the pool holds them."""
-    return min(model.max_model_len, options.max_model_len or model.max_model_len)

@@ -47,8 +47,8 @@ def follow(
     """Serve as `group.rank` until `read`, which waits for rank 0's next message, returns None."""
     import numpy as np
 
-    from ..engine import on_device
     from ..loading import load_model
+    from ..start import on_device
     from .messages import Order, StepReader
 
     model = load_model(options, group)
