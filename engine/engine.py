@@ -12,17 +12,16 @@ from dataclasses import dataclass
 import torch
 
 from ..core.errors import EngineFailed, PromptTooLong, SplitserveError
-from ..core.events import Recorder, StepKind, StepRecord
+from ..core.events import Recorder
 from ..core.kv_geometry import blocks_for
 from ..core.request import Request
 from ..scheduling.blocks import BlockAllocator
 from ..scheduling.prefix_feed import PrefixChanges, PrefixFeed
-from ..scheduling.sequence import SequenceState
 from ..scheduling.steps import StepPlan, StepScheduler
 from .attention import KvWritten
 from .loading import LoadedModel
 from .options import EngineOptions
-from .outputs import Holding, Reservation, StepOutput, Usage, token_output
+from .outputs import Holding, Reservation, StepOutput, Usage, step_record, token_output
 from .pace import GPU_PACKED_TOKENS, StepPace
 from .parallel.leader import LeadingRunner, OtherRanks
 from .runner import StepResult, needs_history
@@ -171,19 +170,7 @@ class Engine:
 
     def usage(self) -> Usage:
         with self._lock:
-            blocks = self._scheduler.blocks.counts()
-            return Usage(
-                blocks_total=blocks.total,
-                blocks_free=blocks.free,
-                blocks_cached=blocks.cached,
-                blocks_live=blocks.live,
-                blocks_granted=blocks.granted,
-                num_running=self._scheduler.num_running,
-                num_waiting=self._scheduler.num_waiting,
-                num_held=self._scheduler.num_in(SequenceState.HELD),
-                num_reserved=self._scheduler.num_in(SequenceState.RESERVED),
-                outstanding_prefill_tokens=self._scheduler.outstanding_prefill_tokens,
-            )
+            return Usage.of(self._scheduler)
 
     # The prefix cache, as routers are told of it.
 
@@ -219,15 +206,7 @@ class Engine:
     def holdings(self) -> list[Holding]:
         """What every sequence holds, by request id."""
         with self._lock:
-            return [
-                Holding(
-                    request_id=sequence.request_id,
-                    state=sequence.state.value,
-                    num_blocks=len(sequence.block_table),
-                    num_tokens=sequence.num_tokens,
-                )
-                for sequence in self._scheduler.holdings()
-            ]
+            return [Holding.of(sequence) for sequence in self._scheduler.holdings()]
 
     def _check_blocks(self) -> None:
         """Conservation, after each step and each release: free + cached + granted + live = total."""
@@ -351,8 +330,14 @@ class Engine:
             if not self._scheduler.has_plans:
                 return None
             dropped = self._scheduler.abandon()
-            record = self._record(
-                "mixed", num_sequences=len(dropped), began_s=self._step_began_s, ended_s=time.monotonic()
+            self.num_steps += 1
+            record = step_record(
+                self._scheduler,
+                "mixed",
+                step=self.num_steps,
+                num_sequences=len(dropped),
+                began_s=self._step_began_s,
+                ended_s=time.monotonic(),
             )
         failed: list[tuple[str, SplitserveError]] = [(sequence.request_id, error) for sequence in dropped]
         return StepOutput(record=record, tokens=[], started=[], preempted=[], resumed=[], failed=failed)
@@ -376,8 +361,11 @@ class Engine:
         tokens = self._scheduler.commit(result.token_ids)
         self._check_blocks()
         self.output_tokens += len(tokens)
-        record = self._record(
+        self.num_steps += 1
+        record = step_record(
+            self._scheduler,
             "prefill" if not plan.num_decode_tokens else "mixed" if plan.num_prefill_tokens else "decode",
+            step=self.num_steps,
             num_sequences=len(plan.parts),
             began_s=self._pace.began_s(launched.at_s),
             ended_s=ended_s,
@@ -394,34 +382,6 @@ class Engine:
             preempted=[sequence.request_id for sequence in plan.preempted],
             resumed=[sequence.request_id for sequence in plan.resumed],
             failed=failed,
-        )
-
-    def _record(
-        self,
-        kind: StepKind,
-        *,
-        num_sequences: int,
-        began_s: float,
-        ended_s: float,
-        schedule_s: float = 0.0,
-        plan: StepPlan | None = None,
-        num_new_tokens: int = 0,
-    ) -> StepRecord:
-        self.num_steps += 1
-        return StepRecord(
-            step=self.num_steps,
-            at_s=began_s - schedule_s,
-            kind=kind,
-            num_sequences=num_sequences,
-            num_prefill_tokens=plan.num_prefill_tokens if plan else 0,
-            num_decode_tokens=plan.num_decode_tokens if plan else 0,
-            num_context_tokens=plan.num_context_tokens if plan else 0,
-            num_new_tokens=num_new_tokens,
-            schedule_s=schedule_s,
-            run_s=ended_s - began_s,
-            total_s=schedule_s + time.monotonic() - began_s,
-            num_waiting=self._scheduler.num_waiting,
-            num_free_blocks=self._scheduler.blocks.num_available,
         )
 
     def _check_fits(self, request: Request) -> None:

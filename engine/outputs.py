@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from ..core.errors import SplitserveError
-from ..core.events import StepRecord
+from ..core.events import StepKind, StepRecord
 from ..core.logprobs import TokenLogprob
 from ..core.request import FinishReason
-from ..scheduling.steps import SampledToken
+from ..scheduling.sequence import Sequence, SequenceState
+from ..scheduling.steps import SampledToken, StepPlan, StepScheduler
 from .runner import StepResult
 
 
@@ -62,6 +64,22 @@ class Usage:
     num_reserved: int
     outstanding_prefill_tokens: int
 
+    @classmethod
+    def of(cls, scheduler: StepScheduler) -> Usage:
+        blocks = scheduler.blocks.counts()
+        return cls(
+            blocks_total=blocks.total,
+            blocks_free=blocks.free,
+            blocks_cached=blocks.cached,
+            blocks_live=blocks.live,
+            blocks_granted=blocks.granted,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_held=scheduler.num_in(SequenceState.HELD),
+            num_reserved=scheduler.num_in(SequenceState.RESERVED),
+            outstanding_prefill_tokens=scheduler.outstanding_prefill_tokens,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holding:
@@ -71,6 +89,15 @@ class Holding:
     state: str  # of scheduling/sequence.py:SequenceState
     num_blocks: int
     num_tokens: int
+
+    @classmethod
+    def of(cls, sequence: Sequence) -> Holding:
+        return cls(
+            request_id=sequence.request_id,
+            state=sequence.state.value,
+            num_blocks=len(sequence.block_table),
+            num_tokens=sequence.num_tokens,
+        )
 
 
 def token_output(token: SampledToken, result: StepResult) -> TokenOutput:
@@ -86,4 +113,34 @@ def token_output(token: SampledToken, result: StepResult) -> TokenOutput:
         num_cached_tokens=sequence.num_cached,
         logprob=result.logprobs.get(sequence.request_id),
         prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
+    )
+
+
+def step_record(
+    scheduler: StepScheduler,
+    kind: StepKind,
+    *,
+    step: int,
+    num_sequences: int,
+    began_s: float,
+    ended_s: float,
+    schedule_s: float = 0.0,
+    plan: StepPlan | None = None,
+    num_new_tokens: int = 0,
+) -> StepRecord:
+    """What a step was and took, and what it leaves waiting and free; without a `plan` it computed nothing."""
+    return StepRecord(
+        step=step,
+        at_s=began_s - schedule_s,
+        kind=kind,
+        num_sequences=num_sequences,
+        num_prefill_tokens=plan.num_prefill_tokens if plan else 0,
+        num_decode_tokens=plan.num_decode_tokens if plan else 0,
+        num_context_tokens=plan.num_context_tokens if plan else 0,
+        num_new_tokens=num_new_tokens,
+        schedule_s=schedule_s,
+        run_s=ended_s - began_s,
+        total_s=schedule_s + time.monotonic() - began_s,
+        num_waiting=scheduler.num_waiting,
+        num_free_blocks=scheduler.blocks.num_available,
     )
