@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,6 +23,7 @@ from ..parallel.group import RankGroup
 from ..pool import KvPool
 from ..runner import SequenceTokens, StepMode, StepResult, is_plain, sample_inputs, sampled_rows, step_result
 from ..sampler import adjust, noise_keys
+from .announcer import Announcer
 from .attention_kernels import prefill_tiles
 from .batch import (
     CUDNN_FROM_TOKENS,
@@ -42,8 +39,6 @@ from .captured_prefill import MAX_SEQUENCES, CapturedPrefill
 from .packed import pack, run, table_width, to_device
 from .sampling import sample_rows
 from .step_kernels import FIELDS, unpack_rows
-
-logger = logging.getLogger(__name__)
 
 _GRAPH_BATCHES = (1, 2, 4, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 _PADDING = np.array([0, -1, 0, 0, 0, 0, 0, 0, 0, 0], np.int32)
@@ -100,7 +95,7 @@ class GpuRunner:
         self._device = model.device
         self._layers = layer_views(pool)
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._announcer = None if kv_written is None else _Announcer(kv_written)
+        self._announcer = None if kv_written is None else Announcer(kv_written)
         self._running: deque[_Running] = deque()
         self.max_running = max_running
         self._max_step_tokens = max_step_tokens
@@ -432,36 +427,3 @@ class GpuRunner:
 def _can_be_captured(part: ScheduledTokens) -> bool:
     """A single token of a sequence that has a place on the device, chosen by logits that nobody else looks at."""
     return part.num_tokens == 1 and part.samples and not part.sequence.prefill_only and is_plain(part)
-
-
-class _Announcer:
-    """Says when KV that kernels were queued for is in the pool: a thread that waits for one event a layer and chunk."""
-
-    def __init__(self, kv_written: KvWritten) -> None:
-        self._kv_written = kv_written
-        self._queue: queue.SimpleQueue[tuple[torch.cuda.Event, int, int, list[tuple[str, int, int]]]]
-        self._queue = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="kv-announcer", daemon=True).start()
-
-    def of_step(self, parts: Sequence[ScheduledTokens], stream: torch.cuda.Stream) -> Callable[[int, int], None] | None:
-        """What to call when the writes of a range of layers are queued; None when no sequence leaves this worker."""
-        leaving = [(part.sequence.request_id, part.start, part.end) for part in parts if part.sequence.prefill_only]
-        if not leaving:
-            return None
-        return lambda first, end: self._put(stream, first, end, leaving)
-
-    def _put(self, stream: torch.cuda.Stream, first: int, end: int, leaving: list[tuple[str, int, int]]) -> None:
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(stream)
-        self._queue.put((event, first, end, leaving))
-
-    def _run(self) -> None:
-        try:
-            while True:
-                event, first, end, leaving = self._queue.get()
-                event.synchronize()
-                for request_id, token_start, token_end in leaving:
-                    self._kv_written(request_id, first, end, token_start, token_end)
-        except Exception:
-            logger.critical("no KV can be announced any more, so this process ends", exc_info=True)
-            os._exit(1)
