@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...core.errors import SplitserveError
-from ...scheduling.sequence import PENDING, SequenceState
-from ...scheduling.sequence import Sequence as RunningSequence
+from ...scheduling.sequence import PENDING
 from ...scheduling.steps import ScheduledTokens, StepPlan
 from ..attention import KvWritten
 from ..logprobs import StepLogprobs, prompt_rows
@@ -38,19 +37,11 @@ from .batch import (
 from .captured_prefill import MAX_SEQUENCES, CapturedPrefill
 from .packed import pack, run, table_width, to_device
 from .sampling import sample_rows
+from .sequence_slots import SequenceSlots
 from .step_kernels import FIELDS, unpack_rows
 
 _GRAPH_BATCHES = (1, 2, 4, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 _PADDING = np.array([0, -1, 0, 0, 0, 0, 0, 0, 0, 0], np.int32)
-
-
-@dataclass(slots=True)
-class _Slot:
-    """A decoding sequence's place in the device's tables."""
-
-    index: int
-    table: list[int]  # the list that was uploaded; a sequence that was preempted has another
-    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,13 +98,8 @@ class GpuRunner:
             num_kv_heads=min(layer.num_kv_heads for layer in layers),
             dim=max(layer.value_dim for layer in layers),
         )
-        # Twice, because a finished sequence keeps its slot until a slot is needed.
-        num_slots = 2 * max_running
         max_blocks = table_width(max_model_len, pool.block_size)
-        self._slots: dict[RunningSequence, _Slot] = {}
-        self._free_slots = list(range(num_slots))
-        self._tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=self._device)
-        self._last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=self._device)  # the last: nobody's
+        self._slots = SequenceSlots(max_running, max_blocks, self._device)
         # Static inputs of the captured steps; each graph uses the first rows.
         num_rows = max(max_running, MAX_SEQUENCES)
         self._rows = torch.zeros(num_rows, FIELDS, dtype=torch.int32, device=self._device)
@@ -176,8 +162,8 @@ class GpuRunner:
         """The whole step over the static inputs; the chosen tokens are in `_chosen`."""
         unpack_rows(
             self._rows[:batch],
-            self._last_tokens,
-            self._tables,
+            self._slots.last_tokens,
+            self._slots.tables,
             input_ids=self._input_ids,
             position_ids=self._position_ids,
             kv_slots=self._kv_slots,
@@ -191,7 +177,7 @@ class GpuRunner:
             split_memory=self._split,
             decode=DecodeRows(
                 count=batch,
-                tables=self._tables,
+                tables=self._slots.tables,
                 table_rows=self._table_rows[:batch],
                 lengths=self._lengths[:batch],
                 order=torch.argsort(self._lengths[:batch], descending=True) if batch >= ORDERED_FROM else None,
@@ -205,13 +191,13 @@ class GpuRunner:
     def _sample(self, logits: Tensor, rows: Tensor) -> None:
         chosen = self._chosen[: logits.shape[0]]
         if self._leads:
-            sample_rows(logits, rows[:, 4:], rows[:, 1], last_tokens=self._last_tokens, chosen=chosen)
+            sample_rows(logits, rows[:, 4:], rows[:, 1], last_tokens=self._slots.last_tokens, chosen=chosen)
         if self._group is not None:
             self._group.copy_from_leader(chosen)
             if not self._leads:
                 slots = rows[:, 1].long()
-                slots = torch.where(slots < 0, self._last_tokens.shape[0] - 1, slots)
-                self._last_tokens.scatter_(0, slots, chosen.clamp_min(0))
+                slots = torch.where(slots < 0, self._slots.last_tokens.shape[0] - 1, slots)
+                self._slots.last_tokens.scatter_(0, slots, chosen.clamp_min(0))
 
     # --- steps ---
 
@@ -334,12 +320,12 @@ class GpuRunner:
         self._sent.rotate(-1)
         rows = sent.numpy()
         floats, keys = rows.view(np.float32), rows.view(np.uint32)[:, 8:]
-        block_size = self._pool.block_size
+        slots, block_size = self._slots, self._pool.block_size
         for i, part in enumerate(parts):
             sequence, position = part.sequence, part.end - 1
-            slot = -1 if sequence.prefill_only else self._slot(sequence)
+            slot = -1 if sequence.prefill_only else slots.index_of(sequence)
             if captured:
-                self._upload_table(sequence)
+                slots.upload_table(sequence)
             rows[i, :4] = (sequence.token_ids[position], slot, position, sequence.block_table[position // block_size])
             params = sequence.request.sampling
             if params.is_greedy:
@@ -351,26 +337,6 @@ class GpuRunner:
         rows[len(parts) : padded] = _PADDING
         self._rows[:padded].copy_(sent[:padded], non_blocking=True)
         return self._rows[:padded]
-
-    def _slot(self, sequence: RunningSequence) -> int:
-        slot = self._slots.get(sequence)
-        if slot is None:
-            if not self._free_slots:
-                self._collect_slots()
-            slot = self._slots[sequence] = _Slot(index=self._free_slots.pop(), table=[], num_blocks=0)
-        return slot.index
-
-    def _upload_table(self, sequence: RunningSequence) -> None:
-        """Bring the device's block table up to date, but for the newest block, which the step itself enters."""
-        slot, table = self._slots[sequence], sequence.block_table
-        if slot.table is not table or len(table) > slot.num_blocks + 1:
-            self._tables[slot.index, : len(table)] = to_device(np.array(table, np.int32), self._device)
-            slot.table = table
-        slot.num_blocks = len(table)
-
-    def _collect_slots(self) -> None:
-        for sequence in [s for s in self._slots if s.state is not SequenceState.RUNNING]:
-            self._free_slots.append(self._slots.pop(sequence).index)
 
     def _launch_packed(
         self, parts: Sequence[ScheduledTokens], sampling: Sequence[ScheduledTokens], rows: list[int], mode: StepMode
@@ -392,9 +358,9 @@ class GpuRunner:
         waiting = [i for i, s in enumerate(sequences) if s.token_ids[-1] == PENDING]
         pending = None
         if waiting:
-            slots = [self._slots[parts[i].sequence].index for i in waiting]
+            slots = self._slots.indices([parts[i].sequence for i in waiting])
             at = to_device(np.array([waiting, slots]), self._device)
-            pending = torch.stack((at[0], self._last_tokens[at[1]]))
+            pending = torch.stack((at[0], self._slots.last_tokens[at[1]]))
         written = None if self._announcer is None else self._announcer.of_step(parts, self._stream)
         captured = self._prefill.find([(s.start, s.end) for s in sequences]) if mode is StepMode.CAPTURED else None
         if captured is not None:

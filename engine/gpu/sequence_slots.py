@@ -1,0 +1,58 @@
+"""What the device keeps of decoding sequences from step to step: newest tokens and block tables, a slot for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ...scheduling.sequence import Sequence, SequenceState
+from .packed import to_device
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A decoding sequence's place in the device's tables."""
+
+    index: int
+    table: list[int]  # the list that was uploaded; a sequence that was preempted has another
+    num_blocks: int
+
+
+class SequenceSlots:
+    """Block tables and newest tokens by slot; a sequence gets its slot when it first needs one."""
+
+    def __init__(self, max_running: int, max_blocks: int, device: torch.device) -> None:
+        # Twice, because a finished sequence keeps its slot until a slot is needed.
+        num_slots = 2 * max_running
+        self._device = device
+        self._slots: dict[Sequence, _Slot] = {}
+        self._free = list(range(num_slots))
+        self.tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=device)
+        self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)  # the last: nobody's
+
+    def index_of(self, sequence: Sequence) -> int:
+        slot = self._slots.get(sequence)
+        if slot is None:
+            if not self._free:
+                self._collect()
+            slot = self._slots[sequence] = _Slot(index=self._free.pop(), table=[], num_blocks=0)
+        return slot.index
+
+    def indices(self, sequences: Iterable[Sequence]) -> list[int]:
+        """Of sequences that have a slot."""
+        return [self._slots[sequence].index for sequence in sequences]
+
+    def upload_table(self, sequence: Sequence) -> None:
+        """Bring the device's block table up to date, but for the newest block, which the step itself enters."""
+        slot, table = self._slots[sequence], sequence.block_table
+        if slot.table is not table or len(table) > slot.num_blocks + 1:
+            self.tables[slot.index, : len(table)] = to_device(np.array(table, np.int32), self._device)
+            slot.table = table
+        slot.num_blocks = len(table)
+
+    def _collect(self) -> None:
+        for sequence in [s for s in self._slots if s.state is not SequenceState.RUNNING]:
+            self._free.append(self._slots.pop(sequence).index)
