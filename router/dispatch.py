@@ -1,7 +1,7 @@
-"""The life of a request in the router: queue, place, grant, prefill, stream, retry, and exactly one end.
+"""The life of a request in the router: call, grant, prefill, stream, retry, and exactly one end.
 
-Everything here runs on the event loop and never awaits, so a message is handled whole before the next: the only task of
-a request is the one that reads its answer (`Reading`).
+Everything here, and in `waiting.py`, runs on the event loop and never awaits, so a message is handled whole before the
+next: the only task of a request is the one that reads its answer (`Reading`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -26,37 +26,30 @@ from ..core.errors import (
     WorkerLost,
 )
 from ..core.events import Event, Recorder
-from ..core.kv_geometry import blocks_for
 from ..core.metrics import RouterMetrics
 from ..core.request import FinishReason, Request
 from ..proto import kv_transfer_pb2
 from ..scheduling.admission import Admission
 from ..scheduling.attempts import NewTokens, first_attempt
-from ..scheduling.dispatch_order import dispatch
-from ..scheduling.fair_queue import FairQueue, Ticket
 from ..scheduling.policies.prefix import prefix
 from ..scheduling.prefix_feed import PrefixChanges
-from ..scheduling.quotas import Quotas
 from ..scheduling.retries import RetryRules
-from ..scheduling.routing import ClusterView, Placement, PrefillLoad, RoutingPolicy, Snapshot
+from ..scheduling.routing import RoutingPolicy
 from .idempotency import EndedRequests, can_read, check_same
 from .job import Job, Phase
 from .membership import WorkerPool
 from .outcomes import Outcomes
-from .patience import Patience
-from .prefill_link import PrefillLink
 from .reading import Reading
-from .routing_view import PrefixOfJob, RoutingView
+from .routing_view import RoutingView
 from .session import DecodeReport, PrefillReport, TransferReport, WorkerLink
 from .timeline import Timeline
+from .waiting import WaitingRequests
 
 logger = logging.getLogger(__name__)
 
-_LONG_TOKENS = 1024  # of a prompt that takes many times as long as a grant
-
 
 class Dispatcher:
-    """All live requests of one router. Implements `WorkerEvents` and `scheduling.dispatch_order.Source`.
+    """All live requests of one router. Implements `WorkerEvents`.
 
     Args:
         policy: chooses the workers of a request.
@@ -95,15 +88,19 @@ class Dispatcher:
             local_prefill_itl_s=local_prefill_itl_s,
             ttft_target_s=admission.ttft_target_s,
         )
-        self._policy = policy
         self._retries = retries
         self._ended = EndedRequests(keep_answers_s)
         self._jobs: dict[str, Job] = {}
-        self._queue: FairQueue[Job] = FairQueue(ageing_s)
-        self._patience = Patience(pool, self._queue, wait_s=no_worker_wait_s, end=self._end)
-        self._pumping = False
-        self._quotas = Quotas()
-        self._num_submitted = 0
+        self.waiting = WaitingRequests(
+            pool,
+            self._routing,
+            policy,
+            admission,
+            metrics,
+            ageing_s=ageing_s,
+            no_worker_wait_s=no_worker_wait_s,
+            end=self._end,
+        )
         self.outcomes = Outcomes(metrics)
         self.idle = asyncio.Event()
         self.idle.set()
@@ -112,24 +109,11 @@ class Dispatcher:
     def num_live(self) -> int:
         return len(self._jobs)
 
-    @property
-    def num_queued(self) -> int:
-        return len(self._queue)
-
-    @property
-    def num_queued_tokens(self) -> int:
-        """To be prefilled for those that wait for dispatch."""
-        return sum(job.request.num_tokens for job in self._jobs.values() if job.phase is Phase.QUEUED)
-
     def check_room(self, request_id: str, num_preparing: int) -> None:
         """Whether there is room for one more besides those on their way to `open`. Raises: Overloaded."""
         if request_id in self._jobs or self._ended.finished(request_id) is not None:
             return  # another call for what is here already
-        try:
-            self._admission.check(num_queued=self.num_queued, num_live=self.num_live + num_preparing)
-        except Overloaded:
-            self._metrics.overloaded.inc()
-            raise
+        self.waiting.check_room(self.num_live + num_preparing)
 
     @contextmanager
     def open(
@@ -195,8 +179,10 @@ class Dispatcher:
             raise DeadlineExceeded("the deadline is in the past; send the request with more time")
         attempt = max(first_attempt(call), self._ended.last_attempt(request.request_id) + 1)
         request = replace(request, attempt=attempt)
-        job = Job(request, timeline, deadline_at, self._ticket(request, arrived_at), digest, prompt_ids)
-        self._admit(job)
+        self.outcomes.traffic.arrived(request.num_tokens)
+        ticket = self.waiting.ticket(request, arrived_at)
+        job = Job(request, timeline, deadline_at, ticket, digest, prompt_ids)
+        self.waiting.admit(job, self.num_live)
         timeline.mark(Event.ADMITTED, now)
         self._retries.budget.admitted(now)
         loop = asyncio.get_running_loop()
@@ -206,7 +192,7 @@ class Dispatcher:
         self.idle.clear()
         if call > 0:
             self._claim(request.request_id, call)
-        self._enqueue(job)
+        self.waiting.enqueue(job)
         return job
 
     def _claim(self, request_id: str, call: int) -> None:
@@ -236,8 +222,7 @@ class Dispatcher:
     # What workers tell.
 
     def workers_changed(self) -> None:
-        self._patience.workers_changed()
-        self._pump()
+        self.waiting.workers_changed()
 
     def granted(self, worker: WorkerLink, grant: kv_transfer_pb2.Grant) -> None:
         job = self._live(worker, grant.request_id, grant.attempt)
@@ -250,10 +235,10 @@ class Dispatcher:
         job.timeline.granted_at = now
         job.timeline.mark(Event.GRANTED, now, grant.attempt, worker=worker.worker_id)
         if job.phase is Phase.GRANTING:
-            self._run_prefill(job, job.prefill, now, grant)
+            job.run_prefill(job.prefill, now, grant)
         else:
             job.prefill.grant(grant)
-        self._admission.ttft.dispatched(now, job.ticket.cost, self.num_queued)
+        self._admission.ttft.dispatched(now, job.ticket.cost, self.waiting.num_queued)
 
     def first_token(self, worker: WorkerLink, tokens: NewTokens, report: PrefillReport) -> None:
         job = self._live(worker, tokens.request_id, tokens.attempt)
@@ -261,14 +246,14 @@ class Dispatcher:
             return
         job.timeline.prefill = report
         if report.ungranted and job.timeline.granted_at is None:  # no grant will say that it left the queue for good
-            self._admission.ttft.dispatched(time.monotonic(), job.ticket.cost, self.num_queued)
+            self._admission.ttft.dispatched(time.monotonic(), job.ticket.cost, self.waiting.num_queued)
         self.outcomes.traffic.prefilled(report.num_cached_tokens)
         if job.phase is Phase.DECODING:  # the KV was faster
             job.prefill.detach(tokens.request_id)
         else:
             job.prefill.prefilled(tokens.request_id)
         self._extend(job, worker, tokens)
-        self._pump()
+        self.waiting.pump()
 
     def transferred(self, worker: WorkerLink, tokens: NewTokens, report: TransferReport) -> None:
         job = self._live(worker, tokens.request_id, tokens.attempt)
@@ -307,7 +292,7 @@ class Dispatcher:
             # Refused before any work was done, but for a prompt's that did not wait for its grant: no failure, the
             # request waits for room as it would have before.
             worker.refused()
-            self._queue.charge(job.ticket, -job.ticket.cost)
+            self.waiting.refused(job)
             self._requeue(job)
         elif isinstance(error, Superseded) and error.age_s > time.monotonic() - job.called_at:
             # By a call that came before ours, of a client that does not number its calls: the later one goes on.
@@ -324,142 +309,6 @@ class Dispatcher:
         for request_id in list(worker.runs):
             worker.detach(request_id)
             self._attempt_failed(self._jobs[request_id], worker, error)
-
-    # The queue.
-
-    def _ticket(self, request: Request, arrived_at: float) -> Ticket:
-        self._num_submitted += 1
-        self.outcomes.traffic.arrived(request.num_tokens)
-        return Ticket(
-            order=self._num_submitted,
-            arrived_at=arrived_at,
-            cost=request.num_tokens,
-            tenant=request.key.name or request.tenant,
-            weight=request.key.weight,
-            priority=request.priority,
-        )
-
-    def _admit(self, job: Job) -> None:
-        """Raises: Overloaded."""
-        key, num_tokens, now = job.request.key, job.request.num_prompt_tokens, time.monotonic()
-        self._quotas.begin(key, num_tokens, now, resumes=bool(job.num_given))
-        try:
-            if job.num_given:  # its first token came from another router, its client is reading: it goes on if it can
-                self._admission.check(num_queued=self.num_queued, num_live=self.num_live)
-                return
-            job.predicted_ttft_s = self._admission.admit(
-                job.ticket,
-                deadline_at=job.deadline_at,
-                queue=self._queue,
-                num_live=self.num_live,
-                prefills=self._prefill_loads(),
-            )
-        except Overloaded:
-            self._quotas.take_back(key, num_tokens, now)
-            self._metrics.overloaded.inc()
-            raise
-
-    def _prefill_loads(self) -> list[PrefillLoad]:
-        """Of everybody who computes prompts, whether or not it takes one more right now."""
-        loads = [link.load for link in self._pool.prefills.values() if link.state == "ready"]
-        return loads or [
-            link.prefill_load for link in self._pool.decodes.values() if link.colocated and link.state == "ready"
-        ]
-
-    def _enqueue(self, job: Job) -> None:
-        job.phase = Phase.QUEUED
-        job.queued_at = time.monotonic()
-        self._queue.push(job.ticket, job)
-        self._patience.queued([job])
-        self._pump()
-        if job.phase is Phase.QUEUED and job.untouched and not job.answer.ended:
-            at = self._admission.latest_start(job.ticket, deadline_at=job.deadline_at, prefills=self._prefill_loads())
-            job.queue_timer = asyncio.get_running_loop().call_later(at - job.queued_at, self._too_late, job)
-
-    def _pump(self) -> None:
-        """Send off what can be."""
-        if self._pumping:
-            return  # whoever ends a request below
-        self._pumping = True
-        try:
-            dispatch(self._policy, self, time.monotonic())
-        finally:
-            self._pumping = False
-        self._metrics.queued.set(self.num_queued)
-        self._patience.watch()
-
-    def _starts_in_time(self, job: Job) -> bool:
-        """Whether its work would still be worth something; ends it otherwise."""
-        if job.queue_timer is None or not job.untouched:  # it did not wait, or its client has begun to read
-            return True
-        try:
-            self._admission.check_start(
-                job.ticket, now=time.monotonic(), deadline_at=job.deadline_at, prefills=self._prefill_loads()
-            )
-        except Overloaded as error:
-            self._metrics.overloaded.inc()
-            self._end(job, error)
-            return False
-        return True
-
-    def _too_late(self, job: Job) -> None:
-        """It waited in the queue until there was no point in waiting longer."""
-        job.queue_timer = None
-        if job.phase is Phase.QUEUED and job.untouched and self._pool.usable:
-            self._metrics.overloaded.inc()
-            self._end(job, self._admission.too_late(self.num_queued))
-
-    # Of scheduling.dispatch_order.Source.
-
-    def in_order(self) -> Iterator[Job]:
-        return self._patience.in_order()
-
-    def view(self) -> ClusterView:
-        return self._routing.view()
-
-    def snapshot(self, job: Job, view: ClusterView, held_tokens: Mapping[str, int]) -> Snapshot:
-        return self._routing.snapshot(job, view, held_tokens)
-
-    def start(self, job: Job, placement: Placement) -> None:
-        """Begin an attempt: ask for a grant, or have a colocated worker do everything."""
-        if not self._starts_in_time(job):
-            return
-        self._queue.serve(job.ticket)
-        request, now = job.request, time.monotonic()
-        _cancel(job.queue_timer)
-        job.queue_timer = None
-        self._patience.left(job)
-        job.decode = decode = self._pool.decodes[placement.decode]
-        job.begun_by = decode.group.weights if decode.group is not None else ""
-        job.prefill = prefill = self._pool.prefills[placement.prefill] if placement.prefill is not None else None
-        job.timeline.dispatched(now, prefill.worker_id if prefill is not None else "", decode.worker_id)
-        self._routing.placed(job, placement)
-        timeout_s, waited_s = job.deadline_at - now, now - job.timeline.arrived_at
-        # The grant will come then, and the prompt does not wait for it. Where something was amiss before, it does.
-        is_early = request.attempt == job.asked.attempt and decode.will_grant(request)
-        decode.attach(request.request_id, blocks_for(request.num_tokens, decode.block_size))
-        if prefill is None:
-            job.phase = Phase.DECODING
-            job.timeline.mark(Event.PREFILL_QUEUED, now, request.attempt, worker=decode.worker_id)
-            num_tokens = self._routing.uncached_tokens(job, decode.address)
-            decode.run_local(request, timeout_s, waited_s, num_tokens, job.prompt_ids)
-            self._admission.ttft.dispatched(now, job.ticket.cost, self.num_queued)
-        else:
-            job.phase = Phase.GRANTING
-            num_tokens = self._routing.uncached_tokens(job, prefill.address)
-            prefill.attach(request.request_id, num_tokens, request.num_tokens)
-            is_early = is_early and prefill.takes_late_grants
-            can_wait = is_early and num_tokens >= _LONG_TOKENS
-            decode.request_grant(request, timeout_s, waited_s, prefill, job.prompt_ids, can_wait=can_wait)
-            if is_early:
-                self._run_prefill(job, prefill, now)
-
-    def _run_prefill(
-        self, job: Job, prefill: PrefillLink, now: float, grant: kv_transfer_pb2.Grant | None = None
-    ) -> None:
-        job.phase = Phase.PREFILLING
-        job.timeline.mark(Event.PREFILL_QUEUED, now, job.request.attempt, worker=prefill.worker_id)
-        prefill.run(job.request, job.deadline_at - now, now - job.timeline.arrived_at, grant, job.prompt_ids)
 
     # Attempts and the end.
 
@@ -524,27 +373,13 @@ class Dispatcher:
         self._requeue(job, delay_s=delay_s)
 
     def _requeue(self, job: Job, *, delay_s: float = 0.0, call: int = 0) -> None:
-        """Revoke the attempt and queue the next, which goes on after the tokens that are there."""
-        self._revoke(job)
-        attempt = job.answer.next_attempt(call)
-        job.request = replace(
-            job.request,
-            attempt=attempt,
-            output_token_ids=tuple(job.answer.token_ids),
-            prompt_logprobs=None if job.answer.prompt_logprobs else job.request.prompt_logprobs,
-        )
-        job.timeline.mark(Event.RESUMED, time.monotonic(), attempt)
+        """Revoke the attempt and queue the next."""
+        job.next_attempt(call)
         if delay_s > 0:
             job.phase = Phase.BACKING_OFF
-            job.retry_timer = asyncio.get_running_loop().call_later(delay_s, self._enqueue, job)
+            job.retry_timer = asyncio.get_running_loop().call_later(delay_s, self.waiting.enqueue, job)
         else:
-            self._enqueue(job)
-
-    def _revoke(self, job: Job) -> None:
-        for link in (job.prefill, job.decode):
-            if link is not None:
-                link.cancel(job.request.request_id, job.request.attempt)
-        job.prefill = job.decode = None
+            self.waiting.enqueue(job)
 
     def _expire(self, job: Job) -> None:
         given = len(job.answer.token_ids)
@@ -556,29 +391,15 @@ class Dispatcher:
         """The one terminal event; later calls do nothing."""
         if not job.answer.end():
             return
-        self._patience.left(job)
         now = time.monotonic()
-        self._queue.discard(job.ticket)
-        num_new = len(job.answer.token_ids) - job.num_given
-        self._queue.charge(job.ticket, num_new)
-        self._quotas.end(job.request.key, num_new, now)
-        self._revoke(job)
-        _cancel(job.deadline_timer)
-        _cancel(job.queue_timer)
-        _cancel(job.retry_timer)
+        self.waiting.ended(job, now)
+        job.free()
         del self._jobs[job.request.request_id]
-        job.prompt_ids, job.prefix = (), PrefixOfJob()
         job.error = error
         self._ended.add(job)
         job.timeline.ended_at = now
-        self._admission.left(now)
         self.outcomes.ended(job, now, num_live=len(self._jobs))
         if not self._jobs:
             self.idle.set()
         job.wake_reader()
-        self._pump()
-
-
-def _cancel(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+        self.waiting.pump()

@@ -91,13 +91,13 @@ class RouterAdmin(inference_pb2_grpc.RouterAdminServicer):
     ) -> inference_pb2.GetRouterStatusResponse:
         return inference_pb2.GetRouterStatusResponse(
             workers=[*map(_view, self._pool), *map(_view_of_departed, self._pool.departed())],
-            num_queued=self._dispatcher.num_queued,
+            num_queued=self._dispatcher.waiting.num_queued,
             num_live=self._dispatcher.num_live,
             num_finished=self._dispatcher.outcomes.num_finished,
             num_failed=self._dispatcher.outcomes.num_failed,
             num_cancelled=self._dispatcher.outcomes.num_cancelled,
             router_id=self._router_id,
-            traffic=self._dispatcher.outcomes.traffic.counts(self._dispatcher.num_queued_tokens),
+            traffic=self._dispatcher.outcomes.traffic.counts(self._dispatcher.waiting.num_queued_tokens),
         )
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
 
 from ..core.errors import SplitserveError
+from ..core.events import Event
+from ..core.kv_geometry import blocks_for
 from ..core.request import Request
+from ..proto import kv_transfer_pb2
 from ..scheduling.attempts import Answer
 from ..scheduling.dispatch_order import Awaited
 from ..scheduling.fair_queue import Ticket
@@ -19,6 +24,8 @@ from .reading import Reading
 from .routing_view import PrefixOfJob
 from .session import WorkerLink
 from .timeline import Timeline
+
+_LONG_TOKENS = 1024  # of a prompt that takes many times as long as a grant
 
 
 class Phase(Enum):
@@ -101,3 +108,59 @@ class Job:
         if worker is self.decode:
             return self.phase is Phase.DECODING
         return worker is self.prefill and self.phase is Phase.PREFILLING and self.timeline.prefill is None
+
+    def begin(self, prefill: PrefillLink | None, decode: DecodeLink, now: float, num_tokens: int) -> None:
+        """Begin an attempt: ask for a grant, or have a colocated worker do everything.
+
+        Args: num_tokens: of the prompt, that whoever computes it is expected to lack in its cache.
+        """
+        self.prefill, self.decode = prefill, decode
+        self.begun_by = decode.group.weights if decode.group is not None else ""
+        self.timeline.dispatched(now, prefill.worker_id if prefill is not None else "", decode.worker_id)
+        request, timeout_s, waited_s = self.request, self.deadline_at - now, now - self.timeline.arrived_at
+        # The grant will come then, and the prompt does not wait for it. Where something was amiss before, it does.
+        is_early = request.attempt == self.asked.attempt and decode.will_grant(request)
+        decode.attach(request.request_id, blocks_for(request.num_tokens, decode.block_size))
+        if prefill is None:
+            self.phase = Phase.DECODING
+            self.timeline.mark(Event.PREFILL_QUEUED, now, request.attempt, worker=decode.worker_id)
+            decode.run_local(request, timeout_s, waited_s, num_tokens, self.prompt_ids)
+        else:
+            self.phase = Phase.GRANTING
+            prefill.attach(request.request_id, num_tokens, request.num_tokens)
+            is_early = is_early and prefill.takes_late_grants
+            can_wait = is_early and num_tokens >= _LONG_TOKENS
+            decode.request_grant(request, timeout_s, waited_s, prefill, self.prompt_ids, can_wait=can_wait)
+            if is_early:
+                self.run_prefill(prefill, now)
+
+    def run_prefill(self, prefill: PrefillLink, now: float, grant: kv_transfer_pb2.Grant | None = None) -> None:
+        self.phase = Phase.PREFILLING
+        self.timeline.mark(Event.PREFILL_QUEUED, now, self.request.attempt, worker=prefill.worker_id)
+        prefill.run(self.request, self.deadline_at - now, now - self.timeline.arrived_at, grant, self.prompt_ids)
+
+    def next_attempt(self, call: int) -> None:
+        """Revoke the attempt; the next goes on after the tokens that are there."""
+        self._revoke()
+        attempt = self.answer.next_attempt(call)
+        self.request = replace(
+            self.request,
+            attempt=attempt,
+            output_token_ids=tuple(self.answer.token_ids),
+            prompt_logprobs=None if self.answer.prompt_logprobs else self.request.prompt_logprobs,
+        )
+        self.timeline.mark(Event.RESUMED, time.monotonic(), attempt)
+
+    def free(self) -> None:
+        """It has ended: let go of all that it holds, here and on its workers."""
+        self._revoke()
+        for timer in (self.deadline_timer, self.queue_timer, self.retry_timer):
+            if timer is not None:
+                timer.cancel()
+        self.prompt_ids, self.prefix = (), PrefixOfJob()
+
+    def _revoke(self) -> None:
+        for link in (self.prefill, self.decode):
+            if link is not None:
+                link.cancel(self.request.request_id, self.request.attempt)
+        self.prefill = self.decode = None

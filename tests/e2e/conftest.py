@@ -60,7 +60,7 @@ class Cluster:
             usage = engine.usage()
             assert usage.blocks_free + usage.blocks_cached == usage.blocks_total
             assert engine.num_orphaned_blocks() == 0
-        assert self.router.dispatcher.num_live == self.router.dispatcher.num_queued == 0
+        assert self.router.dispatcher.num_live == self.router.dispatcher.waiting.num_queued == 0
 
 
 def is_busy(engine: Engine) -> bool:

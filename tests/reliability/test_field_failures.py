@@ -222,7 +222,7 @@ async def test_09_no_decode_room_is_held_while_long_prompts_wait_for_prefill(sta
         await until_usage(cluster, ["decode-0"], is_queued)
         # What the prefill worker will compute next has its room; the others wait in the router, holding nothing.
         assert cluster.host("decode-0").engine.usage().num_reserved < 5
-        assert cluster.router.dispatcher.num_queued > 5
+        assert cluster.router.dispatcher.waiting.num_queued > 5
     for answer in await asyncio.gather(*asking):
         assert len(answer.token_ids) == 40
     await cluster.idle()

@@ -233,7 +233,7 @@ def test_a_router_survives_whatever_its_workers_say(tiny: Path, num_cases: int) 
                 while not link._outbox.empty():
                     link._outbox.get_nowait()
         assert num_answered > 0 < num_sessions
-        assert dispatcher.num_live == dispatcher.num_queued == 0
+        assert dispatcher.num_live == dispatcher.waiting.num_queued == 0
         await router.stop()
 
     on_uvloop(main)

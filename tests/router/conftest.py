@@ -233,7 +233,7 @@ class Scene:
 
     def check_nothing_left(self) -> None:
         dispatcher = self.router.dispatcher
-        assert dispatcher.num_live == dispatcher.num_queued == 0
+        assert dispatcher.num_live == dispatcher.waiting.num_queued == 0
         assert not any(link.runs for link in self.router.pool)
 
 

@@ -608,7 +608,7 @@ async def test_the_queue_serves_the_important_first_and_then_each_tenant_in_turn
     for number, (tenant, priority) in enumerate(wanted):
         tasks.append(ask(scene, tenant=tenant, priority=priority))
         async with asyncio.timeout(WAIT_S):
-            while scene.router.dispatcher.num_queued <= number:
+            while scene.router.dispatcher.waiting.num_queued <= number:
                 await asyncio.sleep(0.002)
     busy(scene, tokens=0)
     await answered(scene, asked)

@@ -20,7 +20,7 @@ async def queued(scene: Scene) -> list[ScriptedWorker]:
     """The only decode worker is full."""
     scene.decode.fail((await scene.decode.receive("grant")).request, "overloaded")
     async with asyncio.timeout(WAIT_S):
-        while not scene.router.dispatcher.num_queued:
+        while not scene.router.dispatcher.waiting.num_queued:
             await asyncio.sleep(0.002)
     return []
 

@@ -139,7 +139,7 @@ async def test_a_policy_sees_the_session_and_the_time_that_is_left(start_scene: 
         seen.append(snapshot.request)
         return session(snapshot)
 
-    scene.router.dispatcher._policy = watched
+    scene.router.dispatcher.waiting._policy = watched
     task = asyncio.create_task(scene.client.generate(PROMPT, max_tokens=1, session="ada", timeout_s=50.0))
     await scene.decode.receive("grant")
     task.cancel()
