@@ -31,7 +31,6 @@ from ..core.request import FinishReason, Request
 from ..proto import kv_transfer_pb2
 from ..scheduling.admission import Admission
 from ..scheduling.attempts import NewTokens, first_attempt
-from ..scheduling.policies.prefix import prefix
 from ..scheduling.prefix_feed import PrefixChanges
 from ..scheduling.retries import RetryRules
 from ..scheduling.routing import RoutingPolicy
@@ -53,9 +52,6 @@ class Dispatcher:
 
     Args:
         policy: chooses the workers of a request.
-        local_prefill_itl_s: longest gap between tokens that a prompt computed on its decode worker may cause; None:
-            every prompt goes to a prefill worker.
-        prefill_bound_s: seconds of prefill work that a worker may have outstanding.
         retries: what becomes of a request whose attempt failed.
         keep_answers_s: how long the answer to a finished request can be asked for again.
         no_worker_wait_s: how long a request waits while nobody can serve it.
@@ -65,35 +61,28 @@ class Dispatcher:
     def __init__(
         self,
         pool: WorkerPool,
+        routing: RoutingView,
         admission: Admission,
         metrics: RouterMetrics,
         recorder: Recorder,
         *,
-        prefill_bound_s: float,
+        policy: RoutingPolicy,
         retries: RetryRules,
         keep_answers_s: float,
         no_worker_wait_s: float,
         ageing_s: float,
-        policy: RoutingPolicy = prefix,
-        local_prefill_itl_s: float | None = None,
     ) -> None:
         self._pool = pool
+        self._routing = routing
         self._admission = admission
         self._metrics = metrics
         self._recorder = recorder
-        self._routing = RoutingView(
-            pool,
-            metrics,
-            prefill_bound_s=prefill_bound_s,
-            local_prefill_itl_s=local_prefill_itl_s,
-            ttft_target_s=admission.ttft_target_s,
-        )
         self._retries = retries
         self._ended = EndedRequests(keep_answers_s)
         self._jobs: dict[str, Job] = {}
         self.waiting = WaitingRequests(
             pool,
-            self._routing,
+            routing,
             policy,
             admission,
             metrics,

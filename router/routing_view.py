@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -63,7 +62,14 @@ class RoutedJob(Protocol):
 
 
 class RoutingView:
-    """Makes snapshots of one router's workers, and keeps the index of their prefix caches."""
+    """Makes snapshots of one router's workers, and keeps the index of their prefix caches.
+
+    Args:
+        prefill_bound_s: seconds of prefill work that a worker may have outstanding.
+        local_prefill_itl_s: longest gap between tokens that a prompt computed on its decode worker may cause; None:
+            every prompt goes to a prefill worker.
+        ttft_target_s: after which a first token is late.
+    """
 
     def __init__(
         self,
@@ -72,7 +78,7 @@ class RoutingView:
         *,
         prefill_bound_s: float,
         local_prefill_itl_s: float | None,
-        ttft_target_s: float = math.inf,
+        ttft_target_s: float,
     ) -> None:
         self._pool = pool
         self._metrics = metrics

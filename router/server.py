@@ -34,6 +34,7 @@ from .membership import WorkerPool
 from .openai.app import make_app
 from .openai.server import HttpServer
 from .openai.tls import HttpTls
+from .routing_view import RoutingView
 from .text import ModelText
 
 logger = logging.getLogger(__name__)
@@ -95,17 +96,25 @@ class Router:
         self.pool = WorkerPool(
             model_name, self.boot_id, self.metrics, tpot_target_s=options.tpot_target_s, tls=options.tls
         )
+        admission = Admission(
+            max_queued=options.max_queued,
+            max_live=options.max_live,
+            policy=options.admission,
+            ttft_target_s=options.ttft_target_s,
+        )
         self.dispatcher = Dispatcher(
             self.pool,
-            Admission(
-                max_queued=options.max_queued,
-                max_live=options.max_live,
-                policy=options.admission,
-                ttft_target_s=options.ttft_target_s,
+            RoutingView(
+                self.pool,
+                self.metrics,
+                prefill_bound_s=options.prefill_bound_s,
+                local_prefill_itl_s=options.local_prefill_itl_s,
+                ttft_target_s=admission.ttft_target_s,
             ),
+            admission,
             self.metrics,
             self.recorder,
-            prefill_bound_s=options.prefill_bound_s,
+            policy=load_policy(options.policy),
             retries=RetryRules(
                 max_attempts=options.max_attempts,
                 max_deaths=options.max_worker_deaths,
@@ -113,8 +122,6 @@ class Router:
             ),
             keep_answers_s=options.keep_answers_s,
             no_worker_wait_s=options.no_worker_wait_s,
-            policy=load_policy(options.policy),
-            local_prefill_itl_s=options.local_prefill_itl_s,
             ageing_s=options.ageing_s,
         )
         self._door = FrontDoor(
