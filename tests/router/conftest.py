@@ -13,7 +13,7 @@ from typing import Any
 import grpc.aio
 import pytest
 import pytest_asyncio
-from splitserve.client import AsyncClient, RetryPolicy
+from splitserve.client import AsyncClient, GenerationResult, RetryPolicy
 from splitserve.engine.testing import make_tiny_model
 from splitserve.proto import inference_pb2, kv_transfer_pb2, worker_pb2, worker_pb2_grpc
 from splitserve.proto.convert import PROTOCOL_VERSION
@@ -23,6 +23,9 @@ from splitserve.router.session import WorkerLink
 WAIT_S = 60.0
 STATUS_S = 0.2
 LENGTH = inference_pb2.FINISH_REASON_LENGTH
+
+PROMPT = [10, 20, 30]
+ANSWER = list(range(100, 120))
 
 
 @pytest.fixture(scope="session")
@@ -280,3 +283,33 @@ async def start_scene(tiny: Path) -> AsyncIterator[StartScene]:
             return scene
 
         yield start
+
+
+def ask(scene: Scene, **options: object) -> asyncio.Task[GenerationResult]:
+    """One request for all of ANSWER."""
+    return asyncio.create_task(scene.client.generate(PROMPT, **{"max_tokens": len(ANSWER), **options}))
+
+
+async def granted(scene: Scene, decode: ScriptedWorker | None = None) -> tuple[ScriptedWorker, worker_pb2.WorkRequest]:
+    """The decode worker grants what it is asked for; returns the prefill worker and the work it is given."""
+    request = await (decode or scene.decode).receive("grant")
+    (decode or scene.decode).grant(request.request)
+    async with asyncio.timeout(WAIT_S):
+        while all(worker.inbox.empty() for worker in scene.prefills):
+            await asyncio.sleep(0.002)
+    prefill = next(worker for worker in scene.prefills if not worker.inbox.empty())
+    run = await prefill.receive("run")
+    if not run.HasField("grant"):  # it did not wait for the grant, which follows
+        await prefill.receive("grant")
+    assert run.request.prompt_token_ids, "a run without its prompt"
+    assert run.request.prompt_token_ids == request.request.prompt_token_ids
+    return prefill, run.request
+
+
+async def end_of(task: asyncio.Task[GenerationResult]) -> GenerationResult:
+    async with asyncio.timeout(WAIT_S):
+        return await task
+
+
+def speak(decode: ScriptedWorker, work: worker_pb2.WorkRequest, start: int, end: int) -> None:
+    decode.tokens(work, start, ANSWER[start:end], finish=LENGTH if end == len(ANSWER) else 0)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from .conftest import Scene, ScriptedWorker, StartScene
-from .test_dispatch import ANSWER, ask, end_of, granted, speak
+from .conftest import ANSWER, Scene, ScriptedWorker, StartScene, ask, end_of, granted, speak
 
 
 def other(workers: list[ScriptedWorker], one: ScriptedWorker) -> ScriptedWorker:

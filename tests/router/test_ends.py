@@ -9,8 +9,7 @@ import pytest
 from splitserve.core.errors import Cancelled, DeadlineExceeded
 from splitserve.proto import worker_pb2
 
-from .conftest import WAIT_S, Scene, ScriptedWorker, StartScene
-from .test_dispatch import ANSWER, granted
+from .conftest import ANSWER, WAIT_S, Scene, ScriptedWorker, StartScene, granted
 from .test_idempotency import Call
 
 Edge = Callable[[Scene], Awaitable[list[ScriptedWorker]]]

@@ -14,8 +14,7 @@ from splitserve.proto.rpc import from_rpc_error
 from splitserve.router.idempotency import digest_of
 from splitserve.scheduling.attempts import first_attempt
 
-from .conftest import WAIT_S, Scene, ScriptedWorker, StartScene
-from .test_dispatch import ANSWER, PROMPT, ask, end_of, granted, speak
+from .conftest import ANSWER, PROMPT, WAIT_S, Scene, ScriptedWorker, StartScene, ask, end_of, granted, speak
 from .test_logprobs import first_token, tokens
 
 

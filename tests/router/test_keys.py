@@ -19,8 +19,7 @@ from splitserve.router.key_file import KeyFile, add_key, key_digest, read_keys
 from splitserve.router.keys import ApiKeys
 from splitserve.router.server import Router, RouterOptions
 
-from .conftest import StartScene
-from .test_dispatch import end_of, granted
+from .conftest import StartScene, end_of, granted
 
 NO_RETRY = RetryPolicy(max_attempts=1)
 ADMIN = ApiKey(name="operator", scopes=frozenset(Scope))

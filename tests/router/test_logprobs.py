@@ -9,8 +9,7 @@ import pytest
 from splitserve.client import InvalidRequest
 from splitserve.proto import inference_pb2, worker_pb2
 
-from .conftest import LENGTH, Scene, ScriptedWorker, StartScene
-from .test_dispatch import PROMPT, ask, end_of, granted
+from .conftest import LENGTH, PROMPT, Scene, ScriptedWorker, StartScene, ask, end_of, granted
 
 LETTERS = b"abcdefghijklmnopqrst"
 TEXT = [letter - 33 for letter in LETTERS]  # the tokenizer's first token is "!"

@@ -10,8 +10,7 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 
-from .conftest import WAIT_S, Scene, StartScene
-from .test_dispatch import ANSWER, PROMPT, granted, speak
+from .conftest import ANSWER, PROMPT, WAIT_S, Scene, StartScene, granted, speak
 
 CLIENT = """
 import sys

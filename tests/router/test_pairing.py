@@ -12,8 +12,7 @@ from splitserve.router.job import Phase
 from splitserve.router.patience import Patience
 from splitserve.scheduling.fair_queue import FairQueue
 
-from .conftest import WAIT_S, Scene, StartScene
-from .test_dispatch import ANSWER, ask, end_of, granted, speak
+from .conftest import ANSWER, WAIT_S, Scene, StartScene, ask, end_of, granted, speak
 
 
 async def upgrade(scene: Scene) -> None:

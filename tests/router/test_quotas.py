@@ -9,8 +9,7 @@ import pytest
 from splitserve.client import RateLimited
 from splitserve.router.key_file import key_digest
 
-from .conftest import StartScene
-from .test_dispatch import ANSWER, ask, end_of, granted, speak
+from .conftest import ANSWER, StartScene, ask, end_of, granted, speak
 
 LIMITED = """
 keys:
