@@ -10,7 +10,7 @@ FRAME_BYTES = 2 << 20  # gRPC: 64 KiB costs three times the CPU, tens of MiB sta
 SHARED_FRAME_BYTES = 32 << 20  # shared memory: only block numbers travel; this bounds what is copied in one go
 LANE_FRAME_BYTES = 8 << 20  # gloo: two of them are in flight
 DEVICE_FRAME_BYTES = 256 << 20  # CUDA IPC: two thirds of a millisecond
-NCCL_FRAME_BYTES = 256 << 20  # between GPUs of a host 0.77 ms, where half of it takes 0.53; smaller ones wait for headers
+NCCL_FRAME_BYTES = 256 << 20  # 0.77 ms between GPUs of a host, half of it 0.53; smaller ones wait for headers
 MAX_LINK_BYTES, MAX_BYTES = 32 << 20, 256 << 20  # packed and not handed over, to one receiver and to all
 MAX_DEVICE_LINK_BYTES, MAX_DEVICE_BYTES = 768 << 20, 1024 << 20  # the same, in a GPU's memory
 

@@ -109,7 +109,7 @@ def mapped_pools() -> int:
 async def test_04_a_dead_prefill_workers_memory_is_unmapped_and_it_can_come_back(start_cluster: StartCluster) -> None:
     """Others kept the dead worker's memory mapped, or crashed when it came back at its address."""
     before = mapped_pools()
-    cluster = await start_cluster()
+    cluster = await start_cluster(router={"no_worker_wait_s": WAIT_S})  # until it has found the worker again
     (wanted,) = await exact(start_cluster, [prompt(1)])
     assert (await cluster.client.generate(prompt(1), **OPTIONS)).timing.transport == "shared_memory"
     assert mapped_pools() == before + 1
@@ -123,7 +123,6 @@ async def test_04_a_dead_prefill_workers_memory_is_unmapped_and_it_can_come_back
     cluster.workers["prefill-0"] = new
     try:
         await new.worker.host.start()
-        cluster.router.dispatcher._no_worker_wait_s = WAIT_S  # until the router has found it again
         again = await cluster.client.generate(prompt(1), **OPTIONS)
         assert again.token_ids == wanted.token_ids
         assert again.timing.transport == "shared_memory"
