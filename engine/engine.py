@@ -17,7 +17,8 @@ from ..core.kv_geometry import blocks_for
 from ..core.request import Request
 from ..scheduling.blocks import BlockAllocator
 from ..scheduling.prefix_feed import PrefixChanges, PrefixFeed
-from ..scheduling.steps import StepPlan, StepScheduler
+from ..scheduling.step_plan import StepPlan
+from ..scheduling.steps import StepScheduler
 from .attention import KvWritten
 from .loading import LoadedModel
 from .options import EngineOptions

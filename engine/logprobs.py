@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.logprobs import TokenLogprob, TopLogprob
-from ..scheduling.steps import ScheduledTokens
+from ..scheduling.step_plan import ScheduledTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

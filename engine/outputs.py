@@ -10,7 +10,8 @@ from ..core.events import StepKind, StepRecord
 from ..core.logprobs import TokenLogprob
 from ..core.request import FinishReason
 from ..scheduling.sequence import Sequence, SequenceState
-from ..scheduling.steps import SampledToken, StepPlan, StepScheduler
+from ..scheduling.step_plan import SampledToken, StepPlan
+from ..scheduling.steps import StepScheduler
 from .runner import StepResult
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..core.errors import EngineFailed, SplitserveError
 from ..core.logprobs import TokenLogprob
-from ..scheduling.steps import ScheduledTokens, StepPlan
+from ..scheduling.step_plan import ScheduledTokens, StepPlan
 from .attention import AttentionBatch, Chunk, DecodeBatch, KvWritten, current
 from .cpu_attention import decode_kernel
 from .logprobs import StepLogprobs, prompt_rows

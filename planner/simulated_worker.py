@@ -11,7 +11,8 @@ from ..core.events import Event
 from ..core.request import Request
 from ..scheduling.blocks import BlockAllocator
 from ..scheduling.sequence import Sequence
-from ..scheduling.steps import DecodeRun, StepPlan, StepScheduler
+from ..scheduling.step_plan import StepPlan
+from ..scheduling.steps import DecodeRun, StepScheduler
 from .decode_timing import RunTiming, time_run
 from .event_queue import EventQueue
 from .request_life import RequestLife

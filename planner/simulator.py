@@ -14,7 +14,7 @@ from ..scheduling.admission import Admission, AdmissionPolicy
 from ..scheduling.fair_queue import Ticket
 from ..scheduling.policies.prefix import prefix
 from ..scheduling.routing import RoutingPolicy
-from ..scheduling.steps import StepPlan
+from ..scheduling.step_plan import StepPlan
 from .event_queue import EventQueue
 from .kv_link import KvLinks
 from .request_life import RequestLife

@@ -16,50 +16,15 @@ from dataclasses import dataclass
 
 from ..core.errors import InvalidRequest, Overloaded
 from ..core.kv_geometry import PREFIX_UNIT, blocks_for
-from ..core.request import FinishReason, Request
+from ..core.request import Request
 from .blocks import BlockAllocator
 from .prefix import Contents, TokenContents
 from .sequence import PENDING, Sequence, SequenceState
+from .step_plan import SampledToken, ScheduledTokens, StepPlan, next_part
 
 _RETRY_AFTER_S = 0.5
 _MAX_PLANS = 2  # one running, one ready to follow it
 MAX_PROMPT_LOGITS = 256  # rows of logits of prompt tokens in one step: each is as long as the vocabulary
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduledTokens:
-    """Tokens [start, end) of one sequence, computed in one step."""
-
-    sequence: Sequence
-    start: int
-    end: int
-    samples: bool  # the last known token is among them, so the step yields the next one
-    index: int  # of that next one among the request's output tokens
-
-    @property
-    def num_tokens(self) -> int:
-        return self.end - self.start
-
-    @property
-    def prompt_targets(self) -> range:
-        """Positions of prompt tokens whose likelihood this step is to tell: its logits at the one before each."""
-        if not self.sequence.needs_prompt_logits:
-            return range(0)
-        first = max(self.start, len(self.sequence.prompt_logprobs)) + 1
-        return range(first, max(first, min(self.end + 1, self.sequence.request.num_prompt_tokens)))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepPlan:
-    """One step: decodes first, then prefill chunks."""
-
-    parts: tuple[ScheduledTokens, ...]
-    num_decode_tokens: int
-    num_prefill_tokens: int
-    num_context_tokens: int  # sum over parts of tokens attended to
-    started: tuple[Sequence, ...]  # in their first step
-    resumed: tuple[Sequence, ...]  # in their first step after a preemption
-    preempted: tuple[Sequence, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,16 +36,6 @@ class DecodeRun:
     num_context_tokens: int  # sum over them of tokens attended to in the first step
     num_new_blocks: int  # that all its steps take at most
     started: tuple[Sequence, ...]  # in their first step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampledToken:
-    """A token that a step appended to a sequence."""
-
-    sequence: Sequence
-    index: int
-    token_id: int
-    finish_reason: FinishReason | None
 
 
 class StepScheduler:
@@ -250,7 +205,7 @@ class StepScheduler:
                 if self._plans and self._must_preempt(sequence):
                     return None  # the running step needs the victim's blocks, and its token is not known yet
                 if self._grow(sequence):
-                    parts.append(_part(sequence, 1))
+                    parts.append(next_part(sequence, 1))
         num_decode = len(parts)
 
         budget = self._max_step_tokens
@@ -258,14 +213,14 @@ class StepScheduler:
         for sequence in self._running:
             most = min(budget, logits_left) if sequence.needs_prompt_logits else budget
             if most and sequence.can_run and not sequence.is_decoding:
-                parts.append(_part(sequence, most))
+                parts.append(next_part(sequence, most))
                 budget -= parts[-1].num_tokens
                 logits_left -= len(parts[-1].prompt_targets)
         started: list[Sequence] = []
         resumed: list[Sequence] = []
         full = self._max_step_tokens - self._max_packed_tokens
         while budget > full and len(self._preempted) == num_before and (admitted := self._admit(logits_left)):
-            parts.append(_part(admitted, min(budget, logits_left) if admitted.needs_prompt_logits else budget))
+            parts.append(next_part(admitted, min(budget, logits_left) if admitted.needs_prompt_logits else budget))
             budget -= parts[-1].num_tokens
             logits_left -= len(parts[-1].prompt_targets)
             if not admitted.started:
@@ -546,14 +501,6 @@ def _queue_key(sequence: Sequence) -> tuple[int, float, int]:
 def _waiting_key(sequence: Sequence) -> tuple[bool, tuple[int, float, int]]:
     """Who has been preempted comes back before anybody begins, or a stream of more important ones would starve it."""
     return not sequence.preempted, sequence.queue_key
-
-
-def _part(sequence: Sequence, budget: int) -> ScheduledTokens:
-    start = sequence.num_computed
-    end = start + min(budget, sequence.num_uncomputed)
-    return ScheduledTokens(
-        sequence=sequence, start=start, end=end, samples=end == sequence.num_tokens, index=sequence.num_output
-    )
 
 
 def _advance(part: ScheduledTokens) -> None:

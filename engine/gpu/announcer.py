@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ...scheduling.steps import ScheduledTokens
+from ...scheduling.step_plan import ScheduledTokens
 from ..attention import KvWritten
 
 logger = logging.getLogger(__name__)

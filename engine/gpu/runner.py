@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ...core.errors import SplitserveError
 from ...scheduling.sequence import PENDING
-from ...scheduling.steps import ScheduledTokens, StepPlan
+from ...scheduling.step_plan import ScheduledTokens, StepPlan
 from ..attention import KvWritten
 from ..logprobs import StepLogprobs, prompt_rows
 from ..output_format import OutputFormats

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from ...scheduling.steps import StepPlan
+from ...scheduling.step_plan import StepPlan
 from ..runner import StepMode, StepResult, StepRunner
 from .messages import StepWriter, warm_up_message
 

@@ -17,7 +17,7 @@ import numpy as np
 from ...core.request import Request
 from ...scheduling.sequence import Sequence as RunningSequence
 from ...scheduling.sequence import SequenceState
-from ...scheduling.steps import ScheduledTokens, StepPlan
+from ...scheduling.step_plan import ScheduledTokens, StepPlan
 from ..runner import StepMode
 
 _LENGTH = struct.Struct("<I")

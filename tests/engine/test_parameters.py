@@ -21,7 +21,7 @@ from splitserve.engine.outputs import TokenOutput
 from splitserve.engine.runner import CpuRunner, SequenceTokens, StepResult
 from splitserve.engine.testing import EOS_TOKEN_ID
 from splitserve.scheduling.sequence import PENDING
-from splitserve.scheduling.steps import StepPlan
+from splitserve.scheduling.step_plan import StepPlan
 
 PROMPT = tuple(5 + (37 * i) % 200 for i in range(90))
 

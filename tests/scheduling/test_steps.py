@@ -9,7 +9,8 @@ from splitserve.core.logprobs import TokenLogprob
 from splitserve.core.request import FinishReason, Request
 from splitserve.scheduling.blocks import BlockAllocator
 from splitserve.scheduling.sequence import PENDING, SequenceState
-from splitserve.scheduling.steps import SampledToken, StepPlan, StepScheduler
+from splitserve.scheduling.step_plan import SampledToken, StepPlan
+from splitserve.scheduling.steps import StepScheduler
 
 BLOCK = 16
 END = 7  # the stop token

@@ -22,7 +22,7 @@ from splitserve.prefill_worker.server import PrefillServer
 from splitserve.proto import kv_transfer_pb2, worker_pb2, worker_pb2_grpc
 from splitserve.proto.convert import PROTOCOL_VERSION, request_to_proto
 from splitserve.proto.rpc import CHANNEL_OPTIONS
-from splitserve.scheduling.steps import StepPlan
+from splitserve.scheduling.step_plan import StepPlan
 from splitserve.worker.options import WorkerOptions
 
 WAIT_S = 60.0

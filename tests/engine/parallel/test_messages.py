@@ -13,7 +13,8 @@ from splitserve.engine.parallel.messages import StepReader, StepWriter, read_mes
 from splitserve.engine.runner import StepMode
 from splitserve.scheduling.blocks import BlockAllocator
 from splitserve.scheduling.sequence import SequenceState
-from splitserve.scheduling.steps import StepPlan, StepScheduler
+from splitserve.scheduling.step_plan import StepPlan
+from splitserve.scheduling.steps import StepScheduler
 
 
 def scheduler(num_blocks: int) -> StepScheduler:
