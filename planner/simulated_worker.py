@@ -10,9 +10,10 @@ from typing import Protocol
 from ..core.events import Event
 from ..core.request import Request
 from ..scheduling.blocks import BlockAllocator
+from ..scheduling.decode_runs import DecodeRun
 from ..scheduling.sequence import Sequence
 from ..scheduling.step_plan import StepPlan
-from ..scheduling.steps import DecodeRun, StepScheduler
+from ..scheduling.steps import StepScheduler
 from .decode_timing import RunTiming, time_run
 from .event_queue import EventQueue
 from .request_life import RequestLife

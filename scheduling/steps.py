@@ -9,15 +9,15 @@ one chooses is not known then, only that there will be one: `PENDING` takes its 
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import insort
 from collections import deque
 from collections.abc import Mapping, MutableSequence
-from dataclasses import dataclass
 
 from ..core.errors import InvalidRequest, Overloaded
 from ..core.kv_geometry import PREFIX_UNIT, blocks_for
 from ..core.request import Request
 from .blocks import BlockAllocator
+from .decode_runs import DecodeRun, foresee_run
 from .prefix import Contents, TokenContents
 from .sequence import PENDING, Sequence, SequenceState
 from .step_plan import SampledToken, ScheduledTokens, StepPlan, next_part
@@ -25,17 +25,6 @@ from .step_plan import SampledToken, ScheduledTokens, StepPlan, next_part
 _RETRY_AFTER_S = 0.5
 _MAX_PLANS = 2  # one running, one ready to follow it
 MAX_PROMPT_LOGITS = 256  # rows of logits of prompt tokens in one step: each is as long as the vocabulary
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeRun:
-    """Decode steps with the same sequences: from one to the next only their contexts grow, each by a token."""
-
-    num_steps: int  # the last one ends a sequence, or is the last that there are blocks for
-    batch: int  # sequences
-    num_context_tokens: int  # sum over them of tokens attended to in the first step
-    num_new_blocks: int  # that all its steps take at most
-    started: tuple[Sequence, ...]  # in their first step
 
 
 class StepScheduler:
@@ -293,33 +282,7 @@ class StepScheduler:
         """
         if self._plans or not self._running or self._admissible() is not None:
             return None
-        num_steps = num_context_tokens = 0
-        started: list[Sequence] = []
-        for sequence in self._running:
-            request, num_tokens = sequence.request, len(sequence.token_ids)
-            left = sequence.max_num_tokens - num_tokens
-            if num_tokens - sequence.num_computed != 1 or left == request.max_tokens or request.stop_token_ids:
-                return None  # a prefill, a first token, or an end that nobody can foresee
-            if not num_steps or left < num_steps:
-                num_steps = left
-            num_context_tokens += num_tokens
-            if not sequence.started:
-                started.append(sequence)
-        num_blocks = len(self._running) * blocks_for(num_steps, self.blocks.block_size)
-        if num_blocks > self.blocks.num_available:  # it may still do, so count
-            num_steps = bisect_right(
-                range(1, num_steps + 1), self.blocks.num_available, key=lambda steps: self._blocks_of_run(steps)
-            )
-            num_blocks = self._blocks_of_run(num_steps)
-        if num_steps == 0:
-            return None  # somebody is preempted
-        return DecodeRun(
-            num_steps=num_steps,
-            batch=len(self._running),
-            num_context_tokens=num_context_tokens,
-            num_new_blocks=num_blocks,
-            started=tuple(started),
-        )
+        return foresee_run(self._running, self.blocks)
 
     def advance(self, num_steps: int, token_id: int) -> list[Sequence]:
         """Account for the first steps of a run in which every token is `token_id`; returns the sequences that ended."""
@@ -427,11 +390,6 @@ class StepScheduler:
         sequence.state = SequenceState.RUNNING
         insort(self._running, sequence, key=_queue_key)
         return sequence
-
-    def _blocks_of_run(self, num_steps: int) -> int:
-        """Blocks that the running sequences take for that many decode steps."""
-        size = self.blocks.block_size
-        return sum(max(0, blocks_for(s.num_computed + num_steps, size) - len(s.block_table)) for s in self._running)
 
     def _must_preempt(self, sequence: Sequence) -> bool:
         """Whether a decoding sequence needs a block for its next token that nobody has left."""
