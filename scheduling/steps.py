@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Mapping, MutableSequence
+from collections.abc import Mapping
 
 from ..core.errors import InvalidRequest, Overloaded
-from ..core.kv_geometry import PREFIX_UNIT, blocks_for
+from ..core.kv_geometry import blocks_for
 from ..core.request import Request
+from .block_tables import BlockTables
 from .blocks import BlockAllocator
 from .decode_runs import DecodeRun, foresee_run
 from .prefix import Contents, TokenContents
@@ -50,6 +51,7 @@ class StepScheduler:
     ) -> None:
         self.blocks = blocks
         self._contents = contents or TokenContents(model_id=model_id, kv_dtype=kv_dtype)
+        self._tables = BlockTables(blocks, self._contents)
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._max_step_tokens = max_step_tokens
@@ -106,8 +108,14 @@ class StepScheduler:
                 f"{len(self._waiting):,} requests are waiting, the bound is {self._max_waiting:,}; try again later",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        sequence = self._new_sequence(request, self._contents.token_ids(request), prefill_only=prefill_only)
-        sequence.arrived_at = arrived_at
+        sequence = Sequence(
+            request=request,
+            arrival=self._arrivals + 1,
+            arrived_at=arrived_at,
+            prefill_only=prefill_only,
+            token_ids=self._contents.token_ids(request),
+        )
+        self._enter(sequence)
         insort(self._waiting, sequence, key=_waiting_key)
 
     def reserve(
@@ -126,13 +134,18 @@ class StepScheduler:
                 f"{busy} sequences are running or about to, max_running is {self._max_running}; try again later",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        hashes: list[bytes] = []
-        tokens = self._contents.token_ids(request)
-        if self.blocks.has_prefix_cache:
-            self._contents.extend_hashes(hashes, tokens, request, kv_history)
-        hits = self.blocks.match(hashes, len(tokens) - 1)
-        remaining = request.max_tokens - len(request.output_token_ids)
-        needed = blocks_for(len(tokens) + min(headroom_tokens, remaining), self.blocks.block_size) - len(hits)
+        sequence = Sequence(
+            request=request,
+            arrival=self._arrivals + 1,
+            arrived_at=arrived_at,
+            arrived_by_transfer=True,
+            kv_history=kv_history,
+            state=SequenceState.RESERVED,
+            token_ids=self._contents.token_ids(request),
+        )
+        hits = self._tables.cached(sequence, sequence.num_tokens - 1)
+        num_tokens = sequence.num_tokens + min(headroom_tokens, request.max_tokens - len(request.output_token_ids))
+        needed = blocks_for(num_tokens, self.blocks.block_size) - len(hits)
         starved = self._starved and bool(self._waiting)
         if starved or not self.blocks.can_allocate(needed, hits):
             raise Overloaded(
@@ -141,14 +154,8 @@ class StepScheduler:
                 + "; try again later or another worker",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        sequence = self._new_sequence(request, tokens, arrived_by_transfer=True)
-        sequence.arrived_at, sequence.kv_history = arrived_at, kv_history
-        sequence.state = SequenceState.RESERVED
-        sequence.prefix_hashes = hashes
-        self.blocks.share(hits, granted=True)
-        sequence.block_table = hits + self.blocks.allocate(needed, granted=True)
-        sequence.num_cached = len(hits) * self.blocks.block_size
-        sequence.num_published = len(hits)
+        self._enter(sequence)
+        self._tables.fill(sequence, hits, num_tokens)
         return sequence
 
     def start_reserved(self, request_id: str, first_token_id: int) -> None:
@@ -166,7 +173,7 @@ class StepScheduler:
         sequence.num_computed = sequence.num_tokens - 1
         self.blocks.grant_to_live(sequence.block_table)
         sequence.state = SequenceState.RUNNING
-        self._publish(sequence, sequence.num_computed)
+        self._tables.publish(sequence, sequence.num_computed)
         insort(self._running, sequence, key=_queue_key)
 
     def is_reserved(self, request_id: str) -> bool:
@@ -255,7 +262,7 @@ class StepScheduler:
             if sequence.released:
                 self._finish(sequence)
                 continue
-            self._publish(sequence, part.end)
+            self._tables.publish(sequence, part.end)
             if not part.samples:
                 continue
             token_id = sampled.get(sequence.request_id)
@@ -298,7 +305,7 @@ class StepScheduler:
             sequence.num_computed = num_computed
             sequence.started = True
             if publishes:
-                self._publish(sequence, num_computed)
+                self._tables.publish(sequence, num_computed)
             if num_computed + 1 >= sequence.max_num_tokens:
                 self._finish(sequence)
                 ended.append(sequence)
@@ -336,26 +343,11 @@ class StepScheduler:
 
     # --- parts of the above ---
 
-    def _new_sequence(
-        self,
-        request: Request,
-        token_ids: MutableSequence[int],
-        *,
-        prefill_only: bool = False,
-        arrived_by_transfer: bool = False,
-    ) -> Sequence:
-        if request.request_id in self._sequences:
-            raise InvalidRequest(f"request id {request.request_id} is already live here; ids must be unique")
+    def _enter(self, sequence: Sequence) -> None:
+        if sequence.request_id in self._sequences:
+            raise InvalidRequest(f"request id {sequence.request_id} is already live here; ids must be unique")
+        self._sequences[sequence.request_id] = sequence
         self._arrivals += 1
-        sequence = Sequence(
-            request=request,
-            token_ids=token_ids,
-            arrival=self._arrivals,
-            prefill_only=prefill_only,
-            arrived_by_transfer=arrived_by_transfer,
-        )
-        self._sequences[request.request_id] = sequence
-        return sequence
 
     def _admissible(self, logits_left: int = MAX_PROMPT_LOGITS) -> list[int] | None:
         """The blocks that the cache holds of the first waiting sequence; None if nobody can be admitted now."""
@@ -365,10 +357,7 @@ class StepScheduler:
         sequence = self._waiting[0]
         if sequence.needs_prompt_logits and not logits_left:
             return None
-        if self.blocks.has_prefix_cache:
-            self._extend_hashes(sequence, sequence.token_ids)
-        most = 0 if sequence.needs_prompt_logits else sequence.num_tokens - 1
-        hits = self.blocks.match(sequence.prefix_hashes, most)
+        hits = self._tables.cached(sequence, 0 if sequence.needs_prompt_logits else sequence.num_tokens - 1)
         needed = blocks_for(sequence.num_tokens, self.blocks.block_size) - len(hits)
         if not self.blocks.can_allocate(needed, hits):
             self._starved = True  # and nobody behind it may overtake, or it would wait for ever
@@ -381,11 +370,8 @@ class StepScheduler:
         if hits is None:
             return None
         sequence = self._waiting.pop(0)
-        needed = blocks_for(sequence.num_tokens, self.blocks.block_size) - len(hits)
-        self.blocks.share(hits)
-        sequence.block_table = hits + self.blocks.allocate(needed)
-        sequence.num_cached = sequence.num_computed = len(hits) * self.blocks.block_size
-        sequence.num_published = len(hits)
+        self._tables.fill(sequence, hits, sequence.num_tokens)
+        sequence.num_computed = sequence.num_cached
         self.cached_tokens += sequence.num_cached
         sequence.state = SequenceState.RUNNING
         insort(self._running, sequence, key=_queue_key)
@@ -411,8 +397,7 @@ class StepScheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self.blocks.release(sequence.block_table)
-        sequence.block_table = []
+        self._tables.clear(sequence)
         sequence.num_computed = sequence.num_published = 0
         sequence.state = SequenceState.WAITING
         sequence.preempted = True
@@ -420,19 +405,6 @@ class StepScheduler:
         self._preempted.append(sequence)
         self._starved = True
         self.num_preemptions += 1
-
-    def _publish(self, sequence: Sequence, num_computed: int) -> None:
-        """Enter the blocks that became full with the first `num_computed` tokens into the prefix index."""
-        blocks = self.blocks
-        full = num_computed // blocks.block_size
-        if full <= sequence.num_published or not blocks.has_prefix_cache:
-            return
-        known = sequence.token_ids[:num_computed]  # those behind may be pending
-        self._extend_hashes(sequence, known)
-        units = blocks.block_size // PREFIX_UNIT
-        for index in range(sequence.num_published, full):
-            blocks.publish(sequence.block_table[index], sequence.prefix_hashes[(index + 1) * units - 1])
-        sequence.num_published = full
 
     def _finish(self, sequence: Sequence) -> None:
         """Free what a sequence has, once no planned step uses it."""
@@ -443,13 +415,9 @@ class StepScheduler:
             self._waiting.remove(sequence)
         elif sequence.state is SequenceState.RUNNING:
             self._running.remove(sequence)
-        self.blocks.release(sequence.block_table, granted=sequence.state is SequenceState.RESERVED)
-        sequence.block_table = []
+        self._tables.clear(sequence)
         sequence.state = SequenceState.FINISHED
         del self._sequences[sequence.request_id]
-
-    def _extend_hashes(self, sequence: Sequence, token_ids: MutableSequence[int]) -> None:
-        self._contents.extend_hashes(sequence.prefix_hashes, token_ids, sequence.request, sequence.kv_history)
 
 
 def _queue_key(sequence: Sequence) -> tuple[int, float, int]:
