@@ -2,28 +2,11 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-from splitserve.core.request import Request
-from splitserve.scheduling.blocks import BlockAllocator
 from splitserve.scheduling.steps import StepScheduler
 
-BLOCK = 16
+from .step_schedulers import BLOCK, make_request, make_scheduler
+
 TOKEN = 1
-
-
-def make_scheduler(num_blocks: int, *, prefix_cache: bool, max_running: int = 8) -> StepScheduler:
-    return StepScheduler(
-        BlockAllocator(num_blocks, BLOCK, prefix_cache=prefix_cache),
-        model_id="m",
-        kv_dtype="float32",
-        max_running=max_running,
-        max_waiting=100,
-        max_step_tokens=64,
-    )
-
-
-def make_request(number: int, num_prompt: int, max_tokens: int, **more: object) -> Request:
-    prompt = tuple(range(1000 * number, 1000 * number + num_prompt))
-    return Request(request_id=str(number), prompt_token_ids=prompt, max_tokens=max_tokens, **more)  # type: ignore[arg-type]
 
 
 class Replay:
@@ -88,7 +71,7 @@ def test_skipping_equals_stepping(
     for number, (after, num_prompt, max_tokens) in enumerate(arrivals):
         for replay, skip in zip(replays, (False, True), strict=True):
             replay.run(after, skip=skip)
-            replay.scheduler.add(make_request(number, num_prompt, max_tokens))
+            replay.scheduler.add(make_request(str(number), num_prompt, max_tokens, seed=number))
         assert state(replays[0].scheduler) == state(replays[1].scheduler)
     for replay, skip in zip(replays, (False, True), strict=True):
         replay.run(3000, skip=skip)
@@ -99,8 +82,8 @@ def test_skipping_equals_stepping(
 
 def test_a_run_ends_with_the_first_answer_that_does() -> None:
     scheduler = make_scheduler(64, prefix_cache=False)
-    scheduler.add(make_request(1, 20, 101))
-    scheduler.add(make_request(2, 30, 41))
+    scheduler.add(make_request("1", 20, 101, seed=1))
+    scheduler.add(make_request("2", 30, 41, seed=2))
     replay = Replay(scheduler)
     assert scheduler.steps_until_change() is None  # both are waiting
     replay.one_step()
@@ -115,7 +98,7 @@ def test_a_run_ends_with_the_first_answer_that_does() -> None:
 def test_a_run_ends_before_somebody_is_preempted() -> None:
     scheduler = make_scheduler(4, prefix_cache=False)
     for number in (1, 2):
-        scheduler.add(make_request(number, 20, 100))
+        scheduler.add(make_request(str(number), 20, 100, seed=number))
     Replay(scheduler).one_step()
     run = scheduler.steps_until_change()
     assert run is not None
@@ -129,14 +112,14 @@ def test_a_run_ends_before_somebody_is_preempted() -> None:
 
 def test_an_answer_that_may_stop_early_is_not_foreseen() -> None:
     scheduler = make_scheduler(64, prefix_cache=False)
-    scheduler.add(make_request(1, 20, 10, stop_token_ids=frozenset({7})))
+    scheduler.add(make_request("1", 20, 10, stop_token_ids=frozenset({7})))
     Replay(scheduler).one_step()
     assert scheduler.steps_until_change() is None
 
 
 def test_sequences_that_arrived_by_transfer_start_in_a_run() -> None:
     scheduler = make_scheduler(64, prefix_cache=False)
-    scheduler.reserve(make_request(1, 20, 10), 16)
+    scheduler.reserve(make_request("1", 20, 10), 16)
     assert scheduler.steps_until_change() is None
     scheduler.start_reserved("1", TOKEN)
     run = scheduler.steps_until_change()
