@@ -63,6 +63,7 @@ class Row:
     exposed_p99_ms: float
     output_tokens_per_s: float
     offered_tokens_per_s: float
+    ideal_tokens_per_s: float  # of the ideal queue and a token every median gap; what was offered late ends later
     send_lag_p99_ms: float  # of the clients themselves: when large, distrust the row
     transport: str
 
@@ -223,6 +224,13 @@ def _row(
     second = [one[0] for one in gaps]
     exposed = [row["exposed_s"] for row in answered]
     best = [value for _, value in both]
+    itl_p50_s = percentile(every, 50)
+    ideal_first = [row["scheduled_s"] + wait for row, wait in zip(requests, ideal, strict=True)]
+    ideal_in_window = sum(
+        warmup_s <= first + number * itl_p50_s < warmup_s + seconds
+        for first in ideal_first
+        for number in range(output_len)
+    )
     return Row(
         input_len=input_len,
         output_len=output_len,
@@ -243,6 +251,7 @@ def _row(
         exposed_p99_ms=ms(exposed, 99),
         output_tokens_per_s=in_window / seconds,
         offered_tokens_per_s=len(counted) * output_len / seconds,
+        ideal_tokens_per_s=ideal_in_window / seconds,
         send_lag_p99_ms=ms([row["sent_s"] - row["scheduled_s"] for row in counted], 99),
         transport=answered[0]["transport"],
     )
@@ -254,13 +263,15 @@ def _print(rows: Sequence[Row], title: str) -> None:
         "ISL/OSL, req/s",
         "n",
         "TTFT",
-        "ideal queue",
+        "of an ideal queue",
         "ratio",
         "ITL",
         "p99/p50",
         "gap 0 to 1",
         "exposed",
         "tokens/s",
+        "of offered",
+        "ideal queue",
     )
     for column in headings:
         table.add_column(column, justify="left" if column == headings[0] else "right")
@@ -275,9 +286,11 @@ def _print(rows: Sequence[Row], title: str) -> None:
             f"{row.itl_p99_ms / row.itl_p50_ms:.2f}",
             f"{row.second_gap_p50_ms:.1f} / {row.second_gap_p99_ms:.1f}",
             f"{row.exposed_p50_ms:.2f} / {row.exposed_p99_ms:.2f}",
-            f"{row.output_tokens_per_s:.0f} of {row.offered_tokens_per_s:.0f}",
+            f"{row.output_tokens_per_s:.0f}",
+            f"{row.output_tokens_per_s / row.offered_tokens_per_s:.3f}",
+            f"{row.ideal_tokens_per_s / row.offered_tokens_per_s:.3f}",
         )
-    Console(width=160).print(table)
+    Console(width=170).print(table)
 
 
 def _parse(text: str) -> tuple[int, int, float]:
