@@ -12,6 +12,7 @@ use. docs/routing.md explains the terms.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ def prefix(snapshot: Snapshot) -> Placement | None:
     if not decodes:
         return None
     if not snapshot.view.any_prefill_alive:
-        return pair(snapshot, None, min(_with_room(snapshot, decodes), key=lambda load: _alone_s(snapshot, load)))
+        return pair(snapshot, None, _alone(snapshot, _with_room(snapshot, decodes)))
     if snapshot.view.local_prefill_itl_s is not None:
         local = local_decode(snapshot, _with_room(snapshot, decodes))
         if local is not None:
@@ -137,9 +138,26 @@ def _weigh(snapshot: Snapshot, load: DecodeLoad, step_s: float) -> _Decode:
     )
 
 
-def _alone_s(snapshot: Snapshot, load: DecodeLoad) -> float:
-    """Score of a worker that computes the prompt and answers by itself."""
-    uncached = load.local_prefill_tokens + snapshot.uncached_tokens(load.worker)
-    prefill_s = load.times.prefill_step_s([(uncached, 0)]) if load.times is not None else 0.0
-    step_s = joined_step_s(load, snapshot.request.num_tokens)
-    return (1 + PREFILL_WEIGHT) * prefill_s + _weigh(snapshot, load, step_s).cost_s
+def _alone(snapshot: Snapshot, decodes: Sequence[DecodeLoad]) -> DecodeLoad:
+    """The worker that computes the prompt and answers by itself.
+
+    One that has not computed a prompt or decoded yet is taken to do it as the best of the others: unknown, it would
+    draw nobody, or everybody.
+    """
+    num_tokens = snapshot.request.num_tokens
+    uncached = [load.local_prefill_tokens + snapshot.uncached_tokens(load.worker) for load in decodes]
+    tokens_s = [_prefill_s(load, number) / number for load, number in zip(decodes, uncached, strict=True)]
+    steps_s = [joined_step_s(load, num_tokens) for load in decodes]
+    best_token_s = min(filter(math.isfinite, tokens_s), default=0.0)
+    best_step_s = min(filter(None, steps_s), default=0.0)
+
+    def rank(index: int) -> tuple[float, int]:
+        token_s = tokens_s[index] if math.isfinite(tokens_s[index]) else best_token_s
+        cost_s, num_sequences = _rank(_weigh(snapshot, decodes[index], steps_s[index] or best_step_s))
+        return (1 + PREFILL_WEIGHT) * uncached[index] * token_s + cost_s, num_sequences
+
+    return decodes[min(range(len(decodes)), key=rank)]
+
+
+def _prefill_s(load: DecodeLoad, num_tokens: int) -> float:
+    return load.times.prefill_step_s([(num_tokens, 0)]) if load.times is not None else math.inf

@@ -273,6 +273,30 @@ def test_without_prefill_workers_the_cache_decides_among_colocated_ones() -> Non
     assert placed == Placement(prefill=None, decode="c1")
 
 
+@pytest.mark.parametrize("known", [("c0",), ("c0", "c1"), ()])
+def test_colocated_workers_share_requests_whatever_is_known_of_them(known: tuple[str, ...]) -> None:
+    """One that had computed no prompt yet seemed infinitely slow, so the first one got everything."""
+    measured = MeasuredTimes(prefill_tokens_per_s=1e4, decode_step_time_s=0.01, decode_batch=4)
+    unknown = MeasuredTimes(prefill_tokens_per_s=0.0, decode_step_time_s=0.0)
+    counts = dict.fromkeys(("c0", "c1"), 0)
+    for _ in range(20):
+        workers = [
+            decode(
+                name,
+                1000 - 63 * count,
+                sequences=count,
+                colocated=True,
+                times=measured if name in known else unknown,
+                local_tokens=1000 * count,
+            )
+            for name, count in counts.items()
+        ]
+        placed = prefix(snapshot([], workers, alive=False, num_tokens=1_000))
+        assert placed is not None
+        counts[placed.decode] += 1
+    assert counts == {"c0": 10, "c1": 10}
+
+
 # By name.
 
 
