@@ -181,6 +181,11 @@ async def _load(
     try:
         async with asyncio.timeout(_CLIENT_START_S + seconds + _DRAIN_S):
             codes = await asyncio.gather(*(process.wait() for process in processes))
+    except TimeoutError:
+        raise SystemExit(
+            f"{_DRAIN_S:g} s after the last of {rate:g} requests a second there still were some without their end: "
+            "that is more than this cluster can carry; lower the rate in --rows"
+        ) from None
     finally:
         for process in processes:
             if process.returncode is None:

@@ -25,7 +25,7 @@ class SequenceSlots:
     """Block tables and newest tokens by slot; a sequence gets its slot when it first needs one."""
 
     def __init__(self, max_running: int, max_blocks: int, device: torch.device) -> None:
-        # Twice, because a finished sequence keeps its slot until a slot is needed.
+        # Twice, because a finished sequence keeps its slot until the next one needs one.
         num_slots = 2 * max_running
         self._device = device
         self._slots: dict[Sequence, _Slot] = {}
@@ -36,8 +36,7 @@ class SequenceSlots:
     def index_of(self, sequence: Sequence) -> int:
         slot = self._slots.get(sequence)
         if slot is None:
-            if not self._free:
-                self._collect()
+            self._collect()
             slot = self._slots[sequence] = _Slot(index=self._free.pop(), table=[], num_blocks=0)
         return slot.index
 
@@ -54,5 +53,7 @@ class SequenceSlots:
         slot.num_blocks = len(table)
 
     def _collect(self) -> None:
+        """Let go of those that ended, and of their tokens: to a collector of garbage, prompts are long lists. What is
+        queued for a slot comes before whatever its next owner queues."""
         for sequence in [s for s in self._slots if s.state is not SequenceState.RUNNING]:
             self._free.append(self._slots.pop(sequence).index)
