@@ -125,18 +125,17 @@ async def test_lanes_that_were_given_up_leave_no_memory_behind() -> None:
             await moving
 
     async def grown() -> int:
-        """Bytes, on either GPU, by five lanes."""
+        """Bytes, on either GPU, by one lane."""
         before = [torch.cuda.mem_get_info(side)[0] for side in (0, 1)]
-        for _ in range(5):
-            await open_and_give_up()
+        await open_and_give_up()
         after = [torch.cuda.mem_get_info(side)[0] for side in (0, 1)]
-        return max(a - b for a, b in zip(before, after, strict=True))
+        return max(b - a for b, a in zip(before, after, strict=True))
 
     await open_and_give_up()  # what the process loads once
-    for _ in range(5):  # other processes take memory of these GPUs too; what leaks does so every time
-        if (num_bytes := await grown()) < 64 << 20:
+    for _ in range(25):  # other processes take memory of these GPUs too, now and then; what leaks does so every time
+        if (num_bytes := await grown()) < 12 << 20:
             return
-    raise AssertionError(f"five lanes left {num_bytes / 2**20:.0f} MiB behind, each time")
+    raise AssertionError(f"a lane left {num_bytes / 2**20:.0f} MiB behind, each time")
 
 
 async def test_a_lane_opens_in_its_time_while_others_are_given_up() -> None:
