@@ -5,8 +5,8 @@ python -m splitserve.benchmarks.disaggregation --colocated --json colocated.json
 python -m splitserve.benchmarks.disaggregation --model smollm2-135m --device cpu --rows 256/32/1 --seconds 20
 
 Starts a router and two workers, one on each GPU, and loads them through the router's public API with Poisson arrivals.
-The ideal queue replays the same arrivals through one server whose service time is the bare prefill, measured in the
-same run with one prompt after the other.
+The ideal queue replays the same arrivals through as many servers as compute prompts, whose service time is the bare
+prefill, measured in the same run with one prompt after the other.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from heapq import heappop, heappush
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -126,7 +127,8 @@ async def _measure(
             prefill_s = await _bare_prefill_s(cluster.router.address, load[0], in_flight=3)
             addresses = [router.address for router in cluster.routers]
             requests = await _load(addresses, load, warmup_s + seconds, clients, seed, log_dir)
-            measured.append(_row(load, requests, prefill_s, idle_s, warmup_s, seconds))
+            num_servers = config.replicas("prefill") + config.replicas("colocated")
+            measured.append(_row(load, requests, prefill_s, idle_s, warmup_s, seconds, num_servers))
             print(measured[-1], file=sys.stderr, flush=True)
             if json_file is not None:  # after each row: a run of many minutes may be cut short
                 figures = {
@@ -184,7 +186,8 @@ async def _load(
     except TimeoutError:
         raise SystemExit(
             f"{_DRAIN_S:g} s after the last of {rate:g} requests a second there still were some without their end: "
-            "that is more than this cluster can carry; lower the rate in --rows"
+            "that is more than this cluster can carry, or something hangs; lower the rate in --rows, or see the logs "
+            "in --log-dir"
         ) from None
     finally:
         for process in processes:
@@ -196,12 +199,13 @@ async def _load(
     return sorted(rows, key=lambda row: float(row["scheduled_s"]))
 
 
-def ideal_ttft_s(arrivals_s: Sequence[float], service_s: float) -> list[float]:
-    """Seconds from each arrival to its end in a queue before one server, first come first served."""
-    free_at, times = -math.inf, []
+def ideal_ttft_s(arrivals_s: Sequence[float], service_s: float, num_servers: int = 1) -> list[float]:
+    """Seconds from each arrival to its end in one queue before so many servers, first come first served."""
+    free_at, times = [-math.inf] * num_servers, []
     for arrival in arrivals_s:
-        free_at = max(free_at, arrival) + service_s
-        times.append(free_at - arrival)
+        ends_at = max(heappop(free_at), arrival) + service_s
+        heappush(free_at, ends_at)
+        times.append(ends_at - arrival)
     return times
 
 
@@ -212,9 +216,10 @@ def _row(
     idle_s: float,
     warmup_s: float,
     seconds: float,
+    num_servers: int,
 ) -> Row:
     input_len, output_len, rate = load
-    ideal = ideal_ttft_s([row["scheduled_s"] for row in requests], prefill_s)
+    ideal = ideal_ttft_s([row["scheduled_s"] for row in requests], prefill_s, num_servers)
     both = [(row, best) for row, best in zip(requests, ideal, strict=True) if row["scheduled_s"] >= warmup_s]
     counted = [row for row, _ in both]
     answered = [row for row in counted if row["error"] is None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Protocol, TypeVar
@@ -10,6 +9,7 @@ from typing import Annotated, Protocol, TypeVar
 import typer
 
 from ..core.errors import ConfigError, SplitserveError
+from ..core.garbage import garbage
 from ..deploy.process import report_ready
 
 Host = Annotated[
@@ -79,9 +79,7 @@ def run_role(
         report_ready(ready_file, {**row, "pid": told.pid, "boot_id": told.boot_id})
         http = f"OpenAI API at http://{told.http_address}/v1, " if told.http_address else ""
         print(f"{name} at {told.address}, {http}metrics at http://{told.metrics_address}/metrics", flush=True)
-        # What was loaded stays: looking through its objects for garbage, again and again, would stop every step.
-        gc.collect()
-        gc.freeze()
+        garbage.take_over()
 
     try:
         serve(options, ready)

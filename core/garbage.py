@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 
 _WORTH_IT = 100  # new objects; the automatic collector waits for 700 or more, and a prompt's lists make those long
-_IDLE_S = 0.2  # without a call
-_WHOLE_EVERY_S = 10.0
+_LOOK_S = 10.0
+_IDLE_S = 2.0  # without a call; a worker calls after each step, and steps of long prompts take a while
 _WHOLE_AT_LATEST_S = 600.0
 
 
@@ -23,34 +23,35 @@ class Garbage:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._called_s = self._whole_s = clock()  # when all that is not frozen was gone through last
-        self._timer: asyncio.TimerHandle | None = None
+        self._called_s = self._whole_s = clock()  # when nothing old was left to be gone through, last
+
+    def take_over(self) -> None:
+        """On the event loop, once all is loaded: that stays. Of the rest, the collector by itself goes through new
+        objects from now on, and we through the old ones."""
+        gc.collect()
+        gc.freeze()
+        young, middle, _ = gc.get_threshold()
+        gc.set_threshold(young, middle, 1 << 30)
+        self._look_later()
 
     def collect(self) -> None:
-        """On the event loop; for a moment nobody waits: go through what was made since the last time."""
-        self._called_s = now = self._clock()
-        if gc.get_count()[0] < _WORTH_IT:
+        """For a moment nobody waits: go through what was made since the last time."""
+        self._called_s = self._clock()
+        if gc.get_count()[0] >= _WORTH_IT:
+            gc.collect(1)
+
+    def _look_later(self) -> None:
+        asyncio.get_running_loop().call_later(_LOOK_S, self._look)
+
+    def _look(self) -> None:
+        self._look_later()
+        now = self._clock()
+        num_aged = gc.get_count()[2]  # collections that left old objects behind
+        if num_aged and now < min(self._called_s + _IDLE_S, self._whole_s + _WHOLE_AT_LATEST_S):
             return
-        if now - self._whole_s >= _WHOLE_AT_LATEST_S:
-            self._collect_all()
-            return
-        gc.collect(1)
-        if self._timer is None:
-            self._look_again(_WHOLE_EVERY_S)
-
-    def _look_again(self, after_s: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(after_s, self._when_idle)
-
-    def _when_idle(self) -> None:
-        self._timer = None
-        if (wait_s := self._called_s + _IDLE_S - self._clock()) > 0:
-            self._look_again(wait_s)
-        else:
-            self._collect_all()
-
-    def _collect_all(self) -> None:
-        self._whole_s = self._clock()
-        gc.collect()
+        self._whole_s = now
+        if num_aged:
+            gc.collect()
 
 
 garbage = Garbage()

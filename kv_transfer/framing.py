@@ -12,7 +12,7 @@ LANE_FRAME_BYTES = 8 << 20  # gloo: two of them are in flight
 DEVICE_FRAME_BYTES = 256 << 20  # CUDA IPC: two thirds of a millisecond
 NCCL_FRAME_BYTES = 256 << 20  # 0.77 ms between GPUs of a host, half of it 0.53; smaller ones wait for headers
 MAX_LINK_BYTES, MAX_BYTES = 32 << 20, 256 << 20  # packed and not handed over, to one receiver and to all
-MAX_DEVICE_LINK_BYTES, MAX_DEVICE_BYTES = 768 << 20, 1024 << 20  # the same, in a GPU's memory
+MAX_DEVICE_LINK_BYTES, MAX_DEVICE_BYTES = 768 << 20, 1536 << 20  # the same, in a GPU's memory
 
 # Waking the event loop for every layer of a small chunk takes the interpreter from the thread that computes the next
 # one: 30 wake-ups slowed a 64-token prefill by 15 %. What is left at the end is at most this, under a millisecond.

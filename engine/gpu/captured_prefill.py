@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from ..runner import SequenceTokens
 from .attention_kernels import LayerKv, prefill_tiles, tile_queries
 from .batch import GpuBatch, PrefillRows, SplitMemory, chunk_spans
-from .packed import pack_arrays, run, to_device
+from .packed import pack_arrays, run
+from .uploads import to_device
 
 MAX_SEQUENCES = 16
 _MIXED_BUCKETS = (*range(64, 513, 64), *range(640, 1025, 128))

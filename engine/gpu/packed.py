@@ -16,6 +16,7 @@ from ..runner import SequenceTokens
 from .attention_kernels import LayerKv, prefill_tiles
 from .batch import ORDERED_FROM, DecodeRows, GpuBatch, PrefillRows, SplitMemory, chunk_spans, layer_views, padded_rows
 from .last_layer import logits_of
+from .uploads import to_device
 
 
 def pack(
@@ -90,11 +91,6 @@ def pack_arrays(
         used = -(-s.end // page)
         tables[i, :used] = s.block_table[:used]
     return np.stack([tokens, np.concatenate(positions), np.concatenate(slots)]), tables
-
-
-def to_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    """Copy without waiting for the device: an ordinary copy would wait for every step that is queued."""
-    return torch.from_numpy(array).pin_memory().to(device, non_blocking=True)
 
 
 def run(

@@ -35,10 +35,11 @@ from .batch import (
     layer_views,
 )
 from .captured_prefill import MAX_SEQUENCES, CapturedPrefill
-from .packed import pack, run, table_width, to_device
+from .packed import pack, run, table_width
 from .sampling import sample_rows
 from .sequence_slots import SequenceSlots
 from .step_kernels import FIELDS, unpack_rows
+from .uploads import to_device
 
 _GRAPH_BATCHES = (1, 2, 4, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 _PADDING = np.array([0, -1, 0, 0, 0, 0, 0, 0, 0, 0], np.int32)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ...scheduling.sequence import Sequence, SequenceState
-from .packed import to_device
+from .uploads import to_device
 
 
 @dataclass(slots=True)
@@ -22,16 +22,15 @@ class _Slot:
 
 
 class SequenceSlots:
-    """Block tables and newest tokens by slot; a sequence gets its slot when it first needs one."""
+    """Block tables and newest tokens by slot: a sequence gets its slot when it first needs one, and keeps it until it
+    has ended and another one needs one."""
 
     def __init__(self, max_running: int, max_blocks: int, device: torch.device) -> None:
-        # Twice, because a finished sequence keeps its slot until the next one needs one.
-        num_slots = 2 * max_running
         self._device = device
         self._slots: dict[Sequence, _Slot] = {}
-        self._free = list(range(num_slots))
-        self.tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=device)
-        self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)  # the last: nobody's
+        self._free = list(range(max_running))
+        self.tables = torch.zeros(max_running, max_blocks, dtype=torch.int32, device=device)
+        self.last_tokens = torch.zeros(max_running + 1, dtype=torch.int64, device=device)  # the last: nobody's
 
     def index_of(self, sequence: Sequence) -> int:
         slot = self._slots.get(sequence)

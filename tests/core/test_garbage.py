@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
+from collections.abc import Iterator
 
 import pytest
 from splitserve.core.garbage import Garbage
@@ -45,16 +46,30 @@ async def test_what_was_made_of_late_is_freed() -> None:
     assert gone() is None
 
 
-async def test_what_outlived_a_collection_is_freed_once_nobody_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitserve.core.garbage._WHOLE_EVERY_S", 0.001)
-    monkeypatch.setattr("splitserve.core.garbage._IDLE_S", 0.001)
+@pytest.fixture
+def taken_over(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a process does to its collector is undone."""
+    monkeypatch.setattr("splitserve.core.garbage._LOOK_S", 0.002)
+    thresholds = gc.get_threshold()
+    yield
+    gc.unfreeze()
+    gc.set_threshold(*thresholds)
+
+
+async def outlived(garbage: Garbage) -> weakref.ref[Node]:
+    """Garbage that was not yet when it was young."""
+    made = nodes()
+    garbage.collect()
+    return weakref.ref(made[0])
+
+
+async def test_what_outlived_a_collection_is_freed_once_nobody_calls(taken_over: None) -> None:
     clock = Clock()
     garbage = Garbage(clock)
-    made = nodes()
-    gone = weakref.ref(made[0])
-    garbage.collect()
-    del made
-    await asyncio.sleep(0.05)  # by the clock, it was called just now
+    garbage.take_over()
+    gone = await outlived(garbage)
+    clock.now += 1.5  # a long step
+    await asyncio.sleep(0.05)
     assert gone() is not None
     clock.now += 1.0
     async with asyncio.timeout(10):
@@ -62,20 +77,36 @@ async def test_what_outlived_a_collection_is_freed_once_nobody_calls(monkeypatch
             await asyncio.sleep(0.002)
 
 
-async def test_who_is_called_all_the_time_looks_at_everything_once_in_a_long_while() -> None:
+async def test_who_is_called_all_the_time_looks_at_everything_once_in_a_long_while(taken_over: None) -> None:
+    """Each time, everybody's next token is late."""
     clock = Clock()
     garbage = Garbage(clock)
-    made = nodes()
-    gone = weakref.ref(made[0])
-    garbage.collect()
-    del made
-    left = []
-    while gone() is not None:
-        assert clock.now < 1000
-        left.append(nodes())
-        clock.now += 1.0
+    garbage.take_over()
+    clock.now += 10_000  # of which nothing became old
+    await asyncio.sleep(0.05)
+    gone = await outlived(garbage)
+    for _ in range(5):
+        clock.now += 100
         garbage.collect()
-    assert clock.now > 400  # each time, everybody's next token is late
+        await asyncio.sleep(0.01)
+        assert gone() is not None
+    async with asyncio.timeout(10):
+        while gone() is not None:
+            clock.now += 1
+            garbage.collect()
+            await asyncio.sleep(0.002)
+    assert clock.now < 11_000
+
+
+async def test_the_collector_leaves_old_objects_to_us(taken_over: None) -> None:
+    garbage = Garbage(Clock())
+    garbage.take_over()
+    gone = await outlived(garbage)
+    gc.enable()
+    left = [nodes() for _ in range(500)]  # twenty times what it would need
+    gc.disable()
+    assert gone() is not None
+    assert left
 
 
 async def test_a_few_objects_are_not_worth_it() -> None:

@@ -102,6 +102,7 @@ class HeldChannel:
     def wait(self, posted: int, sleep: Callable[[float], None] = time.sleep) -> None:
         while not self.first_may_end.is_set():
             sleep(self.look_s)
+            self.look_s = 0.001
         is_last = len(self.on_their_way) == 1
         self.on_their_way.remove(posted)
         if is_last and self.aborted.is_set():

@@ -115,15 +115,6 @@ def test_logits_that_are_no_numbers_fail_their_own_request_alone(
     assert (engine.usage().blocks_live, engine.num_orphaned_blocks()) == (0, 0)
 
 
-def test_sequences_that_ended_are_let_go_of(tmp_path: Path) -> None:
-    """Two prompts' lists for each that may run made looking for garbage take 70 ms."""
-    make_tiny_model("llama", tmp_path)
-    engine = make_engine(tmp_path)
-    for prompt in prompts_for(engine.vocab_size):
-        run(engine, [prompt])
-        assert len(engine._runner._slots._slots) == 1  # type: ignore[attr-defined]
-
-
 def test_sampling_depends_on_neither_batch_nor_graphs(tmp_path: Path) -> None:
     make_tiny_model("llama", tmp_path)
     engine = make_engine(tmp_path)
