@@ -298,6 +298,8 @@ class SimulatedRouter:
     def _refuse(self, life: RequestLife, error: Overloaded) -> None:
         life.waits = False
         self._queue.discard(life.ticket)
+        if not len(self._queue):
+            self._admission.ttft.emptied()
         self._on_failed(life, error)
         self.ended(life)
 

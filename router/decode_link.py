@@ -37,7 +37,7 @@ class DecodeLink(WorkerLink):
         self._pace = pace
         self._has_refused = False  # the last grant that it was asked for
         self._local_tokens: dict[str, int] = {}  # of prompts sent to be computed here, until they have a token
-        self.assumed_prefill_tokens_per_s = 0.0  # what the prefill workers do on average
+        self.assumed_prefill_tokens_per_s = 0.0  # what others do on average
 
     @property
     def takes_work(self) -> bool:
@@ -99,6 +99,7 @@ class DecodeLink(WorkerLink):
             outstanding_tokens=self.status.num_outstanding_prefill_tokens + sent,
             outstanding_prompts=self.status.num_waiting,
             tokens_per_s=self.status.prefill_tokens_per_s,
+            assumed_tokens_per_s=self.assumed_prefill_tokens_per_s,
         )
 
     def request_grant(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from ..core.metrics import RouterMetrics
@@ -113,10 +113,12 @@ class WorkerPool:
             link.reconsider()
         ready_prefills = sum(link.state == "ready" for link in self.prefills.values())
         ready_decodes = [link for link in self.decodes.values() if link.state == "ready"]
-        speeds = [link.status.prefill_tokens_per_s for link in self.prefills.values()]
-        if known := [speed for speed in speeds if speed > 0]:
-            for link in self.decodes.values():
-                link.assumed_prefill_tokens_per_s = sum(known) / len(known)
+        assumed = _mean_speed(self.prefills.values())
+        for prefill in self.prefills.values():
+            prefill.assumed_prefill_tokens_per_s = assumed
+        assumed = assumed or _mean_speed(self.decodes.values())
+        for decode in self.decodes.values():
+            decode.assumed_prefill_tokens_per_s = assumed
         self._metrics.workers.labels("prefill").set(ready_prefills)
         self._metrics.workers.labels("decode").set(len(ready_decodes))
         prefill_groups = {link.group for link in self.prefills.values() if link.state == "ready"}
@@ -199,3 +201,9 @@ class WorkerPool:
         if info.model != self._model:
             return f"it serves model {info.model!r}, this router serves {self._model!r}; start both with the same one"
         return ""
+
+
+def _mean_speed(links: Iterable[WorkerLink]) -> float:
+    """Prompt tokens a second of those that have measured it; 0: nobody has."""
+    known = [speed for link in links if (speed := link.status.prefill_tokens_per_s) > 0]
+    return sum(known) / len(known) if known else 0.0

@@ -23,6 +23,7 @@ class PrefillLink(WorkerLink):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.assumed_prefill_tokens_per_s = 0.0  # what prefill workers do on average
         # Of our runs without a first token, and of other routers' as of the last status.
         self._own_tokens = self._own_prompts = 0
         self._sizes: dict[str, int] = {}  # of their prompts, cached tokens included: so the worker counts them
@@ -45,6 +46,7 @@ class PrefillLink(WorkerLink):
             outstanding_prompts=self._own_prompts + self._others_prompts,
             own_prompts=self._own_prompts,
             tokens_per_s=self.status.prefill_tokens_per_s,
+            assumed_tokens_per_s=self.assumed_prefill_tokens_per_s,
             place=self.place,
         )
 

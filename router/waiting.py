@@ -136,6 +136,8 @@ class WaitingRequests:
         """One that was let in has ended, whether or not it still waited."""
         self._patience.left(job)
         self._queue.discard(job.ticket)
+        if not self.num_queued:
+            self._admission.ttft.emptied()
         num_new = len(job.answer.token_ids) - job.num_given
         self._queue.charge(job.ticket, num_new)
         self._quotas.end(job.request.key, num_new, now)

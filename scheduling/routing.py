@@ -11,7 +11,7 @@ from .links import Place
 from .pairing import Group
 from .step_times import StepTimes
 
-UNKNOWN_PREFILL_TOKENS_PER_S = 1_000.0  # until a worker has measured itself; low, so that little is sent on a guess
+UNKNOWN_PREFILL_TOKENS_PER_S = 1_000.0  # until any worker has measured itself; low, so that little is sent on a guess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +23,7 @@ class PrefillLoad:
     outstanding_prompts: int  # with tokens among them
     own_prompts: int | None = None  # of them, those that this router sent; None: all
     tokens_per_s: float = 0.0  # 0 when unknown
+    assumed_tokens_per_s: float = 0.0  # what others do; a guess of our own would keep a fresh worker without any work
     place: Place | None = None
     group: Group | None = None  # whom it can be paired with; None: everybody
 
@@ -34,7 +35,7 @@ class PrefillLoad:
     @property
     def speed(self) -> float:
         """Prompt tokens a second, a guess while it is unknown."""
-        return self.tokens_per_s or UNKNOWN_PREFILL_TOKENS_PER_S
+        return self.tokens_per_s or self.assumed_tokens_per_s or UNKNOWN_PREFILL_TOKENS_PER_S
 
     def compute_s(self, num_tokens: int) -> float:
         """Time to compute so many prompt tokens."""

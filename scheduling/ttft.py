@@ -48,7 +48,7 @@ class TtftPredictor:
         if not known:
             return None
         wait_s = start_wait_s(known, tokens_ahead)
-        if self._cost:
+        if self._cost and self._last_from_queue_at is not None:
             wait_s = max(wait_s, tokens_ahead / self._cost * self._interval_s)
         return wait_s + self.prefill_s(known, cost)
 
@@ -67,6 +67,10 @@ class TtftPredictor:
             self._interval_s += _PACE_WEIGHT * (interval_s - self._interval_s)
             self._cost += _PACE_WEIGHT * (cost - self._cost)
         self._last_from_queue_at = now if num_queued else None
+
+    def emptied(self) -> None:
+        """Nobody is in the queue, whoever was last left it by another way: what follows says nothing about its pace."""
+        self._last_from_queue_at = None
 
     def measured(self, predicted_s: float, ttft_s: float) -> None:
         """How one prediction turned out. The margin rises nine times as fast as it falls: one in ten exceeds it."""

@@ -31,11 +31,13 @@ class _Counts:
 
 
 class Measured:
-    """Of one engine, on the event loop. Averages are 0 before there was a step of their kind."""
+    """Of one engine, on the event loop. Averages are 0 before there were two steps of their kind: the first one also
+    loads what it needs, and whoever is thought to be that slow gets no work to show otherwise."""
 
     def __init__(self, engine: Engine, metrics: WorkerMetrics) -> None:
-        self.prefill_tokens_per_s = 0.0
         self.decode_step_s = self.decode_batch = 0.0
+        self._prefill_tokens = self._prefill_s = 0.0  # of a step
+        self._is_cold = {"prefill": True, "decode": True}
         self._engine = engine
         self.publish_in(metrics)
 
@@ -54,6 +56,11 @@ class Measured:
         metrics.waiting.set_function(lambda: engine.usage().num_waiting)
         metrics.held.set_function(lambda: engine.usage().num_held)
 
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Of many tokens in few steps: a mean of speeds would be that of short prompts."""
+        return self._prefill_tokens / self._prefill_s if self._prefill_s else 0.0
+
     def step(self, output: StepOutput, role: Role) -> None:
         """Count a step that has ended."""
         record, metrics = output.record, self._metrics
@@ -66,16 +73,26 @@ class Measured:
         metrics.cached_tokens.inc(engine.cached_tokens - told.cached_tokens)
         metrics.recomputed_prompt_tokens.inc(engine.recomputed_prompt_tokens - told.recomputed_prompt_tokens)
         self._told = _Counts.of(engine)
+        if self._was_cold("decode" if record.kind == "decode" else "prefill"):
+            return
         if record.kind == "prefill":
-            self.prefill_tokens_per_s = _average(self.prefill_tokens_per_s, record.num_prefill_tokens / record.total_s)
+            self._prefilled(record.num_prefill_tokens, record.total_s)
         elif record.kind == "decode":
             self.decode_step_s = _average(self.decode_step_s, record.total_s)
             self.decode_batch = _average(self.decode_batch, record.num_sequences)
-        elif role == "decode" and self.decode_step_s:
-            # What a prompt adds to a decode step: a busy decode worker never computes one alone. Below a tenth of
-            # the step the difference is noise.
+        elif role != "prefill" and self.decode_step_s and record.num_prefill_tokens:
+            # What a prompt adds to a decode step: a busy worker never computes one alone. Below a tenth of the step
+            # the difference is noise.
             prefill_s = max(record.total_s - self.decode_step_s, 0.1 * self.decode_step_s)
-            self.prefill_tokens_per_s = _average(self.prefill_tokens_per_s, record.num_prefill_tokens / prefill_s)
+            self._prefilled(record.num_prefill_tokens, prefill_s)
+
+    def _was_cold(self, kind: str) -> bool:
+        was_cold, self._is_cold[kind] = self._is_cold[kind], False
+        return was_cold
+
+    def _prefilled(self, num_tokens: int, seconds: float) -> None:
+        self._prefill_tokens = _average(self._prefill_tokens, num_tokens)
+        self._prefill_s = _average(self._prefill_s, seconds)
 
     def device(self, state: DeviceState) -> None:
         """Publish how a device fares."""

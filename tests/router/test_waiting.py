@@ -81,3 +81,22 @@ async def test_the_queue_serves_the_important_first_and_then_each_tenant_in_turn
     for task in tasks:
         assert list((await end_of(task)).token_ids) == ANSWER
     scene.check_nothing_left()
+
+
+async def test_a_fresh_prefill_worker_takes_what_would_wait_for_another(start_scene: StartScene) -> None:
+    """A restarted worker has not measured its speed, and is taken to do as the others."""
+    scene = await start_scene(prefill=2)
+    first, fresh = scene.prefills
+    first.status.prefill_tokens_per_s = 50_000.0
+    first.say_status()
+    await scene.heard(first)
+    asked = [asyncio.create_task(scene.client.generate([10] * 3000, max_tokens=4, timeout_s=20.0)) for _ in range(4)]
+    try:
+        links = scene.router.pool.prefills
+        async with asyncio.timeout(WAIT_S):
+            while any(links[worker.address].load.outstanding_prompts < 2 for worker in (first, fresh)):
+                await asyncio.sleep(0.002)
+    finally:
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)

@@ -273,6 +273,21 @@ def test_without_prefill_workers_the_cache_decides_among_colocated_ones() -> Non
     assert placed == Placement(prefill=None, decode="c1")
 
 
+def test_a_fresh_prefill_worker_gets_its_share() -> None:
+    """Taken to do 1,000 tokens a second beside one that does 50,000, it got nothing while requests waited."""
+    counts = dict.fromkeys(("p0", "p1"), 0)
+    for _ in range(20):
+        prefills = [
+            prefill("p0", 4_000 * counts["p0"], speed=50_000.0),
+            replace(prefill("p1", 4_000 * counts["p1"], speed=0.0), assumed_tokens_per_s=50_000.0),
+        ]
+        placed = prefix(snapshot(prefills, [decode("d")], num_tokens=4_000))
+        assert placed is not None
+        assert placed.prefill is not None
+        counts[placed.prefill] += 1
+    assert counts == {"p0": 10, "p1": 10}
+
+
 @pytest.mark.parametrize("known", [("c0",), ("c0", "c1"), ()])
 def test_colocated_workers_share_requests_whatever_is_known_of_them(known: tuple[str, ...]) -> None:
     """One that had computed no prompt yet seemed infinitely slow, so the first one got everything."""

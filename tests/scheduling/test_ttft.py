@@ -53,6 +53,22 @@ def test_pauses_with_an_empty_queue_say_nothing_about_its_pace() -> None:
     assert predictor.predict([load()], 300, 100) == pytest.approx(0.4)
 
 
+def test_a_pause_behind_a_queue_that_was_left_by_other_ways_says_nothing_about_its_pace() -> None:
+    """Who waited behind the last one was cancelled; an hour later that was learnt as the pace, and nobody let in."""
+    predictor = TtftPredictor()
+    predictor.dispatched(0.0, 100, num_queued=1)
+    predictor.emptied()
+    predictor.dispatched(3_600.0, 100, num_queued=1)
+    assert predictor.predict([load()], 300, 100) == pytest.approx(0.4)
+
+
+def test_the_pace_of_a_queue_that_is_over_is_that_of_no_other() -> None:
+    predictor = TtftPredictor()
+    for number in range(20):
+        predictor.dispatched(2.0 * number, 100, num_queued=19 - number)
+    assert predictor.predict([load()], 300, 100) == pytest.approx(0.4)
+
+
 def test_the_margin_settles_where_one_error_in_ten_exceeds_it() -> None:
     predictor, rng = TtftPredictor(), random.Random(0)
     exceeded = 0
