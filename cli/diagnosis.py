@@ -1,11 +1,16 @@
-"""What is wrong with a worker, told from what it holds, and what to do about it."""
+"""What is wrong with a worker, told from what it holds, or with a process that is down, and what to do about it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..proto import worker_pb2
+from .absent import reason_of
+
+if TYPE_CHECKING:  # Ray must not be imported before its environment is prepared
+    from ..deploy.members import Member
 
 OLD_S = 60.0  # for KV that waits to be fetched or to arrive, and for a sequence that waits for blocks
 
@@ -28,7 +33,7 @@ class Examination:
 class Finding:
     """Something wrong."""
 
-    worker: str
+    worker: str  # or router: the name of the process
     what: str
     do: str
 
@@ -68,6 +73,19 @@ def diagnose(worker: Examination) -> Iterator[Finding]:
         if old:
             longest_s = max(holding.age_s for holding in old)
             yield found(f"{what}, {len(old)} of them for up to {longest_s:.0f} s: {_names(old)}", do)
+
+
+def diagnose_stuck(member: Member) -> Finding:
+    """What keeps a process down, as the controller tells."""
+    name, reason = member.name, reason_of(member)
+    if member.phase.value != "failed":
+        return Finding(worker=name, what=f"it has no place: {reason}", do="it starts as soon as there is one")
+    return Finding(
+        worker=name,
+        what=f"it failed and stays down: {reason}",
+        do=f"see `splitserve logs {name}`; `splitserve up` with a corrected file starts it with that, "
+        f"`splitserve restart {name}` as it is",
+    )
 
 
 def _names(holdings: Sequence[worker_pb2.Holding]) -> str:

@@ -10,15 +10,18 @@ from typing import Annotated
 import typer
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..client import Client
 from ..client.address import find_routers
+from ..client.results import WorkerView
 from ..client.routers import find_tls
 from ..core.errors import SplitserveError
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.tls import PeerRole
-from .diagnosis import Examination, Finding, diagnose
+from .absent import find_view, stuck
+from .diagnosis import Examination, Finding, diagnose, diagnose_stuck
 from .workers import worker_admin
 
 _RPC_TIMEOUT_S = 5.0
@@ -45,23 +48,37 @@ def command(
 ) -> None:
     """Show what KV blocks are held for, by whom and since when, and what is wrong. Exit code 1: something is.
 
+    Of the cluster that `up` started here, processes that stay down are told too.
+
     $ splitserve doctor
 
     $ splitserve doctor --worker 10.0.0.7:7002 --json
     """
+    cluster = find_view() if worker is None and router is None else None
+    down = stuck(cluster) if cluster is not None else []
     if worker is not None:
         examined = [_examine(worker, worker)]
     else:
-        with Client(find_routers(router)[0], tls=find_tls(role=PeerRole.OPERATOR)) as client:
-            views = client.status().workers
+        routers = find_routers(router) if cluster is None else cluster.router_addresses
+        names = {member.name for member in down}  # a router may remember how one of them was lost
+        views = [view for view in _workers(routers) if view.worker_id not in names]
         examined = [_examine(view.worker_id or view.address, view.address, view.reason) for view in views]
     findings = [finding for each in examined for finding in diagnose(each)]
+    findings += [diagnose_stuck(member) for member in down]
     if as_json:
         print(json.dumps(_report(examined, findings)))
     else:
         _show(examined, findings, limit)
     if findings:
         raise typer.Exit(1)
+
+
+def _workers(routers: Sequence[str]) -> Sequence[WorkerView]:
+    """As the first of the routers sees them; none where no router is up."""
+    if not routers:
+        return ()
+    with Client(routers[0], tls=find_tls(role=PeerRole.OPERATOR)) as client:
+        return client.status().workers
 
 
 def _examine(name: str, address: str, reason: str = "") -> Examination:
@@ -107,7 +124,7 @@ def _show(examined: Sequence[Examination], findings: Sequence[Finding], limit: i
         if each.holdings:
             console.print(_table(each.holdings, limit))
     for finding in findings:
-        console.print(f"[red]{finding.worker}[/]: {finding.what}; {finding.do}", soft_wrap=True)
+        console.print(f"[red]{finding.worker}[/]: {escape(f'{finding.what}; {finding.do}')}", soft_wrap=True)
     if not findings:
         console.print(f"{len(examined)} workers, nothing wrong")
 

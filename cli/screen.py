@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.live import Live
 
 from ..core.errors import Unavailable
-from .status import Row, cluster_table, worker_row
+from .absent import stuck
+from .status import Row, cluster_table, member_row, worker_row
 
 if TYPE_CHECKING:  # Ray must not be imported before its environment is prepared
     from ..deploy.cluster_handle import ClusterHandle
-    from ..deploy.members import ClusterView, Member, MemberFailed
+    from ..deploy.members import ClusterView, MemberFailed
     from ..deploy.throughput import Throughput
 
 REFRESH_S = 0.5
@@ -89,23 +90,19 @@ async def follow(handle: ClusterHandle, screen: Screen) -> ClusterView:
             if view.settled:
                 return view
             rest = [m for m in view.members if m.phase.value != "ready"]
-            stuck = _stuck(view)
-            looks = looks + 1 if stuck and len(stuck) == len(rest) else 0
+            stay_down = stuck(view)
+            looks = looks + 1 if stay_down and len(stay_down) == len(rest) else 0
             if looks == _STUCK_LOOKS:
-                raise Unavailable("; ".join(f"{m.name}: {m.reason}" for m in stuck))
+                raise Unavailable("; ".join(f"{m.name}: {m.reason}" for m in stay_down))
             await asyncio.sleep(REFRESH_S)
 
 
 def check_none_is_stuck(view: ClusterView) -> None:
     """Raises: Unavailable: a process stays down until somebody does something."""
-    if stuck := _stuck(view):
-        down = [f"{m.name}: {m.phase.value}, {m.reason}" for m in stuck]
-        failed = " ".join(m.name for m in stuck if m.phase.value == "failed")
+    if stay_down := stuck(view):
+        down = [f"{m.name}: {m.phase.value}, {m.reason}" for m in stay_down]
+        failed = " ".join(m.name for m in stay_down if m.phase.value == "failed")
         raise Unavailable("; ".join([*down, *([f"`splitserve restart {failed}` tries again"] if failed else [])]))
-
-
-def _stuck(view: ClusterView) -> list[Member]:
-    return [member for member in view.members if member.phase.value in ("no room", "failed")]
 
 
 def _rows(view: ClusterView, throughput: Throughput | None) -> list[Row]:
@@ -118,8 +115,6 @@ def _rows(view: ClusterView, throughput: Throughput | None) -> list[Row]:
         rate = throughput.tokens_per_s(member.name) if throughput is not None else None
         if worker is not None and member.phase.value == "ready":
             rows.append(worker_row(member.name, worker, rate, note))
-            continue
-        address = member.endpoint.address if member.endpoint else ""
-        state, reason = member.phase.value, member.reason or note
-        rows.append(Row(name=member.name, role=member.role, state=state, address=address, note=reason))
+        else:
+            rows.append(member_row(member, note))
     return rows

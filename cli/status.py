@@ -6,10 +6,11 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..client import Client
@@ -17,6 +18,10 @@ from ..client.results import RouterStatus, WorkerView
 from ..client.routers import find_tls
 from ..proto.tls import PeerRole
 from . import options
+from .absent import absent, find_view, reason_of
+
+if TYPE_CHECKING:  # Ray must not be imported before its environment is prepared
+    from ..deploy.members import Member
 
 _STATE_STYLES = {"ready": "green", "failed": "red", "refused": "red", "gone": "red", "waiting to restart": "red"}
 
@@ -52,9 +57,22 @@ def worker_row(name: str, view: WorkerView, tokens_per_s: float | None = None, n
     )
 
 
+def member_row(member: Member, note: str = "") -> Row:
+    """A process as the controller sees it; of one that failed, why, and where to read more."""
+    reason = reason_of(member)
+    if member.phase.value == "failed":
+        reason = f"{reason}; see `{_log(member)}`"
+    address = member.endpoint.address if member.endpoint else ""
+    return Row(name=member.name, role=member.role, state=member.phase.value, address=address, note=reason or note)
+
+
+def _log(member: Member) -> str:
+    return f"splitserve logs {member.name}"
+
+
 def cluster_table(rows: Sequence[Row], routers: Sequence[RouterStatus]) -> Table:
     """Every process, and below them what the routers count."""
-    table = Table(header_style="bold", box=None, caption=_counts(routers), caption_justify="left")
+    table = Table(header_style="bold", box=None, caption=_counts(routers) if routers else None, caption_justify="left")
     for title in ("process", "role", "state"):
         table.add_column(title, no_wrap=True)
     has_rates = any(row.tokens_per_s is not None for row in rows)  # a router does not count them
@@ -68,7 +86,7 @@ def cluster_table(rows: Sequence[Row], routers: Sequence[RouterStatus]) -> Table
             *(row.name, row.role, f"[{style}]{row.state}[/]"),
             *(_text(row.num_running, "d"), _text(row.num_waiting, "d"), _text(row.kv_use, ".0%")),
             *([_text(row.tokens_per_s, ",.0f")] if has_rates else []),
-            *(row.address, row.note),
+            *(row.address, escape(row.note)),
         )
     return table
 
@@ -91,17 +109,44 @@ def command(
 ) -> None:
     """Show the workers of a running cluster as its router sees them, and what it counts.
 
+    Of the cluster that `up` started here, also the processes that do not run, and why, as its controller tells.
+
     $ splitserve status
 
     $ splitserve status --address 10.0.0.5:50051 --json
     """
-    router = options.find_routers(address)[0]
-    with Client(router, tls=find_tls(role=PeerRole.OPERATOR)) as client:
-        status = client.status()
+    view = find_view() if address is None else None
+    down = absent(view) if view is not None else []
+    routers = options.find_routers(address) if view is None else view.router_addresses
+    status = None
+    if routers:  # otherwise the only one is down
+        with Client(routers[0], tls=find_tls(role=PeerRole.OPERATOR)) as client:
+            status = client.status()
     if as_json:
-        report: Mapping[str, object] = {"router": router, **dataclasses.asdict(status)}
+        report: Mapping[str, object] = {
+            "router": routers[0] if routers else None,
+            **(dataclasses.asdict(status) if status is not None else {"workers": []}),
+            "not_running": [_report(member) for member in down] if view is not None else None,
+        }
         print(json.dumps(report))
         return
-    rows = [Row(name=status.router_id or "router", role="router", state="ready", address=router)]
-    rows += [worker_row(view.worker_id or "?", view) for view in status.workers]
-    Console().print(cluster_table(rows, [status]))
+    rows = []
+    if status is not None:
+        rows.append(Row(name=status.router_id or "router", role="router", state="ready", address=routers[0]))
+        names = {member.name for member in down}  # a router may remember how one of them was lost
+        rows += [worker_row(w.worker_id or "?", w) for w in status.workers if w.worker_id not in names]
+        rows += [member_row(member) for member in down]
+    elif view is not None:
+        rows += [member_row(member) for member in view.members]
+    Console().print(cluster_table(rows, [status] if status is not None else []))
+
+
+def _report(member: Member) -> Mapping[str, object]:
+    return {
+        "name": member.name,
+        "role": member.role,
+        "state": member.phase.value,
+        "reason": reason_of(member),
+        "num_restarts": member.num_restarts,
+        "log": _log(member),
+    }

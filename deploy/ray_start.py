@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import ray
 from ray._private import services
+from ray.exceptions import RayError
 
 from ..core.address import check_address
 from ..core.errors import ConfigError
@@ -59,7 +60,7 @@ def running_ray() -> str | None:
 
 @contextmanager
 def joined_ray(address: str, namespace: str) -> Iterator[None]:
-    """A connection to a Ray that others run. Raises: ConfigError: nobody answers there."""
+    """A connection to a Ray that others run. Raises: ConfigError: nobody answers there, or takes us."""
     check_address(address, "Ray's address")
     try:
         _reach(address)
@@ -69,7 +70,7 @@ def joined_ray(address: str, namespace: str) -> Iterator[None]:
         ) from error
     try:
         ray.init(address=address, namespace=namespace, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, ValueError) as error:
+    except (ConnectionError, ValueError, RuntimeError, RayError) as error:  # such as another version, or token
         raise ConfigError(f"cannot join the Ray cluster at {address}: {error}") from error
     try:
         yield

@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -19,7 +21,7 @@ import pytest
 from splitserve.client import Client
 from splitserve.engine.testing import make_tiny_model
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 SPLITSERVE = [sys.executable, "-c", "from splitserve.cli.main import main; main()"]
 
@@ -47,6 +49,16 @@ def belonging_to(directory: Path) -> list[psutil.Process]:
             continue
     _, alive = psutil.wait_procs(found, timeout=30)
     return alive
+
+
+def lose_worker(name: str, directory: Path) -> None:
+    """Kill it, and wait until its controller has given it up."""
+    (log,) = directory.glob("run/splitserve/logs/*/controller.log")
+    pid = re.search(rf"{name} serves at .*, pid (\d+)", log.read_text())
+    assert pid is not None
+    os.kill(int(pid[1]), signal.SIGKILL)
+    while f"{name} killed by SIGKILL; it stays down" not in log.read_text():
+        time.sleep(0.05)
 
 
 def splitserve(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -95,14 +107,19 @@ def rest_of(terminal: int) -> str:
     return seen
 
 
-def test_a_detached_cluster_serves_until_it_is_taken_down(environment: dict[str, str], model: Path) -> None:
-    flags = ("--port", "0", "--model", str(model), "--kv-memory", "8MiB", "--detach")
+def test_a_detached_cluster_serves_and_tells_who_does_not_until_it_is_taken_down(
+    environment: dict[str, str], model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("restart: {max_restarts: 0}")
+    flags = (str(file), "--port", "0", "--model", str(model), "--kv-memory", "8MiB", "--detach")
     up = splitserve(environment, "up", *flags)
     assert up.returncode == 0, up.stdout + up.stderr
 
     status = json.loads(splitserve(environment, "status", "--json").stdout)
     assert status["router_id"] == "router-0"
     assert {(w["worker_id"], w["state"]) for w in status["workers"]} == {("prefill-0", "ready"), ("decode-0", "ready")}
+    assert status["not_running"] == []
     with Client(status["router"]) as client:
         result = client.generate([5, 6, 7], max_tokens=4, ignore_eos=True)
     assert len(result.token_ids) == 4
@@ -119,6 +136,15 @@ def test_a_detached_cluster_serves_until_it_is_taken_down(environment: dict[str,
 
     again = splitserve(environment, "up", *flags)
     assert (again.returncode, again.stdout) == (0, "nothing changes\n"), again.stderr
+
+    lose_worker("decode-0", tmp_path)
+    commands = [("status", "--json"), ("doctor",)]
+    with ThreadPoolExecutor() as pool:
+        told, doctor = pool.map(lambda words: splitserve(environment, *words), commands)
+    (lost,) = json.loads(told.stdout)["not_running"]
+    assert (lost["name"], lost["state"], lost["reason"]) == ("decode-0", "failed", "killed by SIGKILL")
+    assert doctor.returncode == 1
+    assert [line[:43] for line in doctor.stdout.splitlines()[1:]] == ["decode-0: it failed and stays down: killed "]
 
     down = splitserve(environment, "down")
     assert (down.returncode, down.stdout) == (0, "the cluster has stopped\n")
