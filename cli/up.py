@@ -139,15 +139,17 @@ def command(
 
 
 def _change(config: ClusterConfig, *, dry_run: bool) -> None:
-    """Make of the cluster that runs what the configuration says. Raises: ConfigError: this cannot be."""
+    """Make of the cluster that runs what the configuration says.
+
+    Raises: ConfigError: this cannot be. Unavailable: it is so already, and a process stays down.
+    """
 
     async def change(handle: ClusterHandle) -> None:
         text = await handle.preview(config)
-        print(text, flush=True)
-        if dry_run:
-            return
-        if text == NOTHING_CHANGES:
+        if text == NOTHING_CHANGES:  # which would read as if all were well
             check_none_is_stuck(await handle.view())
+        print(text, flush=True)
+        if dry_run or text == NOTHING_CHANGES:
             return
         await handle.apply(config)
         screen = Screen()

@@ -138,13 +138,15 @@ def test_a_detached_cluster_serves_and_tells_who_does_not_until_it_is_taken_down
     assert (again.returncode, again.stdout) == (0, "nothing changes\n"), again.stderr
 
     lose_worker("decode-0", tmp_path)
-    commands = [("status", "--json"), ("doctor",)]
+    commands = [("status", "--json"), ("doctor",), ("up", *flags)]
     with ThreadPoolExecutor() as pool:
-        told, doctor = pool.map(lambda words: splitserve(environment, *words), commands)
+        told, doctor, again = pool.map(lambda words: splitserve(environment, *words), commands)
     (lost,) = json.loads(told.stdout)["not_running"]
     assert (lost["name"], lost["state"], lost["reason"]) == ("decode-0", "failed", "killed by SIGKILL")
     assert doctor.returncode == 1
     assert [line[:43] for line in doctor.stdout.splitlines()[1:]] == ["decode-0: it failed and stays down: killed "]
+    assert (again.returncode, again.stdout) == (1, "")
+    assert "decode-0: failed, killed by SIGKILL; `splitserve restart decode-0` tries again" in again.stderr
 
     down = splitserve(environment, "down")
     assert (down.returncode, down.stdout) == (0, "the cluster has stopped\n")
