@@ -264,7 +264,7 @@ class SimulatedRouter:
         """A live request ended."""
         self._queue.charge(life.ticket, 0 if life.error else life.request.osl)
         self.num_live -= 1
-        self._admission.left(self._events.now_s)
+        self._admission.left(self._events.now_s, arrived_at=life.ticket.arrived_at)
 
     def pump(self) -> None:
         """Send off what can be."""

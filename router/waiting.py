@@ -141,7 +141,7 @@ class WaitingRequests:
         num_new = len(job.answer.token_ids) - job.num_given
         self._queue.charge(job.ticket, num_new)
         self._quotas.end(job.request.key, num_new, now)
-        self._admission.left(now)
+        self._admission.left(now, arrived_at=job.ticket.arrived_at)
 
     # Of scheduling.dispatch_order.Source.
 

@@ -158,10 +158,11 @@ class Admission:
             retry_after_s=self.retry_after_s(num_queued or 1),
         )
 
-    def left(self, now: float) -> None:
-        """A request ended, and made room."""
+    def left(self, now: float, *, arrived_at: float) -> None:
+        """A request that came at `arrived_at` ended, and made room."""
         if self._left_at is not None:
-            self._interval_s += 0.05 * (now - self._left_at - self._interval_s)
+            gap_s = now - max(self._left_at, arrived_at)  # a quiet night before it came is no pace
+            self._interval_s += 0.05 * (gap_s - self._interval_s)
         self._left_at = now
 
     def retry_after_s(self, num_waiting: int) -> float:

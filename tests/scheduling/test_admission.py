@@ -41,9 +41,18 @@ def test_retry_after_follows_the_pace_of_leaving_within_bounds() -> None:
     admission = Admission(max_queued=1, max_live=1)
     assert admission.retry_after_s(10) == MIN_RETRY_AFTER_S
     for second in range(400):
-        admission.left(0.5 * second)
+        admission.left(0.5 * second, arrived_at=0.0)
     assert admission.retry_after_s(10) == pytest.approx(5.0, rel=0.01)
     assert admission.retry_after_s(10_000) == MAX_RETRY_AFTER_S
+
+
+def test_a_quiet_night_does_not_slow_the_pace_of_leaving() -> None:
+    admission = Admission(max_queued=1, max_live=1)
+    for number in range(100):
+        admission.left(0.1 * number, arrived_at=0.1 * number - 1.0)
+    morning = 8 * 3600.0
+    admission.left(morning, arrived_at=morning - 1.0)
+    assert admission.retry_after_s(1) < 1.0
 
 
 def test_a_refusal_says_when_to_come_back() -> None:
