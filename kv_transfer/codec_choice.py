@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 WORTH_S = 0.005  # precision is not given away for less exposed time than a decode step takes
 _WEIGHT = 0.3  # of the newest transfer in the moving averages
-_MIN_BYTES = 1 << 20  # smaller transfers measure latency, not speed
+_MIN_BYTES = 1 << 20  # of KV, coded or not: smaller transfers measure latency, not speed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,10 +16,15 @@ class LinkSpeed:
     link_bytes_per_s: float | None = None
     prefill_tokens_per_s: float | None = None
 
-    def observe(self, *, wire_bytes: int, write_s: float, num_tokens: int, prefill_s: float) -> LinkSpeed:
-        """After a transfer: `wire_bytes` took `write_s` to hand over, while `num_tokens` were prefilled."""
+    def observe(
+        self, *, num_bytes: int, wire_bytes: int, write_s: float, num_tokens: int, prefill_s: float
+    ) -> LinkSpeed:
+        """After a transfer: `wire_bytes` took `write_s` to hand over, while `num_tokens` were prefilled.
+
+        Args: num_bytes: before coding. By these coded transfers go on measuring a link that stalled once.
+        """
         link, prefill = self.link_bytes_per_s, self.prefill_tokens_per_s
-        if wire_bytes >= _MIN_BYTES and write_s > 0:
+        if num_bytes >= _MIN_BYTES and write_s > 0:
             link = _average(link, wire_bytes / write_s)
         if num_tokens > 0 and prefill_s > 0:
             prefill = _average(prefill, num_tokens / prefill_s)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Literal
 
 from ..core.errors import SplitserveError, StaleMessage, TransferFailed
+from ..core.kv_geometry import DTYPE_BYTES
 from ..core.metrics import WorkerMetrics
 from ..core.request import Request
 from ..proto import kv_transfer_pb2 as pb
@@ -244,7 +245,9 @@ class KvReceiver:
 
     def _observe(self, kv_address: str, grant: Grant, received: Received) -> None:
         """What the link's speed was."""
+        value_bytes = DTYPE_BYTES[grant.wire_dtype] if grant.wire.is_lossy else 1  # a coded value takes about one
         self._speeds[kv_address] = self._speeds[kv_address].observe(
+            num_bytes=received.num_bytes * value_bytes,
             wire_bytes=received.num_bytes,
             write_s=received.write_s,
             num_tokens=grant.num_tokens - grant.num_cached_tokens,

@@ -43,10 +43,20 @@ def test_it_is_taken_only_if_it_saves_time(link: float, prefill_s: float, codec:
 
 def test_speed_is_learnt_from_large_transfers() -> None:
     fresh = LinkSpeed()
-    small = fresh.observe(wire_bytes=1000, write_s=1.0, num_tokens=10, prefill_s=0.1)
+    small = fresh.observe(num_bytes=1000, wire_bytes=1000, write_s=1.0, num_tokens=10, prefill_s=0.1)
     assert small == LinkSpeed(link_bytes_per_s=None, prefill_tokens_per_s=100.0)
-    large = small.observe(wire_bytes=BYTES, write_s=0.5, num_tokens=10, prefill_s=0.1)
+    large = small.observe(num_bytes=BYTES, wire_bytes=BYTES, write_s=0.5, num_tokens=10, prefill_s=0.1)
     assert large.link_bytes_per_s == BYTES / 0.5
-    slower = large.observe(wire_bytes=BYTES, write_s=1.0, num_tokens=0, prefill_s=0.0)
+    slower = large.observe(num_bytes=BYTES, wire_bytes=BYTES, write_s=1.0, num_tokens=0, prefill_s=0.0)
     assert BYTES < slower.link_bytes_per_s < BYTES / 0.5
     assert slower.prefill_tokens_per_s == 100.0
+
+
+def test_a_link_that_stalled_once_is_measured_again_by_what_goes_coded() -> None:
+    num_bytes, coded_bytes = 3 << 19, 3 << 18
+    stalled = LinkSpeed().observe(num_bytes=num_bytes, wire_bytes=num_bytes, write_s=1.5, num_tokens=0, prefill_s=0.0)
+    coded = stalled.observe(
+        num_bytes=num_bytes, wire_bytes=coded_bytes, write_s=coded_bytes / 10e9, num_tokens=0, prefill_s=0.0
+    )
+    assert worth(stalled.link_bytes_per_s)
+    assert not worth(coded.link_bytes_per_s)

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from splitserve.core.errors import GeometryMismatch, KvCorrupted
-from splitserve.core.kv_geometry import KvGeometry
+from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
+from splitserve.kv_transfer.codec_choice import LinkSpeed
 from splitserve.kv_transfer.codecs import TORCH_DTYPES, PlaneShape, wire_bytes
 from splitserve.kv_transfer.grants import Grant, KvSource
 
@@ -145,3 +146,18 @@ async def test_codec_auto_goes_by_what_a_links_transfers_have_shown(pair) -> Non
         for bytes_per_s, codec in ((1e5, "int8"), (1e12, "none")):
             p.receiver._speeds[p.address] = replace(speed, link_bytes_per_s=bytes_per_s, prefill_tokens_per_s=1e9)
             assert p.receiver.choose_wire(source, NUM_TOKENS).codec == codec
+
+
+async def test_what_goes_coded_measures_its_link_as_it_would_uncoded(pair, tiny) -> None:
+    layer = LayerGeometry(num_kv_heads=8, key_dim=128, value_dim=128)  # 1.6 MB of a prompt in float32, 0.4 MB in int8
+    async with pair(geometry=replace(tiny, layers=(layer, layer)), receiver_options={"codec": "auto"}) as p:
+        stalled = LinkSpeed(link_bytes_per_s=1e4)
+        p.receiver._speeds[p.address] = stalled
+        request = p.request(NUM_TOKENS)
+        source = KvSource(address=p.address, boot_id="prefill-boot")
+        grant = p.receiver.make_grant(request, source, p.receiver.choose_wire(source, NUM_TOKENS), 0)
+        assert grant.codec == "int8"
+        p.complete(grant, request)
+        received = await p.receive(grant, request)
+        assert received.num_bytes < 1 << 20
+        assert p.receiver._speeds[p.address].link_bytes_per_s > stalled.link_bytes_per_s
