@@ -34,6 +34,7 @@ class RequestLife:
     predicted_ttft_s: float | None = None
     waits: bool = False  # in that queue
     awaits: Awaited | None = None  # the worker that it waits for there
+    weights: str = ""  # that it is bound to: none, for all workers have the same
     marks: list[tuple[Event, float]] = field(default_factory=list)
     prefill: str | None = None  # workers of the live attempt
     decode: str = ""

@@ -29,6 +29,11 @@ class QueuedJob(Protocol):
 
     awaits: Awaited | None
 
+    @property
+    def weights(self) -> str:
+        """Of the workers that alone may go on with it; "": any may."""
+        ...
+
 
 J = TypeVar("J", bound=QueuedJob)
 
@@ -63,6 +68,9 @@ def dispatch(policy: RoutingPolicy, source: Source[J], now_s: float) -> None:
     may pass to other workers, and nobody passes it at its own. It is bound to nothing, but it is not looked at again
     before some open worker has got better, or `RECONSIDER_S` have passed: else each prompt that ends somewhere would
     have the whole queue looked through.
+
+    A policy may find nobody. Then nobody passes the request, unless it is bound to weights: those behind it may go to
+    workers with others.
     """
     while source.num_queued and _can_start_any(view := source.view()) and _start_one(policy, source, view, now_s):
         pass
@@ -71,13 +79,20 @@ def dispatch(policy: RoutingPolicy, source: Source[J], now_s: float) -> None:
 def _start_one(policy: RoutingPolicy, source: Source[J], view: ClusterView, now_s: float) -> bool:
     """Start the first request that has an open worker; False: there is none."""
     held_tokens: dict[str, int] = {}  # of requests before the one looked at, by the worker that they wait for
+    unserved: set[str] = set()  # weights whose workers cannot take one that is before it and bound to them
     newest = _newest_improvements(view)
     for job in islice(source.in_order(), MAX_LOOKED_AT):
         awaited = job.awaits
         if awaited is None or newest is None or _is_stale(awaited, view, newest, now_s):
             job.awaits = None
+            if job.weights in unserved:
+                continue
             snapshot = source.snapshot(job, view, held_tokens)
-            placement = policy(snapshot)
+            would_pass = any(group.weights in unserved for group in snapshot.view.groups)
+            placement = policy(snapshot) if not would_pass else None
+            if placement is None and job.weights:
+                unserved.add(job.weights)
+                continue
             if placement is None:
                 return False
             wanted = _prefill(view, placement.prefill) if placement.prefill is not None else None

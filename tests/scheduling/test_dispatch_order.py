@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 
+import pytest
 from splitserve.scheduling.dispatch_order import MAX_LOOKED_AT, RECONSIDER_S, Awaited, dispatch
+from splitserve.scheduling.pairing import Group, groups_of, one_group
+from splitserve.scheduling.policies.registry import POLICIES
 from splitserve.scheduling.ranked_loads import DecodeLoads, PrefillLoads
-from splitserve.scheduling.routing import ClusterView, Placement, RoutedRequest, Snapshot
+from splitserve.scheduling.routing import ClusterView, Placement, RoutedRequest, RoutingPolicy, Snapshot
 
 from .snapshots import decode, prefill
+
+OLD, NEW = Group(weights="old", protocol=1), Group(weights="new", protocol=1)
 
 
 @dataclass
 class Job:
     name: str
+    weights: str = ""
     awaits: Awaited | None = None
 
 
@@ -163,3 +169,87 @@ def test_a_worker_with_room_for_one_costs_one_look_however_many_wait() -> None:
 def test_with_plain_lists_everybody_is_looked_at_each_time() -> None:
     cluster = Cluster(["a1", "a2"], closed={"a"}, ranked=False)
     assert cluster.run() == cluster.run() == ["a1", "a2"]
+
+
+class Upgrade:
+    """A prefill and a decode worker of each of two versions, and a queue of requests: "old..." is bound to that one."""
+
+    def __init__(self, policy: RoutingPolicy, names: list[str]) -> None:
+        self.policy = policy
+        self.jobs = [Job(name, weights="old" if name.startswith("old") else "") for name in names]
+        self.prefills, self.decodes = PrefillLoads(0.2), DecodeLoads()
+        self.started: list[str] = []
+        self.looks = 0
+        for group in (OLD, NEW):
+            self.prefills.put(f"{group.weights}-p", replace(prefill(f"{group.weights}-p"), group=group))
+            self.full(group, False)
+
+    def full(self, group: Group, full: bool = True) -> None:
+        name = f"{group.weights}-d"
+        self.decodes.put(name, replace(decode(name), group=group) if not full else None)
+
+    def run(self) -> list[str]:
+        """Dispatch; who was started where."""
+        before = len(self.started)
+        dispatch(self.policy, self, 0.0)
+        return self.started[before:]
+
+    @property
+    def num_queued(self) -> int:
+        return len(self.jobs)
+
+    def in_order(self) -> Iterator[Job]:
+        return iter(self.jobs)
+
+    def view(self) -> ClusterView:
+        groups = groups_of(self.prefills, self.decodes)
+        return ClusterView(
+            prefills=self.prefills,
+            decodes=self.decodes,
+            groups=groups,
+            alive_groups=frozenset({OLD, NEW}),
+            any_prefill_alive=True,
+            prefill_bound_s=0.2,
+        )
+
+    def snapshot(self, job: Job, view: ClusterView, held_tokens: Mapping[str, int]) -> Snapshot:
+        self.looks += 1
+        request = RoutedRequest(num_tokens=100, session=job.name.encode())
+        return Snapshot(request=request, view=one_group(view, job.weights), held_tokens=held_tokens)
+
+    def start(self, job: Job, placement: Placement) -> None:
+        self.jobs.remove(job)
+        self.started.append(f"{job.name} at {placement.decode}")
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_who_is_bound_to_a_version_without_room_is_passed_by_those_that_another_takes(name: str) -> None:
+    upgrade = Upgrade(POLICIES[name], ["old1", "old2", "x", "y"])
+    upgrade.full(OLD)
+    assert upgrade.run() == ["x at new-d", "y at new-d"]
+    upgrade.jobs.append(Job("z"))
+    upgrade.full(OLD, False)
+    assert upgrade.run()[:2] == ["old1 at old-d", "old2 at old-d"]
+    assert not upgrade.jobs
+
+
+def test_who_is_bound_to_a_version_is_passed_by_nobody_there() -> None:
+    def not_the_first(snapshot: Snapshot) -> Placement | None:
+        """Wants more room for one request than for the others."""
+        if snapshot.request.session == b"old1":
+            return None
+        (prefill,), (decode,) = snapshot.view.prefills, snapshot.view.decodes
+        return Placement(prefill=prefill.worker, decode=decode.worker)
+
+    upgrade = Upgrade(not_the_first, ["old1", "old2", "x"])
+    upgrade.prefills.put("new-p", None)
+    assert upgrade.run() == []
+    upgrade.decodes.put("new-d", None)  # and one version alone
+    assert upgrade.run() == []
+
+
+def test_many_that_are_bound_to_a_version_without_room_cost_one_look() -> None:
+    upgrade = Upgrade(POLICIES["prefix"], [f"old{i}" for i in range(100)])
+    upgrade.full(OLD)
+    assert upgrade.run() == []
+    assert upgrade.looks == 1
