@@ -124,7 +124,7 @@ def _newest_improvements(view: ClusterView) -> tuple[int, int] | None:
     """
     if not (isinstance(view.prefills, PrefillLoads) and isinstance(view.decodes, DecodeLoads)):
         return None
-    local = view.local_prefill_itl_s is not None
+    local = view.local_prefill_itl_s is not None or _has_group_without_prefill(view)
     return view.prefills.last_improvement, view.decodes.last_improvement if local else 0
 
 
@@ -133,8 +133,17 @@ def _can_start_any(view: ClusterView) -> bool:
     if view.local_prefill_itl_s is not None or not view.any_prefill_alive:
         return True
     if isinstance(view.prefills, PrefillLoads):
-        return view.prefills.any_open
-    return any(load.is_open(view.prefill_bound_s) for load in view.prefills)
+        any_open = view.prefills.any_open
+    else:
+        any_open = any(load.is_open(view.prefill_bound_s) for load in view.prefills)
+    return any_open or _has_group_without_prefill(view)
+
+
+def _has_group_without_prefill(view: ClusterView) -> bool:
+    """Whether a colocated worker takes work that no prefill worker alive could do for it."""
+    if len(view.groups) < 2:  # nobody looked who is alive in it
+        return False
+    return any(load.colocated and load.group not in view.alive_groups for load in view.decodes)
 
 
 def _prefill(view: ClusterView, worker: str) -> PrefillLoad | None:

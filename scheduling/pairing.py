@@ -5,9 +5,12 @@ During a rolling upgrade two groups serve side by side, the old version and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from .step_times import UNKNOWN_PREFILL_TOKENS_PER_S
 
 if TYPE_CHECKING:
     from .routing import ClusterView, DecodeLoad, PrefillLoad
@@ -28,8 +31,9 @@ def groups_of(prefills: Iterable[PrefillLoad], decodes: Iterable[DecodeLoad]) ->
 
 
 def one_group(view: ClusterView, weights: str = "") -> ClusterView:
-    """The part of the cluster that a request may be placed on: the group where its prefill would start first, then
-    the one with most KV to spare. All of it, if there is one group only.
+    """The part of the cluster that a request may be placed on: the group where its prefill would start first, on a
+    colocated worker where no prefill worker lives, then the one with most KV to spare. All of it, if there is one group
+    only.
 
     Args: weights: what computed the tokens that its client has; no others may go on with them. "": any may.
     """
@@ -53,6 +57,18 @@ def _part(view: ClusterView, group: Group) -> ClusterView:
 def _rank(part: ClusterView) -> tuple[bool, float, int]:
     """Parts that can take a request come first."""
     waits = [load.wait_s for load in part.prefills if load.is_open(part.prefill_bound_s)]
-    local = not part.any_prefill_alive and any(load.colocated for load in part.decodes)
-    can = bool(part.decodes) and (bool(waits) or local)
+    if not part.any_prefill_alive and (alone := [load for load in part.decodes if load.colocated]):
+        waits = [_local_wait_s(alone)]
+    can = bool(part.decodes) and bool(waits)
     return (not can, min(waits, default=0.0), -sum(load.available_blocks for load in part.decodes))
+
+
+def _local_wait_s(loads: Sequence[DecodeLoad]) -> float:
+    """Until one of them would start a prompt by itself; who has computed none yet is as fast as the best of them."""
+    tokens = [load.local_prefill_tokens for load in loads]
+    if not all(tokens):
+        return 0.0
+    tokens_s = [load.compute_s(number) / number for load, number in zip(loads, tokens, strict=True)]
+    best_s = min(filter(math.isfinite, tokens_s), default=1 / UNKNOWN_PREFILL_TOKENS_PER_S)
+    waits = zip(tokens, tokens_s, strict=True)
+    return min(number * (token_s if math.isfinite(token_s) else best_s) for number, token_s in waits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,9 +10,7 @@ from typing import Protocol
 from ..core.kv_geometry import blocks_for
 from .links import Place
 from .pairing import Group
-from .step_times import StepTimes
-
-UNKNOWN_PREFILL_TOKENS_PER_S = 1_000.0  # until any worker has measured itself; low, so that little is sent on a guess
+from .step_times import UNKNOWN_PREFILL_TOKENS_PER_S, StepTimes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +72,10 @@ class DecodeLoad:
     def context_tokens(self) -> int:
         """Of its sequences together, to the block."""
         return max(0, self.num_blocks - self.available_blocks) * self.block_size
+
+    def compute_s(self, num_tokens: int) -> float:
+        """Time to compute so many prompt tokens by itself; infinite when unknown."""
+        return self.times.prefill_step_s([(num_tokens, 0)]) if self.times is not None else math.inf
 
     def has_ample_room(self, num_tokens: int) -> bool:
         """Whether it will, in all likelihood, grant room for so many: what is known of it may be a second old."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+UNKNOWN_PREFILL_TOKENS_PER_S = 1_000.0  # until any worker has measured itself; low, so that little is sent on a guess
+
 # Sequences that make a step of one twice as long: few, so that the noise of measured steps is soon outweighed.
 _DOUBLING_BATCH = 8
 

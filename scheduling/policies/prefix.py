@@ -146,7 +146,7 @@ def _alone(snapshot: Snapshot, decodes: Sequence[DecodeLoad]) -> DecodeLoad:
     """
     num_tokens = snapshot.request.num_tokens
     uncached = [load.local_prefill_tokens + snapshot.uncached_tokens(load.worker) for load in decodes]
-    tokens_s = [_prefill_s(load, number) / number for load, number in zip(decodes, uncached, strict=True)]
+    tokens_s = [load.compute_s(number) / number for load, number in zip(decodes, uncached, strict=True)]
     steps_s = [joined_step_s(load, num_tokens) for load in decodes]
     best_token_s = min(filter(math.isfinite, tokens_s), default=0.0)
     best_step_s = min(filter(None, steps_s), default=0.0)
@@ -157,7 +157,3 @@ def _alone(snapshot: Snapshot, decodes: Sequence[DecodeLoad]) -> DecodeLoad:
         return (1 + PREFILL_WEIGHT) * uncached[index] * token_s + cost_s, num_sequences
 
     return decodes[min(range(len(decodes)), key=rank)]
-
-
-def _prefill_s(load: DecodeLoad, num_tokens: int) -> float:
-    return load.times.prefill_step_s([(num_tokens, 0)]) if load.times is not None else math.inf

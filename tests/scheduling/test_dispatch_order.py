@@ -180,13 +180,24 @@ class Upgrade:
         self.prefills, self.decodes = PrefillLoads(0.2), DecodeLoads()
         self.started: list[str] = []
         self.looks = 0
+        self.colocated: set[Group] = set()  # its decode worker is, and there is no prefill worker
         for group in (OLD, NEW):
             self.prefills.put(f"{group.weights}-p", replace(prefill(f"{group.weights}-p"), group=group))
             self.full(group, False)
 
     def full(self, group: Group, full: bool = True) -> None:
         name = f"{group.weights}-d"
-        self.decodes.put(name, replace(decode(name), group=group) if not full else None)
+        load = decode(name, colocated=group in self.colocated)
+        self.decodes.put(name, replace(load, group=group) if not full else None)
+
+    def colocate(self, group: Group) -> None:
+        self.colocated.add(group)
+        self.prefills.put(f"{group.weights}-p", None)
+        self.full(group, False)
+
+    def close(self, group: Group) -> None:
+        name = f"{group.weights}-p"
+        self.prefills.put(name, replace(prefill(name, 10_000), group=group))
 
     def run(self) -> list[str]:
         """Dispatch; who was started where."""
@@ -207,7 +218,7 @@ class Upgrade:
             prefills=self.prefills,
             decodes=self.decodes,
             groups=groups,
-            alive_groups=frozenset({OLD, NEW}),
+            alive_groups=frozenset({OLD, NEW} - self.colocated),
             any_prefill_alive=True,
             prefill_bound_s=0.2,
         )
@@ -253,3 +264,28 @@ def test_many_that_are_bound_to_a_version_without_room_cost_one_look() -> None:
     upgrade.full(OLD)
     assert upgrade.run() == []
     assert upgrade.looks == 1
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_a_version_of_colocated_workers_serves_while_the_prefill_worker_of_the_other_is_busy(name: str) -> None:
+    upgrade = Upgrade(POLICIES[name], ["old1", "x", "y"])
+    upgrade.colocate(NEW)
+    upgrade.close(OLD)
+    assert upgrade.run() == ["x at new-d", "y at new-d"]
+
+
+def test_who_waits_for_a_prefill_worker_is_looked_at_once_a_colocated_one_of_another_version_has_room() -> None:
+    def first_or_alone(snapshot: Snapshot) -> Placement:
+        view = snapshot.view
+        return Placement(prefill="old-p" if view.prefills else None, decode=view.decodes[0].worker)
+
+    upgrade = Upgrade(first_or_alone, ["x"])
+    upgrade.colocate(NEW)
+    upgrade.full(NEW)
+    upgrade.close(OLD)
+    upgrade.prefills.put("old-q", replace(prefill("old-q"), group=OLD))
+    assert upgrade.run() == []
+    assert upgrade.jobs[0].awaits is not None
+    upgrade.prefills.put("old-q", None)
+    upgrade.full(NEW, False)
+    assert upgrade.run() == ["x at new-d"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from splitserve.scheduling.pairing import Group, groups_of, one_group
 from splitserve.scheduling.policies.registry import POLICIES, load_policy
 from splitserve.scheduling.routing import ClusterView, DecodeLoad, PrefillLoad, RoutedRequest, Snapshot
+from splitserve.scheduling.step_times import MeasuredTimes
 
 OLD, NEW = Group(weights="old", protocol=1), Group(weights="new", protocol=1)
 NEWER = Group(weights="new", protocol=2)
@@ -20,6 +23,13 @@ def prefill(worker: str, group: Group, outstanding: int = 0) -> PrefillLoad:
 
 def decode(worker: str, group: Group, blocks: int = 100) -> DecodeLoad:
     return DecodeLoad(worker=worker, available_blocks=blocks, num_sequences=0, group=group)
+
+
+def colocated(worker: str, waiting: int, *, speed: float = 100.0) -> DecodeLoad:
+    """Of the new version, with so many prompt tokens to compute."""
+    times = MeasuredTimes(prefill_tokens_per_s=speed, decode_step_time_s=0.0)
+    load = decode(worker, NEW, 1000)
+    return replace(load, colocated=True, local_prefill_tokens=waiting, times=times)
 
 
 def view(prefills: list[PrefillLoad], decodes: list[DecodeLoad]) -> ClusterView:
@@ -60,6 +70,26 @@ def test_a_request_stays_with_the_weights_that_began_it() -> None:
 def test_half_a_group_serves_nobody() -> None:
     both = view([prefill("old-p", OLD, 15), prefill("new-p", NEW)], [decode("old-d", OLD)])
     assert workers(one_group(both)) == {"old-p", "old-d"}
+
+
+@pytest.mark.parametrize(
+    ("waiting", "taken"),
+    [
+        ([colocated("c", 20)], "old"),
+        ([colocated("c", 10)], "new"),
+        ([colocated("c", 20), colocated("d", 0)], "new"),
+        ([colocated("c", 20, speed=200.0)], "new"),
+        ([colocated("c", 40, speed=200.0), colocated("d", 25, speed=0.0)], "new"),  # unknown: as fast as the other
+        ([colocated("c", 40, speed=200.0), colocated("d", 35, speed=0.0)], "old"),
+        ([colocated("c", 160, speed=0.0)], "old"),  # a guess
+        ([colocated("c", 140, speed=0.0)], "new"),
+        ([replace(colocated("c", 160), times=None)], "old"),
+    ],
+)
+def test_colocated_workers_count_by_the_prompts_that_wait_there(waiting: list[DecodeLoad], taken: str) -> None:
+    old_p = prefill("old-p", OLD, outstanding=15)
+    both = view([old_p], [decode("old-d", OLD), *waiting])
+    assert one_group(both).groups == (OLD if taken == "old" else NEW,)
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
