@@ -10,7 +10,7 @@ from collections.abc import Callable
 _WORTH_IT = 100  # new objects; the automatic collector waits for 700 or more, and a prompt's lists make those long
 _LOOK_S = 10.0
 _IDLE_S = 2.0  # without a call; a worker calls after each step, and steps of long prompts take a while
-_WHOLE_AT_LATEST_S = 600.0
+_WHOLE_AT_LATEST_S = 60.0  # a busy worker's old garbage is half a KiB a request
 
 
 class Garbage:
