@@ -5,12 +5,11 @@ During a rolling upgrade two groups serve side by side, the old version and the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from .step_times import UNKNOWN_PREFILL_TOKENS_PER_S
+from .step_times import known_or_best
 
 if TYPE_CHECKING:
     from .routing import ClusterView, DecodeLoad, PrefillLoad
@@ -64,11 +63,9 @@ def _rank(part: ClusterView) -> tuple[bool, float, int]:
 
 
 def _local_wait_s(loads: Sequence[DecodeLoad]) -> float:
-    """Until one of them would start a prompt by itself; who has computed none yet is as fast as the best of them."""
+    """Until one of them would start a prompt by itself."""
     tokens = [load.local_prefill_tokens for load in loads]
     if not all(tokens):
         return 0.0
-    tokens_s = [load.compute_s(number) / number for load, number in zip(loads, tokens, strict=True)]
-    best_s = min(filter(math.isfinite, tokens_s), default=1 / UNKNOWN_PREFILL_TOKENS_PER_S)
-    waits = zip(tokens, tokens_s, strict=True)
-    return min(number * (token_s if math.isfinite(token_s) else best_s) for number, token_s in waits)
+    tokens_s = known_or_best([load.compute_s(number) / number for load, number in zip(loads, tokens, strict=True)])
+    return min(number * token_s for number, token_s in zip(tokens, tokens_s, strict=True))

@@ -52,3 +52,10 @@ class MeasuredTimes:
 
     def mixed_step_s(self, chunks: Sequence[tuple[int, int]], batch: int, context_tokens: int) -> float:
         return self.prefill_step_s(chunks) + self.decode_step_s(batch, context_tokens)
+
+
+def known_or_best(tokens_s: Sequence[float]) -> list[float]:
+    """Seconds a prompt token of each worker. Who has computed none yet (inf) is taken to be as fast as the best of the
+    others: unknown, it would draw nobody, or everybody."""
+    best_s = min(filter(math.isfinite, tokens_s), default=1 / UNKNOWN_PREFILL_TOKENS_PER_S)
+    return [token_s if math.isfinite(token_s) else best_s for token_s in tokens_s]

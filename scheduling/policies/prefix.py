@@ -12,7 +12,6 @@ use. docs/routing.md explains the terms.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from ..links import link_between
 from ..local_prefill import local_decode
 from ..ranked_loads import DecodeLoads, PrefillLoads
 from ..routing import DecodeLoad, Placement, PrefillLoad, Snapshot
+from ..step_times import known_or_best
 from .candidates import decode_candidates, pair, prefill_candidates
 
 PREFILL_WEIGHT = 1.0  # work saved here is a shorter wait for those behind
@@ -139,21 +139,16 @@ def _weigh(snapshot: Snapshot, load: DecodeLoad, step_s: float) -> _Decode:
 
 
 def _alone(snapshot: Snapshot, decodes: Sequence[DecodeLoad]) -> DecodeLoad:
-    """The worker that computes the prompt and answers by itself.
-
-    One that has not computed a prompt or decoded yet is taken to do it as the best of the others: unknown, it would
-    draw nobody, or everybody.
-    """
+    """The worker that computes the prompt and answers by itself; one that has not decoded yet is taken to do it as the
+    best of the others."""
     num_tokens = snapshot.request.num_tokens
     uncached = [load.local_prefill_tokens + snapshot.uncached_tokens(load.worker) for load in decodes]
-    tokens_s = [load.compute_s(number) / number for load, number in zip(decodes, uncached, strict=True)]
+    tokens_s = known_or_best([load.compute_s(number) / number for load, number in zip(decodes, uncached, strict=True)])
     steps_s = [joined_step_s(load, num_tokens) for load in decodes]
-    best_token_s = min(filter(math.isfinite, tokens_s), default=0.0)
     best_step_s = min(filter(None, steps_s), default=0.0)
 
     def rank(index: int) -> tuple[float, int]:
-        token_s = tokens_s[index] if math.isfinite(tokens_s[index]) else best_token_s
         cost_s, num_sequences = _rank(_weigh(snapshot, decodes[index], steps_s[index] or best_step_s))
-        return (1 + PREFILL_WEIGHT) * uncached[index] * token_s + cost_s, num_sequences
+        return (1 + PREFILL_WEIGHT) * uncached[index] * tokens_s[index] + cost_s, num_sequences
 
     return decodes[min(range(len(decodes)), key=rank)]
