@@ -38,8 +38,8 @@ KIB_PER_1000 = 256.0  # resident memory may grow by this much with each 1,000 re
 FDS_PER_1000 = 0.5
 _SETTLE_S = 60.0
 # Prompts sent before anything is counted: whatever a CPU compiles for a number of tokens (`engine/cpu_linear.py`) is
-# there then. By chance alone the last of it comes after many thousand requests.
-_EVERY_FORM = range(8, 257, 8)
+# there then, also for a step of all prompts under way. By chance alone the last comes after many thousand requests.
+_EVERY_FORM = range(8, 641, 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
