@@ -51,7 +51,7 @@ class Received:
     transfer_exposed_s: float  # end of prefill to verified
     digest: bytes
     started_at_s: float  # monotonic, first KV frame
-    write_s: float = 0.0  # that the sender's writes took
+    write_s: float = 0.0  # that the sender's writes took, or a channel's payloads, in the last stream
     prefill_s: float = 0.0  # from the first KV that prefill wrote to its end
 
 

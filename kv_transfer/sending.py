@@ -67,13 +67,20 @@ class Sending:
         )
         summing = self._threads if framing.on_device else self._checking
         checks = [self._check(out, frame.part, summing) for frame in sent if frame.has_late_checksum]
-        write_s = 0.0
+        write_s = left_s = 0.0
         parts: deque[KvPart] = deque()  # taken and not sent
         packed: asyncio.Future[Packed] | None = None
         leaving: asyncio.Future[None] | None = None  # the payload before, in the lane
         largest = framing.max_bytes * 3 // 2  # see KvProgress.take
         link = f"{out.grant.decode_boot_id}/{out.grant.decode_rank}"
         held: deque[int] = deque()  # bytes of the pieces that count as in flight, oldest first
+
+        def left(size: int, posted_s: float, _: asyncio.Future[None]) -> None:
+            """The lane has moved a payload, or failed to; it moves one after the other."""
+            nonlocal write_s, left_s
+            in_flight.give(link, size)
+            began_s, left_s = max(posted_s, left_s), time.monotonic()
+            write_s += left_s - began_s
 
         async def say_wait() -> None:
             await write(self._packer.control(out.grant, FrameKind.WAIT, len(sent), round_number=way.round))
@@ -117,7 +124,7 @@ class Sending:
                         if leaving is not None and leaving.done():
                             _check_left(leaving)
                         turn, leaving = _post(lane, frame)
-                        leaving.add_done_callback(partial(_give, in_flight, link, held.popleft()))
+                        leaving.add_done_callback(partial(left, held.popleft(), began_s))
                         frame = replace(frame.header, turn=turn).pack()
                     assert isinstance(frame, bytes)
                     part = parts.popleft()
@@ -135,7 +142,8 @@ class Sending:
                         checks.append(self._check(out, part, summing))
                     if lane is None and held:
                         in_flight.give(link, held.popleft())
-                    write_s += time.monotonic() - began_s
+                    if lane is None:
+                        write_s += time.monotonic() - began_s
                 elif packed is None:
                     if out.first_token_id is not None and (out.finished or out.progress.all_taken):
                         break
@@ -213,11 +221,6 @@ def _post(lane: Lane, frame: Apart) -> tuple[int, asyncio.Future[None]]:
         return lane.send(frame.payload)
     except TransferFailed as error:
         raise TransferInterrupted(error.message) from error
-
-
-def _give(in_flight: InFlight, link: str, size: int, _: asyncio.Future[None]) -> None:
-    """A lane has moved a payload, or failed to."""
-    in_flight.give(link, size)
 
 
 async def is_set(event: asyncio.Event, timeout_s: float) -> bool:

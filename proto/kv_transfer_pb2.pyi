@@ -511,7 +511,7 @@ class TransferEnd(_message.Message):
     since_prefill_end_s: _builtins.float
     """Seconds from the end of prefill to this frame."""
     write_s: _builtins.float
-    """Seconds that the sender's writes took: back-pressure makes them the link's."""
+    """Seconds that the sender's writes took, or a channel's payloads: back-pressure makes them the link's."""
     prefill_s: _builtins.float
     """Seconds from the first KV that prefill wrote to its end."""
     signature: _builtins.bytes

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from splitserve.core.errors import GeometryMismatch, KvCorrupted
 from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
 from splitserve.kv_transfer.codec_choice import LinkSpeed
 from splitserve.kv_transfer.codecs import TORCH_DTYPES, PlaneShape, wire_bytes
+from splitserve.kv_transfer.gloo import GlooChannel
 from splitserve.kv_transfer.grants import Grant, KvSource
 
 NUM_TOKENS = 100
@@ -161,3 +165,24 @@ async def test_what_goes_coded_measures_its_link_as_it_would_uncoded(pair, tiny)
         received = await p.receive(grant, request)
         assert received.num_bytes < 1 << 20
         assert p.receiver._speeds[p.address].link_bytes_per_s > stalled.link_bytes_per_s
+
+
+async def test_a_channels_speed_is_that_of_its_payloads_and_not_of_their_headers(pair, tiny, monkeypatch) -> None:
+    moved, slow_s = GlooChannel.wait, 0.1
+
+    def slow(self: GlooChannel, posted: Any, sleep: Callable[[float], None] = time.sleep) -> None:
+        time.sleep(slow_s)
+        moved(self, posted, sleep)
+
+    monkeypatch.setattr(GlooChannel, "wait", slow)
+    monkeypatch.setattr("splitserve.kv_transfer.framing.LANE_FRAME_BYTES", 400_000)
+    layer = LayerGeometry(num_kv_heads=8, key_dim=128, value_dim=128)
+    async with pair("gloo", geometry=replace(tiny, layers=(layer, layer))) as p:
+        request = p.request(NUM_TOKENS)
+        grant = p.grant(request)
+        p.complete(grant, request)
+        began_s = time.monotonic()
+        received = await p.receive(grant, request)
+        p.assert_arrived(grant)
+        assert 4 * slow_s <= received.write_s <= time.monotonic() - began_s
+        assert p.receiver._speeds[p.address].link_bytes_per_s <= received.num_bytes / (4 * slow_s)
