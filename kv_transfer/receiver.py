@@ -220,7 +220,8 @@ class KvReceiver:
                         if transfer.is_link_lost:
                             self._peers.lost(peer)
                         raise
-                    if TRANSPORTS[received.transport] not in MAPPED:
+                    # What a last stream took is the time of its own frames, not of those that were kept.
+                    if TRANSPORTS[received.transport] not in MAPPED and not transfer.round:
                         self._observe(kv_address, grant, received)
                     return received
             except LaneGone as error:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from splitserve.core.errors import KvCorrupted, TransferFailed, Unavailable
 from splitserve.core.kv_geometry import KvGeometry, LayerGeometry
+from splitserve.kv_transfer.codec_choice import LinkSpeed
 from splitserve.kv_transfer.frames import HEADER_BYTES, SERVICE, FrameHeader, FrameKind
 from splitserve.kv_transfer.packing import Packer
 from splitserve.kv_transfer.sender import KvSender
@@ -268,6 +269,21 @@ async def test_what_is_missing_is_fetched_anew_the_same_way(pair, monkeypatch, t
         assert count(p.receiver_metrics.transfer_failures) == 0
         assert count(p.sender_metrics.transfer_bytes) == whole
         assert count(p.sender_metrics.transfer_resent_bytes) < whole
+
+
+async def test_a_transfer_that_resumed_says_nothing_of_its_links_speed(pair, monkeypatch) -> None:
+    """Its last stream took the time of a few frames only."""
+    layer = LayerGeometry(num_kv_heads=8, key_dim=128, value_dim=128)
+    monkeypatch.setattr("splitserve.kv_transfer.framing.FRAME_BYTES", 200_000)
+    large = KvGeometry(model_id="large", layers=(layer,) * 2, dtype="float32")
+    async with pair("grpc", sender_type=Breaking, geometry=large) as p:
+        p.sender.breaks = ((7, "damage"),)
+        await transfer(p, p.address)
+        assert count(p.receiver_metrics.transfer_resumes) == 1
+        assert p.receiver._speeds[p.address] == LinkSpeed()
+        p.sender.breaks = ()
+        await transfer(p, p.address, "whole")
+        assert p.receiver._speeds[p.address].link_bytes_per_s is not None
 
 
 @every_transport
