@@ -406,4 +406,6 @@ class Peers:
             while peer.users:
                 peer.unused.clear()
                 await peer.unused.wait()
+            if peer.lane is not None:  # its last users may have set it up anew
+                peer.lane.abort("the link to the prefill worker was closed")
             await peer.channel.close()

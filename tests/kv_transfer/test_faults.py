@@ -339,3 +339,36 @@ async def test_a_link_that_goes_does_not_leave_a_set_up_behind(pair) -> None:
         assert not reopening.done()
         await p.receiver.close()
         assert reopening.cancelled()
+
+
+async def test_a_link_that_goes_takes_the_channel_along_that_its_last_user_set_up(pair, monkeypatch) -> None:
+    async with pair("gloo") as p:
+        peers = p.receiver._peers
+        request = p.request(40, "first")
+        grant = p.grant(request)
+        p.complete(grant, request)
+        await p.receive(grant, request)
+        link = peers._peers[p.address]
+        link.lane.abort("another transfer broke")
+        introduce, answered, goes_on = peers._introduce, asyncio.Event(), asyncio.Event()
+
+        async def slow(*args: Any) -> pb.ConnectResponse:
+            response: pb.ConnectResponse = await introduce(*args)
+            answered.set()
+            await goes_on.wait()
+            return response
+
+        monkeypatch.setattr(peers, "_introduce", slow)
+        request = p.request(40, "second")
+        grant = p.grant(request)
+        p.complete(grant, request)
+        receiving = asyncio.ensure_future(p.receive(grant, request))
+        async with asyncio.timeout(30):
+            await answered.wait()
+            peers.lost(link)  # as a third transfer saw it
+            await asyncio.sleep(0.01)  # the link gives up the channel that it knows of
+            goes_on.set()
+            await receiving
+            await asyncio.wait({link.watch})
+        p.assert_arrived(grant)
+        assert link.lane.error is not None
