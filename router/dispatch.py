@@ -253,8 +253,10 @@ class Dispatcher:
         job.timeline.transfer = report
         job.timeline.mark(Event.TRANSFER_FINISHED, now, tokens.attempt, num_bytes=report.num_bytes)
         job.timeline.mark(Event.DECODE_QUEUED, now, tokens.attempt, worker=worker.worker_id)
-        if job.timeline.prefill is None and job.wants_logprobs:
-            return  # only the prefill worker knows them for the first token and the prompt: its word is still needed
+        if job.timeline.prefill is None and (job.wants_logprobs or job.ends_with(tokens)):
+            # Only the prefill worker knows them for the first token and the prompt, and nobody else will say that the
+            # answer is complete: its word is still needed.
+            return
         job.prefill.detach(tokens.request_id)  # from here on its death does not matter
         self._extend(job, worker, tokens)
 

@@ -14,7 +14,7 @@ from ..core.events import Event
 from ..core.kv_geometry import blocks_for
 from ..core.request import Request
 from ..proto import kv_transfer_pb2
-from ..scheduling.attempts import Answer
+from ..scheduling.attempts import Answer, NewTokens
 from ..scheduling.dispatch_order import Awaited
 from ..scheduling.fair_queue import Ticket
 from ..scheduling.retries import Failures
@@ -102,6 +102,11 @@ class Job:
     @property
     def wants_logprobs(self) -> bool:
         return self.request.logprobs is not None or self.request.prompt_logprobs is not None
+
+    def ends_with(self, tokens: NewTokens) -> bool:
+        """Whether an answer is complete with these tokens."""
+        end = tokens.index + len(tokens.token_ids)
+        return end >= self.request.max_tokens or tokens.token_ids[-1] in self.request.stop_token_ids
 
     def is_computed_by(self, worker: WorkerLink) -> bool:
         """Whether the worker computes it, as far as can be known here, rather than only holding something for it."""

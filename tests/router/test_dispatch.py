@@ -295,3 +295,27 @@ async def test_an_answer_complete_with_its_first_token_needs_no_decode(start_sce
     result = await end_of(task)
     assert (result.token_ids, result.finish_reason) == ((1,), FinishReason.STOP)
     scene.check_nothing_left()
+
+
+@pytest.mark.parametrize("why", ["length", "stop token"])
+async def test_the_end_of_an_answer_is_not_lost_with_the_prefill_worker_that_alone_knows_of_it(
+    start_scene: StartScene, why: str
+) -> None:
+    """Its decode worker has the KV of a first token that is the last, and will say nothing more."""
+    scene = await start_scene(prefill=2)
+    options = {"max_tokens": 1} if why == "length" else {"stop_token_ids": [ANSWER[0]]}
+    task = ask(scene, **options)
+    prefill, work = await granted(scene)
+    scene.decode.transfer_done(work, ANSWER[0])
+    async with asyncio.timeout(WAIT_S):
+        while next(iter(scene.router.dispatcher._jobs.values())).timeline.transfer is None:
+            await asyncio.sleep(0.002)
+    await prefill.die()
+    other, again = await granted(scene)
+    assert other is not prefill
+    assert (again.attempt, list(again.output_token_ids)) == (2, [])
+    scene.decode.transfer_done(again, ANSWER[0])
+    other.first_token(again, ANSWER[0], finish=LENGTH)
+    result = await end_of(task)
+    assert list(result.token_ids) == [ANSWER[0]]
+    scene.check_nothing_left()
