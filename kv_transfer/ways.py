@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
-from ..core.errors import GeometryMismatch
+from ..core.errors import GeometryMismatch, TransferFailed
 from ..proto import kv_transfer_pb2 as pb
 from .channels import CHANNELS, is_usable, lanes_of, staging_of
 from .framing import framing_of
@@ -13,6 +14,8 @@ from .layout import PoolBytes
 from .packing import Way
 from .pool import KvPool
 from .ranges import KvLayout
+
+logger = logging.getLogger(__name__)
 
 
 class Ways:
@@ -42,7 +45,11 @@ class Ways:
             lanes.close()
 
     def choose(self, request: pb.ConnectRequest, peer: KvLayout) -> pb.ConnectResponse:
-        """The receiver's best transport that works between the two. Raises: GeometryMismatch: none does."""
+        """The receiver's best transport that works between the two.
+
+        Raises: GeometryMismatch: none does. TransferFailed: one would, but its channel cannot be opened here.
+        """
+        failed: TransferFailed | None = None
         response = pb.ConnectResponse(
             worker_id=self._identity.worker_id, boot_id=self._identity.boot_id, rank=self._rank
         )
@@ -53,8 +60,14 @@ class Ways:
                 return response
             if transport in self._channels:
                 lanes, _ = self._channels[transport]
+                try:
+                    response.invitation = lanes.invite(request.boot_id, request.rank, request.link_epoch)
+                except (TransferFailed, OSError) as error:
+                    name = pb.Transport.Name(transport)
+                    logger.warning("nobody can be invited to a channel of %s: %s", name, error)
+                    failed = TransferFailed(f"the prefill worker cannot open a channel of {name}: {error}")
+                    continue
                 response.transport = transport
-                response.invitation = lanes.invite(request.boot_id, request.rank, request.link_epoch)
                 return response
             if (
                 transport == pb.TRANSPORT_SHARED_MEMORY
@@ -78,6 +91,8 @@ class Ways:
                 response.transport = transport
                 response.device_pool.CopyFrom(device_pool)
                 return response
+        if failed is not None:
+            raise failed
         names = ", ".join(pb.Transport.Name(transport) for transport in request.transports)
         raise GeometryMismatch(
             f"no transport fits: the receiver offers [{names}]; shared memory needs one host, one block size, KV dtype "

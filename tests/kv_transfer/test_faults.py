@@ -372,3 +372,24 @@ async def test_a_link_that_goes_takes_the_channel_along_that_its_last_user_set_u
             await asyncio.wait({link.watch})
         p.assert_arrived(grant)
         assert link.lane.error is not None
+
+
+@pytest.mark.parametrize("error", [TransferFailed("NCCL found no network"), OSError("too many open files")])
+async def test_a_sender_that_can_invite_nobody_to_a_channel_sends_by_grpc_where_it_may(pair, error: Exception) -> None:
+    for others in (("grpc",), ()):
+        async with pair("gloo", *others) as p:
+            lanes, _ = p.sender._ways._channels[TRANSPORTS["gloo"]]
+
+            def fail(error: Exception = error) -> Any:
+                raise error
+
+            lanes._rendezvous.invite = fail
+            request = p.request(40)
+            grant = p.grant(request)
+            p.complete(grant, request)
+            if others:
+                assert (await p.receive(grant, request)).transport == "grpc"
+                p.assert_arrived(grant)
+            else:
+                with pytest.raises(TransferFailed, match=str(error)):
+                    await p.receive(grant, request)
