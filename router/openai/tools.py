@@ -129,7 +129,7 @@ def parse_calls(text: str, names: Collection[str]) -> list[ToolCall]:
     calls = []
     for row in rows:
         arguments = row.get("arguments", row.get("parameters", {})) if isinstance(row, dict) else None
-        if not isinstance(arguments, dict) or row.get("name") not in names:
+        if not isinstance(arguments, dict) or not isinstance(row.get("name"), str) or row["name"] not in names:
             return []
         calls.append(new_call(row["name"], json.dumps(arguments, ensure_ascii=False)))
     return calls

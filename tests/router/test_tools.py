@@ -27,6 +27,7 @@ TEXTS = {  # text -> what is said, and the names called
     '{"name": "f", "parameters": {}}': ("", ["f"]),
     f"[{CALL}, {CALL}]": ("", ["f", "f"]),
     '{"name": "unknown", "arguments": {}}': ('{"name": "unknown", "arguments": {}}', []),
+    '{"name": ["f"], "arguments": {}}': ('{"name": ["f"], "arguments": {}}', []),
     "<tool_call>nonsense</tool_call> a": ("<tool_call>nonsense</tool_call> a", []),
     "a < b <tool": ("a < b <tool", []),
     "{not JSON": ("{not JSON", []),
