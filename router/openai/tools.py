@@ -131,8 +131,20 @@ def parse_calls(text: str, names: Collection[str]) -> list[ToolCall]:
         arguments = row.get("arguments", row.get("parameters", {})) if isinstance(row, dict) else None
         if not isinstance(arguments, dict) or not isinstance(row.get("name"), str) or row["name"] not in names:
             return []
-        calls.append(new_call(row["name"], json.dumps(arguments, ensure_ascii=False)))
+        try:
+            calls.append(new_call(row["name"], _as_json(arguments)))
+        except (ValueError, RecursionError):  # NaN or Infinity, which Python reads and no JSON has
+            return []
     return calls
+
+
+def _as_json(arguments: Mapping[str, Any]) -> str:
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character, which only an escape can spell
+        return json.dumps(arguments)
+    return text
 
 
 def new_call(name: str, arguments: str) -> ToolCall:

@@ -27,6 +27,8 @@ TEXTS = {  # text -> what is said, and the names called
     '{"name": "f", "parameters": {}}': ("", ["f"]),
     f"[{CALL}, {CALL}]": ("", ["f", "f"]),
     '{"name": "unknown", "arguments": {}}': ('{"name": "unknown", "arguments": {}}', []),
+    '{"name": "f", "arguments": {"x": NaN}}': ('{"name": "f", "arguments": {"x": NaN}}', []),
+    '{"name": "f", "arguments": {"x": 1e999}}': ('{"name": "f", "arguments": {"x": 1e999}}', []),
     '{"name": ["f"], "arguments": {}}': ('{"name": ["f"], "arguments": {}}', []),
     "<tool_call>nonsense</tool_call> a": ("<tool_call>nonsense</tool_call> a", []),
     "a < b <tool": ("a < b <tool", []),
@@ -63,6 +65,11 @@ def test_arguments_stay_what_they_are() -> None:
     (call,) = parse_calls(CALL, {"f"})
     assert json.loads(call["function"]["arguments"]) == {"x": "</b> ü"}
     assert call["id"].startswith("call_")
+
+
+def test_arguments_with_half_a_character_can_be_sent() -> None:
+    (call,) = parse_calls(r'{"name": "f", "arguments": {"x": "\ud83d", "y": "ü"}}', {"f"})
+    assert json.loads(call["function"]["arguments"].encode()) == {"x": "\ud83d", "y": "ü"}
 
 
 def test_without_parallel_calls_the_first_counts() -> None:
