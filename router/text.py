@@ -79,13 +79,13 @@ class ModelText:
             raise InvalidRequest("the model has no chat template; send text or token ids", field="messages")
         if not messages:
             raise InvalidRequest("the conversation is empty; send at least one message", field="messages")
-        if not self._knows_tools:
-            messages, tools = explain_tools(messages, tools), ()
         try:
+            if not self._knows_tools:
+                messages, tools = explain_tools(messages, tools), ()
             return self._template.render(
                 messages=messages, tools=tools or None, add_generation_prompt=True, **self._special
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, RecursionError) as error:
             raise InvalidRequest(f"the chat template refuses the conversation: {error}", field="messages") from error
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:

@@ -64,3 +64,17 @@ def test_a_template_gets_tools_and_none_if_there_are_none(tiny: Path, tmp_path: 
 def test_what_no_template_could_print_is_refused(conversation: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         template_input(inference_pb2.ChatMessages(**conversation))
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].tool_calls[0] }}", "{{ tools }}{{ messages | tojson }}"])
+def test_what_is_nested_too_deep_to_be_printed_is_refused(tiny: Path, tmp_path: Path, template: str) -> None:
+    """It could just be read, by fewer frames than those that print it."""
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text(template)
+    nested: dict[str, Any] = {}
+    for _ in range(2_000):
+        nested = {"a": nested}
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": nested}}
+    with pytest.raises(InvalidRequest, match="refuses the conversation") as refused:
+        ModelText(model).render([{"role": "assistant", "content": "", "tool_calls": [call]}])
+    assert refused.value.field == "messages"
