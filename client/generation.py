@@ -32,6 +32,7 @@ HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 HEALTH_SERVING = b"\x08\x01"
 
 UNARY_TIMEOUT_S = 10.0
+_LONGEST_S = 1e8  # three years; gRPC takes a deadline that 64 bits of nanoseconds do not hold for one that has passed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +78,8 @@ class Attempts:
         self._attempt = 1
 
     def left_s(self) -> float:
-        """Seconds until the deadline."""
-        return self._deadline_s - time.monotonic()
+        """Seconds until the deadline, as gRPC can count them."""
+        return min(self._deadline_s - time.monotonic(), _LONGEST_S)
 
     def delay_s(self, error: grpc.RpcError) -> float:
         """Seconds to wait before the next attempt, at `address`.

@@ -327,6 +327,12 @@ def test_a_deadline_in_the_past_sends_nothing(generate: Generate, timeout_s: flo
         assert router.requests == []
 
 
+@pytest.mark.parametrize("timeout_s", [1e10, float("inf")])
+def test_a_deadline_too_far_away_for_grpc_has_not_passed(generate: Generate, timeout_s: float) -> None:
+    with ScriptedRouter() as router:
+        assert generate(router.address, "a", NO_RETRY, max_tokens=2, timeout_s=timeout_s).token_ids == (0, 1)
+
+
 def test_an_unreachable_router_is_named(generate: Generate) -> None:
     with ScriptedRouter() as router:
         address = router.address
