@@ -27,10 +27,11 @@ from .generation import (
     check_concurrency,
     closed_error,
 )
-from .messages import Messages
+from .messages import Messages, check_text
 from .request import (
     Prompt,
     RequestOptions,
+    build_detokenize_request,
     build_request,
     build_tokenize_request,
 )
@@ -228,7 +229,7 @@ class AsyncClient:
 
     async def cancel(self, request_id: str) -> bool:
         """End a request by its id or idempotency key, whichever router has it; False if it is unknown or over."""
-        request = pb.CancelRequest(request_id=request_id)
+        request = pb.CancelRequest(request_id=check_text(request_id, "request_id"))
         calls = (self._call(lambda each: self.inference(each).Cancel, request, at) for at in self.addresses)
         answers = await asyncio.gather(*calls, return_exceptions=True)
         if any(not isinstance(answer, BaseException) and answer.found for answer in answers):
@@ -250,7 +251,7 @@ class AsyncClient:
 
     async def detokenize(self, token_ids: Sequence[int], *, keep_special_tokens: bool = False) -> str:
         """The text that token ids stand for."""
-        request = pb.DetokenizeRequest(token_ids=token_ids, keep_special_tokens=keep_special_tokens)
+        request = build_detokenize_request(token_ids, keep_special_tokens=keep_special_tokens)
         return (await self._call(lambda each: self.inference(each).Detokenize, request)).text
 
     async def status(self) -> results.RouterStatus:

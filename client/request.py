@@ -117,6 +117,12 @@ def build_tokenize_request(prompt: str | Messages, model: str, tools: Sequence[T
         return pb.TokenizeRequest(**row, model=check_text(model, "model"))
 
 
+def build_detokenize_request(token_ids: Sequence[int], *, keep_special_tokens: bool) -> pb.DetokenizeRequest:
+    """Raises: InvalidRequest: what cannot be a token id."""
+    with _InvalidFields("request"):
+        return pb.DetokenizeRequest(token_ids=token_ids, keep_special_tokens=keep_special_tokens)
+
+
 def _output_format(given: Mapping[str, Any]) -> OutputFormat | None:
     """Raises: InvalidRequest: there are two, or one is not what it should be."""
     named = [name for name in _FORMATS if given.get(name) not in (None, False)]

@@ -26,10 +26,11 @@ from .generation import (
     check_concurrency,
     closed_error,
 )
-from .messages import Messages
+from .messages import Messages, check_text
 from .request import (
     Prompt,
     RequestOptions,
+    build_detokenize_request,
     build_request,
     build_tokenize_request,
 )
@@ -206,7 +207,7 @@ class Client:
 
     def cancel(self, request_id: str) -> bool:
         """End a request by its id or idempotency key, whichever router has it; False if it is unknown or over."""
-        request = pb.CancelRequest(request_id=request_id)
+        request = pb.CancelRequest(request_id=check_text(request_id, "request_id"))
         found, failure = False, None
         for at in self.addresses:  # the others are asked whatever becomes of one: it may be gone, and the request not
             try:
@@ -229,7 +230,7 @@ class Client:
 
     def detokenize(self, token_ids: Sequence[int], *, keep_special_tokens: bool = False) -> str:
         """The text that token ids stand for."""
-        request = pb.DetokenizeRequest(token_ids=token_ids, keep_special_tokens=keep_special_tokens)
+        request = build_detokenize_request(token_ids, keep_special_tokens=keep_special_tokens)
         return self._call(lambda each: self.inference(each).Detokenize, request).text
 
     def status(self) -> results.RouterStatus:

@@ -469,6 +469,14 @@ async def test_the_other_calls_async() -> None:
             assert await client.health() is True
 
 
+def test_what_cannot_be_sent_is_a_typed_error_of_the_other_calls_too() -> None:
+    with ScriptedRouter() as router, Client(router.address) as client:
+        with pytest.raises(InvalidRequest, match="type or range"):
+            client.detokenize([-1])
+        with pytest.raises(InvalidRequest, match="request_id is not valid Unicode"):
+            client.cancel("\ud800")
+
+
 @pytest.mark.parametrize("address", ["", "localhost", "http://localhost:7000", "a b:1", "h:port", ":1"])
 def test_an_address_that_is_none_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="HOST:PORT"):
