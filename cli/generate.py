@@ -78,7 +78,7 @@ def command(
     request["min_tokens"] = min_tokens
     request["logprobs"] = logprobs
     if json_schema is not None:
-        request["json_schema"] = json_schema.read_text(encoding="utf-8")
+        request["json_schema"] = _text_of(json_schema.read_bytes(), str(json_schema), "json_schema")
     if regex is not None:
         request["regex"] = regex
     messages = [Message(role="user", content=text)]
@@ -115,14 +115,18 @@ def _read_stdin() -> str:
     """Standard input without its last newline. Raises: InvalidRequest: it is a terminal or not UTF-8."""
     if sys.stdin.isatty():
         raise InvalidRequest('no prompt: give it as an argument, or pipe it in and write "-"', field="prompt")
-    data = sys.stdin.buffer.read()
+    return _text_of(sys.stdin.buffer.read(), "standard input", "prompt").removesuffix("\n")
+
+
+def _text_of(data: bytes, source: str, field: str) -> str:
+    """Raises: InvalidRequest: it is not UTF-8."""
     try:
-        return data.decode("utf-8").removesuffix("\n")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRequest(
-            f"standard input is not valid UTF-8: byte {data[error.start]:#04x} at position {error.start}; "
+            f"{source} is not valid UTF-8: byte {data[error.start]:#04x} at position {error.start}; "
             "convert it, for example with iconv",
-            field="prompt",
+            field=field,
         ) from error
 
 

@@ -232,6 +232,15 @@ def test_output_formats_and_logprobs_reach_the_request(router: ScriptedRouter, t
     assert (third.logprobs, third.min_tokens) == (2, 3)
 
 
+def test_a_schema_that_is_not_utf8_is_refused(router: ScriptedRouter, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_bytes(b'{"title": "\xff"}')
+    result = runner.invoke(app, ["generate", "a", "--json-schema", str(schema)])
+    assert result.exit_code == 2
+    assert "schema.json is not valid UTF-8: byte 0xff at position 11" in result.stderr
+    assert router.requests == []
+
+
 def test_logprobs_are_part_of_the_json() -> None:
     async def with_logprobs(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
         row = pb.TokenLogprob(token_id=5, logprob=-0.5, rank=1, text=b"\xe2")
