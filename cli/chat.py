@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from typing import Annotated
 
@@ -53,6 +54,8 @@ def command(
     )
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  editing and history for input()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 costs its turn, not the conversation
     opening = [] if system is None else [Message(role="system", content=system)]
     conversation, failed = list(opening), False
     with local_router(local, address, model) as router, Client(router) as client:

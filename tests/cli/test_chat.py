@@ -68,6 +68,13 @@ def test_a_script_learns_that_its_last_turn_failed() -> None:
         assert "error: full" in result.stderr
 
 
+def test_a_line_that_is_not_utf8_costs_the_turn_and_not_the_conversation(router: ScriptedRouter) -> None:
+    result = runner.invoke(app, ["chat", "--max-tokens", "1"], input=b"o\xffne\ntwo\n")
+    assert result.exit_code == 0
+    assert "messages.content is not valid Unicode" in result.stderr
+    assert [_turns(request) for request in router.requests] == [[("user", "two")]]
+
+
 def test_ctrl_c_cancels_the_answer_and_goes_on() -> None:
     async def hang_first(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
         if len(router.requests) > 1:
