@@ -93,7 +93,7 @@ class Completions:
                     shown = tokens[index].take(rows) if body.logprobs is not None else None
                     yield self._chunk(_choice(index, text, shown, None))
                 if kind == "finished":
-                    yield self._chunk(_choice(index, "", None, finish_text(message.finished)))
+                    yield self._chunk(_choice(index, "", None, self._reason(answer)))
         if body.stream_options is not None and body.stream_options.include_usage:
             yield {**self._head([]), "usage": self._usage(answers)}
 
@@ -135,7 +135,11 @@ class Completions:
         if self._body.logprobs is not None:
             shown = CompletionTokens(self._body.logprobs).take([*answer.prompt_logprobs, *rows])
         text = prompt if self._scores_only else prompt + answer.text
-        return _choice(index, text, shown, finish_text(answer.finished))
+        return _choice(index, text, shown, self._reason(answer))
+
+    def _reason(self, answer: Answer) -> FinishText:
+        # Where no token was wanted, what became of the one that was made is nobody's.
+        return "length" if self._scores_only else finish_text(answer.finished)
 
     def _chunk(self, choice: CompletionChoice) -> Completion:
         chunk = self._head([choice])

@@ -245,6 +245,12 @@ def test_echo_with_logprobs_scores_the_prompt(complete: Any) -> None:
     assert shown.usage.completion_tokens == 0
 
 
+def test_a_score_ends_for_length_whatever_token_would_have_come(complete: Any) -> None:
+    options: dict[str, Any] = {"max_tokens": 0, "echo": True, "extra_body": {"stop_token_ids": list(range(256))}}
+    assert complete("hello", **options).choices[0].finish_reason == "length"
+    assert [chunk.choices[0].finish_reason for chunk in complete("hello", **options, stream=True)] == [None, "length"]
+
+
 def test_a_streamed_score_is_the_whole_one(client: openai.OpenAI, complete: Any, model: str) -> None:
     options: dict[str, Any] = {"max_tokens": 0, "echo": True, "logprobs": 1}
     whole = complete("hello", **options)
