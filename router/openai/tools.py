@@ -159,7 +159,13 @@ def _any_call(tools: Sequence[Tool]) -> dict[str, Any]:
     for tool in tools:
         parameters = dict(_parameters(tool))
         for place, known in definitions.items():
-            for name, schema in parameters.pop(place, {}).items():
+            defined = parameters.pop(place, {})
+            if not isinstance(defined, dict):
+                raise InvalidRequest(
+                    f"{place} in the parameters of {tool.function.name} is no JSON object; name each schema in it",
+                    field="tools",
+                )
+            for name, schema in defined.items():
                 if known.setdefault(name, schema) != schema:
                     raise InvalidRequest(
                         f"two tools define {place}/{name} differently; rename one, or let tool_choice name a function",

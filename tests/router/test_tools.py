@@ -121,6 +121,13 @@ def test_definitions_that_clash_are_refused() -> None:
         tool_use(chat(tools=tools, tool_choice="required")).output_format()
 
 
+@pytest.mark.parametrize("defined", [{"$defs": []}, {"definitions": "x"}, {"$defs": True}])
+def test_definitions_that_are_none_are_refused(defined: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="in the parameters of f is no JSON object") as caught:
+        tool_use(chat(tools=[function("f", defined)], tool_choice="required")).output_format()
+    assert caught.value.field == "tools"
+
+
 def test_a_required_call_that_was_cut_off_is_shown_as_text() -> None:
     use = tool_use(chat(tools=[function("f")], tool_choice="required"))
     deltas = Deltas(use)
