@@ -78,3 +78,25 @@ async def test_who_cannot_wait_any_longer_leaves_its_place() -> None:
     in_flight.give("a", LINK)
     assert in_flight.num_bytes == 0
     assert in_flight.has_room("a", LINK)
+
+
+async def test_small_pieces_of_many_links_do_not_keep_a_large_one_waiting_for_ever() -> None:
+    in_flight = InFlight(link_bytes=LINK, total_bytes=24)
+    for number in range(12):
+        await in_flight.take(f"small-{number}", 2)
+    large = asyncio.create_task(in_flight.take("large", 3))
+    await asyncio.sleep(0)
+
+    async def keep_sending(link: str) -> None:
+        while not large.done():
+            in_flight.give(link, 2)
+            await in_flight.take(link, 2)
+            await asyncio.sleep(0)
+
+    sending = [asyncio.create_task(keep_sending(f"small-{number}")) for number in range(12)]
+    async with asyncio.timeout(10):
+        await large
+        await asyncio.sleep(0)
+        in_flight.give("large", 3)
+        await asyncio.gather(*sending)
+    assert in_flight.num_bytes == 24
