@@ -225,7 +225,8 @@ class StepScheduler:
                 resumed.append(admitted)
             admitted.started, admitted.preempted = True, False
         if not parts:
-            return None
+            # What the last one gave up may be room for whoever waits, itself included, and nobody would wake them.
+            return self.schedule() if len(self._preempted) > num_before else None
         for part in parts[:num_decode]:  # arrived by transfer: their first step here is a decode
             if not part.sequence.started:
                 part.sequence.started = True

@@ -85,3 +85,19 @@ def test_preempted_sequences_come_back_under_pressure_that_never_ends(by_transfe
     assert finished >= {request.request_id for request in patient}
     assert preempted & {request.request_id for request in patient}
     assert len(finished) > 3  # the important ones were served meanwhile
+
+
+def test_room_that_a_sequence_gave_up_is_used_at_once() -> None:
+    """No plan means that nothing can go on: whoever runs the steps sleeps then until somebody wakes it."""
+    scheduler = make_scheduler(6)
+    for name, max_tokens in (("a", 1), ("b", 40)):  # the same prompt twice in one step, of which the cache keeps one
+        scheduler.add(make_request(name, 32, max_tokens=max_tokens))
+    run_step(scheduler)
+    scheduler.reserve(make_request("c", 33), headroom_tokens=8)  # pins what "a" left in the cache
+    scheduler.reserve(make_request("d", 16, seed=1), headroom_tokens=0)
+    plan, tokens = run_step(scheduler)  # "b" has no block for its next token: it gives two up, and needs one more
+    assert plan is not None
+    assert [sequence.request_id for sequence in plan.preempted] == ["b"]
+    assert [sequence.request_id for sequence in plan.resumed] == ["b"]
+    assert [(token.sequence.request_id, token.index) for token in tokens] == [("b", 1)]
+    assert_conserved(scheduler)
