@@ -43,6 +43,11 @@ class ScalingConfig:
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: no size of the pools would do."""
+        if not 0 < self.level.percentile < 100:
+            raise ConfigError(
+                f"the percentile is {self.level.percentile:g}; wanted above 0 and below 100, such as 99: no number of "
+                "workers meets a service level for every request"
+            )
         for name, bounds in self.bounds().items():
             if not 0 < bounds.min_workers <= bounds.max_workers:
                 raise ConfigError(

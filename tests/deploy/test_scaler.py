@@ -147,6 +147,7 @@ def test_a_decision_that_cannot_be_written_down_is_made_all_the_same(
     ("scaling", "message"),
     [
         ("max_gpus: 1", "the GPU budget is 1 and the fewest workers of both pools hold 2"),
+        ("percentile: 100", "the percentile is 100; wanted above 0 and below 100"),
         ("calibration: none.json", f"cannot read {Path.cwd() / 'none.json'}"),
     ],
 )
