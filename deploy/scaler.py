@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..core.config import ClusterConfig
+from ..core.errors import ConfigError
 from ..planner.calibration import read_calibration
+from ..planner.latency import StepLatency
 from ..scheduling.gpu_budget import PoolBounds
 from ..scheduling.pool_needs import ServiceLevel, WorkerLimits
 from ..scheduling.scaling import SloScaling
@@ -54,7 +56,7 @@ def check_scaling(config: ClusterConfig) -> None:
 def scaling_policy(config: ClusterConfig) -> SloScaling:
     """Raises: ConfigError: the bounds or the budget cannot be kept, or the calibration cannot be read."""
     scaling = config.scaling
-    times = read_calibration(scaling.calibration).latency if scaling.calibration is not None else None
+    times = _latency(scaling.calibration) if scaling.calibration is not None else None
     on_gpu = bool(config.prefill.gpus or config.decode.gpus)
     policy = ScalingConfig(
         prefill=_bounds(config, "prefill"),
@@ -76,6 +78,18 @@ def scaling_policy(config: ClusterConfig) -> SloScaling:
         down_cooldown_s=scaling.down_cooldown_s,
     )
     return SloScaling(policy, times)
+
+
+def _latency(path: Path) -> StepLatency:
+    """Raises: ConfigError: it cannot be read, or tells of one pool alone: the other one's steps would cost nothing."""
+    found = read_calibration(path)
+    for kind, fit in (("prefill", found.prefill), ("decode", found.decode)):
+        if fit is None:
+            raise ConfigError(
+                f"scaling.calibration: {path} holds no {kind} steps, wanted both kinds: calibrate a colocated worker, "
+                "or with --records of one worker of each pool"
+            )
+    return found.latency
 
 
 def replay_log(path: Path, config: ClusterConfig) -> tuple[int, Sequence[tuple[ScalingRecord, ScalingDecision]]]:

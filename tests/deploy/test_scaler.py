@@ -13,6 +13,8 @@ from splitserve.deploy.load_signals import LoadSignals, RouterCounts
 from splitserve.deploy.members import Member, Phase
 from splitserve.deploy.process import Endpoint
 from splitserve.deploy.scaler import Scaling, check_scaling, replay_log
+from splitserve.planner.calibration import Calibration, KindFit, write_calibration
+from splitserve.planner.latency import StepLatency
 from splitserve.proto import inference_pb2, worker_pb2
 from typer.testing import CliRunner
 
@@ -162,6 +164,21 @@ def test_settings_that_cannot_decide_are_refused_before_anything_starts(
         assert (refused.exit_code, refused.stdout) == (2, "")
         assert message in refused.stderr
     check_scaling(load_config(file, {"scaling.enabled": False}))
+
+
+@pytest.mark.parametrize(("held", "missing"), [("prefill", "decode"), ("decode", "prefill")])
+def test_a_calibration_of_one_pool_alone_is_refused(tmp_path: Path, held: str, missing: str) -> None:
+    costs = {f"{kind}_{cost}_s": 0.0 for kind in ("prefill", "decode") for cost in ("base", "sequence")}
+    costs |= {"prefill_token_s": 0.0, "prefill_pair_s": 0.0, "decode_context_s": 0.0, f"{held}_base_s": 0.01}
+    fit = KindFit(num_records=100, error=0.1, in_sample_error=0.1, low={}, high={})
+    both = {"prefill": fit, "decode": fit}
+    file = tmp_path / "calibration.json"
+    found = Calibration(latency=StepLatency(**costs), source="made up", **both | {missing: None})
+    write_calibration(file, found, {})
+    with pytest.raises(ConfigError, match=f"calibration.json holds no {missing} steps"):
+        check_scaling(config(scaling__calibration=file))
+    write_calibration(file, Calibration(latency=StepLatency(**costs), source="made up", **both), {})
+    check_scaling(config(scaling__calibration=file))
 
 
 def test_scaling_needs_bounds() -> None:
