@@ -50,8 +50,9 @@ class WorkerWatch:
         addresses = {m.serving.address for m in workers if m.serving}
         for gone in self._channels.keys() - addresses:
             await self._channels.pop(gone).close()
-            self._silent_since.pop(gone, None)
-            self._statuses.pop(gone, None)
+        for known in (self._silent_since, self._statuses):  # of some there is no channel any more
+            for gone in known.keys() - addresses:
+                del known[gone]
         self.roles = {}
         found = await asyncio.gather(*(self._ask(address, unhealthy_s) for address in addresses))
         problems = dict(zip(addresses, found, strict=True))

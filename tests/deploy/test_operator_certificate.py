@@ -80,5 +80,11 @@ async def test_nobody_is_replaced_because_nobody_takes_the_certificate(
         assert await watch.look(members, unhealthy_s=0.0, hears_routers=False) == {}
         assert "check that the operator's certificate is valid" in caplog.text
         assert list(await watch.look(members, unhealthy_s=0.0)) == ["prefill-0"]  # a router was heard
+
+        # Nor because one that was silent has gone meanwhile.
+        endpoint = Endpoint(address="127.0.0.1:1", metrics_address="", boot_id="b", pid=1)
+        gone = Member(name="decode-0", role="decode", phase=Phase.READY, endpoint=endpoint)
+        assert set(await watch.look([*members, gone], unhealthy_s=0.0)) == {"prefill-0", "decode-0"}
+        assert await watch.look(members, unhealthy_s=0.0, hears_routers=False) == {}
     finally:
         await watch.close()
