@@ -249,7 +249,7 @@ class Controller:
             renewed = await self._renew(outdated[0])
             if renewed.member.phase is Phase.FAILED and not renewed.outdated:
                 logger.error("%s does not serve with new settings, and the others keep theirs", renewed.name)
-                self._kept = {k.name: k.wanted for k in self._staying() if k.outdated}
+                self._kept = {k.name: k.wanted for k in self._staying()}
                 break
         self._reconcile()
 
@@ -307,6 +307,8 @@ class Controller:
         if before.serving != after.serving:
             self._is_settled = False
             self._routing_changed.set()
+        if after.serving and not before.serving and self._keepers[after.name].outdated and self._successor is None:
+            self._roll_outdated()  # it was starting while its settings changed
         self._wake()
 
     def _wake(self) -> None:

@@ -372,3 +372,21 @@ async def test_a_cluster_serves_on_while_scaling_cannot_decide(
         before = num_decisions()
         controller.apply(cluster)
         await until(controller, lambda view: num_decisions() > before)
+
+
+async def test_a_worker_that_comes_back_while_settings_change_gets_them_too(tmp_path: Path) -> None:
+    held = tmp_path / "held"
+    os.mkfifo(held)
+    writer = os.open(held, os.O_RDWR)
+    async with running(config(decode__env={"STARTS_AFTER": str(held)}), tmp_path) as controller:
+        before = endpoints(controller.view())
+        os.close(writer)
+        os.kill(before["decode-0"].pid, signal.SIGKILL)
+        await until(controller, lambda view: phase_of(view, "decode-0") is Phase.STARTING)
+        await asyncio.sleep(1.0)  # its process waits by now
+        controller.apply(config(decode__env={"COLOUR": "blue"}))
+        await asyncio.sleep(0.5)
+        writer = os.open(held, os.O_RDWR)
+        after = endpoints(await until(controller, lambda view: view.settled, 30.0))
+        os.close(writer)
+        assert psutil.Process(after["decode-0"].pid).environ()["COLOUR"] == "blue"
