@@ -390,9 +390,20 @@ class Controller:
             except ConfigError as error:
                 logger.error("pools keep their sizes: %s", error.message)
                 continue
-            members = [keeper.member for keeper in self._keepers.values() if keeper is not self._successor]
-            signals = self._scaling.signals.gather(time.monotonic(), members, self._watch.statuses, self._links.counts)
-            self._enact(await asyncio.to_thread(self._scaling.decide, signals))
+            keepers = [keeper for keeper in self._keepers.values() if keeper is not self._successor]
+            signals = self._scaling.signals.gather(
+                time.monotonic(),
+                [keeper.member for keeper in keepers],
+                self._watch.statuses,
+                self._links.counts,
+                leaving={keeper.name for keeper in keepers if keeper.retiring},
+            )
+            try:
+                decision = await asyncio.to_thread(self._scaling.decide, signals)
+            except Exception:
+                logger.exception("pools keep their sizes: the scaling policy failed")
+                continue
+            self._enact(decision)
 
     def _enact(self, decision: ScalingDecision) -> None:
         """All actions at once, so that both pools' sizes are one change."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,7 +20,7 @@ _STATES: Mapping[Phase, State] = {
     Phase.WAITING: "starting",
     Phase.SWITCHING: "starting",
     Phase.READY: "ready",
-    Phase.DRAINING: "draining",
+    Phase.DRAINING: "starting",  # to be restarted
 }
 
 
@@ -72,10 +72,14 @@ class LoadSignals:
         members: Iterable[Member],
         statuses: Mapping[str, worker_pb2.GetWorkerStatusResponse],
         routers: Mapping[str, RouterCounts],
+        leaving: Container[str] = (),
     ) -> ScalingSignals:
-        """`statuses` by the worker's address, `routers` by name."""
+        """`statuses` by the worker's address, `routers` by name.
+
+        Args: leaving: members that end for good; whoever else drains comes back.
+        """
         members = [m for m in members if m.phase in _STATES]
-        states = {m.name: _STATES[m.phase] for m in members}
+        states = {m.name: _state(m, is_leaving=m.name in leaving) for m in members}
         for name, state in states.items():
             if name not in self._since or self._since[name][0] != state:
                 self._since[name] = (state, now)
@@ -133,6 +137,10 @@ class LoadSignals:
             ttft_s=percentile_s(total.ttft_counts, self._percentile),
             tpot_s=percentile_s(total.tpot_counts, self._percentile),
         )
+
+
+def _state(member: Member, *, is_leaving: bool) -> State:
+    return "draining" if is_leaving else _STATES[member.phase]
 
 
 def _add(total: list[int], now: Sequence[int], before: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ from splitserve.core.config import ClusterConfig
 from splitserve.core.errors import ConfigError, SplitserveError, Unavailable
 from splitserve.deploy.controller import Controller
 from splitserve.deploy.members import ClusterView, MemberFailed, Phase
-from splitserve.deploy.scaler import replay_log
+from splitserve.deploy.scaler import Scaling, replay_log
 from splitserve.deploy.worker_admin import switch_worker
 
 from .stand_in_roles import config, endpoints, running, scaled_config, scaling_log, stand_in, until, workers_of
@@ -359,7 +359,7 @@ async def test_a_certificate_that_is_not_there_is_an_error_at_the_start(tmp_path
 
 
 async def test_a_cluster_serves_on_while_scaling_cannot_decide(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def num_decisions() -> int:
         return sum(len(log.read_text().splitlines()) for log in tmp_path.glob("scaling-*.jsonl"))
@@ -371,6 +371,15 @@ async def test_a_cluster_serves_on_while_scaling_cannot_decide(
         await until(controller, lambda view: "pools keep their sizes: --calibration: cannot read" in caplog.text)
         before = num_decisions()
         controller.apply(cluster)
+        await until(controller, lambda view: num_decisions() > before)
+
+        def fail(*_: object) -> None:
+            raise ZeroDivisionError
+
+        with monkeypatch.context() as broken:
+            broken.setattr(Scaling, "decide", fail)
+            await until(controller, lambda view: "pools keep their sizes: the scaling policy failed" in caplog.text)
+        before = num_decisions()
         await until(controller, lambda view: num_decisions() > before)
 
 
@@ -389,4 +398,5 @@ async def test_a_worker_that_comes_back_while_settings_change_gets_them_too(tmp_
         writer = os.open(held, os.O_RDWR)
         after = endpoints(await until(controller, lambda view: view.settled, 30.0))
         os.close(writer)
-        assert psutil.Process(after["decode-0"].pid).environ()["COLOUR"] == "blue"
+        (worker,) = [endpoint for name, endpoint in after.items() if name.startswith("decode-")]
+        assert psutil.Process(worker.pid).environ()["COLOUR"] == "blue"

@@ -86,6 +86,19 @@ def test_signals_are_differences_of_counts_and_the_workers_own_words() -> None:
     assert (again.traffic.num_arrived, again.traffic.prefill_tokens) == (2, 30)
 
 
+def test_a_worker_that_is_restarted_is_on_its_way_and_one_that_leaves_is_not(tmp_path: Path) -> None:
+    scaling = Scaling(config(), tmp_path)
+    signals = scaling.signals.gather(1.0, [member("prefill-0"), member("decode-0")], {}, {})
+    assert not scaling.decide(signals).actions
+    members = [member("prefill-0", Phase.DRAINING), member("decode-0")]
+    restarted = scaling.signals.gather(2.0, members, {}, {})
+    assert [worker.state for worker in restarted.prefill] == ["starting"]
+    assert not scaling.decide(restarted).actions
+    leaves = scaling.signals.gather(3.0, members, {}, {}, leaving={"prefill-0"})
+    assert [worker.state for worker in leaves.prefill] == ["draining"]
+    assert [(action.kind, action.pool) for action in scaling.decide(leaves).actions] == [("start", "prefill")]
+
+
 def overload(log_dir: Path, cluster: ClusterConfig) -> Path:
     """A log in which prompts come faster than one worker computes them."""
     scaling = Scaling(cluster, log_dir)
