@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +15,7 @@ from ..core.config import ClusterConfig
 from ..core.errors import ConfigError, Unavailable
 from ..core.state import ClusterState, read_state, write_state
 from ..deploy.claim import local_cluster_pid
-from ..deploy.ray_environment import prepare_ray_environment
+from ..deploy.ray_environment import NoRay, prepare_ray_environment
 
 if TYPE_CHECKING:  # Ray must not be imported before its environment is prepared
     from ..deploy.cluster_handle import ClusterHandle
@@ -31,6 +31,10 @@ RayAddress = Annotated[
 Namespace = Annotated[str, typer.Option(help="Ray namespace of the cluster; with --ray-address.")]
 
 
+class NoCluster(Unavailable):
+    """Ray answers, and holds none."""
+
+
 def running_state() -> ClusterState | None:
     """The cluster that `up` started here, if it still runs as far as can be told without asking Ray."""
     state = read_state()
@@ -41,8 +45,8 @@ def running_state() -> ClusterState | None:
 
 @contextmanager
 def attached(ray_address: str | None = None, namespace: str = "splitserve") -> Iterator[ClusterHandle]:
-    """Raises: ConfigError: there is no cluster, or nobody answers at Ray's address."""
-    token = ""
+    """Raises: ConfigError: there is no cluster. NoRay, NoCluster: it is gone, or seems to be."""
+    token, by_file = "", ray_address is None
     if ray_address is None:
         state = running_state()
         if state is None:
@@ -52,10 +56,16 @@ def attached(ray_address: str | None = None, namespace: str = "splitserve") -> I
     from ..deploy.cluster_handle import ClusterHandle
     from ..deploy.ray_start import joined_ray
 
-    with joined_ray(ray_address, namespace):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(joined_ray(ray_address, namespace))
+        except NoRay as error:
+            hint = "; if that Ray is gone for good, `splitserve down --force` forgets the cluster" if by_file else ""
+            raise NoRay(error.message + hint) from error
         handle = ClusterHandle.find()
         if handle is None:
-            raise Unavailable(f"Ray at {ray_address} holds no cluster in namespace {namespace!r}")
+            hint = "; `splitserve down` forgets it" if by_file else ""
+            raise NoCluster(f"Ray at {ray_address} holds no cluster in namespace {namespace!r}{hint}")
         yield handle
 
 

@@ -13,7 +13,8 @@ import typer
 from ..core.errors import SplitserveError
 from ..core.state import remove_state
 from ..deploy.claim import forget_killed_cluster, local_cluster_pid
-from .attached import Namespace, RayAddress, run, running_state
+from ..deploy.ray_environment import NoRay
+from .attached import Namespace, NoCluster, RayAddress, run, running_state
 
 if TYPE_CHECKING:  # Ray must not be imported before its environment is prepared
     from ..deploy.cluster_handle import ClusterHandle
@@ -37,10 +38,16 @@ def command(
     """
     state = running_state() if ray_address is None else None
     if ray_address is not None or (state is not None and state.pid == 0):
-        run(lambda handle: _stop(handle, timeout, force), ray_address, namespace)
+        try:
+            run(lambda handle: _stop(handle, timeout, force), ray_address, namespace)
+            outcome = "the cluster has stopped"
+        except (NoRay, NoCluster) as error:
+            if state is None or (isinstance(error, NoRay) and not force):
+                raise
+            outcome = "no cluster is running any more"
         if state is not None:
             remove_state()
-        print("the cluster has stopped")
+        print(outcome)
         return
     pid = local_cluster_pid()
     if pid is None:

@@ -7,6 +7,12 @@ import secrets
 import sys
 from pathlib import Path
 
+from ..core.errors import ConfigError
+
+
+class NoRay(ConfigError):
+    """Nobody answers at Ray's address."""
+
 
 def prepare_ray_environment(address: str | None, token: str = "") -> None:
     """For a Ray of our own (`address` None) a random token, unless the user chose a mode; usage reports off.

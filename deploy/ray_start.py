@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from ..core.address import check_address
 from ..core.errors import ConfigError
 from .ray_directory import ray_directory
+from .ray_environment import NoRay
 
 _CONNECT_TIMEOUT_S = 5.0
 _OBJECT_STORE_BYTES = 80 << 20  # nothing of ours goes through it; Ray's least is 75 MiB
@@ -60,14 +61,12 @@ def running_ray() -> str | None:
 
 @contextmanager
 def joined_ray(address: str, namespace: str) -> Iterator[None]:
-    """A connection to a Ray that others run. Raises: ConfigError: nobody answers there, or takes us."""
+    """A connection to a Ray that others run. Raises: NoRay: nobody answers there. ConfigError: it does not take us."""
     check_address(address, "Ray's address")
     try:
         _reach(address)
     except OSError as error:
-        raise ConfigError(
-            f"no Ray answers at {address}: {error.strerror or error}; check `ray status` there"
-        ) from error
+        raise NoRay(f"no Ray answers at {address}: {error.strerror or error}; check `ray status` there") from error
     try:
         ray.init(address=address, namespace=namespace, log_to_driver=False, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:  # such as another version, or token
