@@ -23,7 +23,9 @@ _LOOK_S = 0.3
 
 
 def command(
-    timeout: Annotated[float, typer.Option(help="Seconds to wait; running requests are drained meanwhile.")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.0, max=1e7, help="Seconds to wait; running requests are drained meanwhile.")
+    ] = 60.0,
     force: Annotated[bool, typer.Option("--force", help="Kill it at once, without draining.")] = False,
     ray_address: RayAddress = None,
     namespace: Namespace = "splitserve",

@@ -24,7 +24,7 @@ def parse_size(value: object) -> object:
     """Bytes of "1.5GiB", "512MiB" or "2GB"; anything else is left for pydantic to judge."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", value.lower())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([kmg]i?)?b?\s*", value.lower())
     if match is None:
         raise ValueError("a size is bytes or a number with KiB, MiB or GiB, such as 512MiB")
     return int(float(match[1]) * _UNITS[match[2] or ""])

@@ -54,7 +54,8 @@ class RouterLinks:
         await asyncio.gather(*(self._tell_one(router, workers) for router in routers.values()))
 
     def knows(self, members: Iterable[Member]) -> bool:
-        """Whether every router serves, and is ready to use exactly the workers that serve.
+        """Whether every router serves, and is ready to use exactly the workers that serve; it does not use those that
+        somebody drained, and knows them too.
 
         Raises: SplitserveError: a router refuses one of them.
         """
@@ -65,7 +66,8 @@ class RouterLinks:
             for worker in view.workers:
                 if worker.state == "refused" and worker.address in addresses:
                     raise SplitserveError(f"the router refuses the worker at {worker.address}: {worker.reason}")
-        return all(name in self._views and _ready(self._views[name]) == addresses for name in routers)
+        views = [self._views.get(name) for name in routers]
+        return all(view and _ready(view) <= addresses <= _ready(view) | _in_state(view, "draining") for view in views)
 
     def use(self, worker: Member) -> bool:
         """Whether every router that answers is ready to use the worker."""
@@ -110,4 +112,8 @@ def _list_of_workers(members: Iterable[Member]) -> inference_pb2.SetWorkersReque
 
 
 def _ready(view: RouterStatus) -> set[str]:
-    return {worker.address for worker in view.workers if worker.state == "ready"}
+    return _in_state(view, "ready")
+
+
+def _in_state(view: RouterStatus, state: str) -> set[str]:
+    return {worker.address for worker in view.workers if worker.state == state}

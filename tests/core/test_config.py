@@ -59,6 +59,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("prefill: {replicas: 0}", r"0 prefill, 1 decode and 0 colocated workers cannot serve"),
         ("[1, 2]", r"got list, wanted keys and values"),
         ("a: {b", r"is not YAML"),
+        (f"engine: {{kv_memory: {'9' * 400}GiB}}", r"engine\.kv_memory.*a size is bytes or a number with KiB"),
     ],
 )
 def test_a_wrong_file_is_told_by_name_and_key(tmp_path: Path, text: str, message: str) -> None:
