@@ -11,7 +11,7 @@ from splitserve.benchmarks import disaggregation_plot
 from splitserve.benchmarks.disaggregation_plot import main, rows_of
 from typer.testing import CliRunner
 
-RUNS = sorted((Path(disaggregation_plot.__file__).parent / "data" / "two_h200").glob("*.json"))
+RUNS = sorted((Path(disaggregation_plot.__file__).parent / "data").glob("*.json"))
 
 
 def _invoke(*arguments: str) -> tuple[int, str]:
