@@ -79,7 +79,7 @@ class LoadSignals:
         Args: leaving: members that end for good; whoever else drains comes back.
         """
         members = [m for m in members if m.phase in _STATES]
-        states = {m.name: _state(m, is_leaving=m.name in leaving) for m in members}
+        states: dict[str, State] = {m.name: "draining" if m.name in leaving else _STATES[m.phase] for m in members}
         for name, state in states.items():
             if name not in self._since or self._since[name][0] != state:
                 self._since[name] = (state, now)
@@ -137,10 +137,6 @@ class LoadSignals:
             ttft_s=percentile_s(total.ttft_counts, self._percentile),
             tpot_s=percentile_s(total.tpot_counts, self._percentile),
         )
-
-
-def _state(member: Member, *, is_leaving: bool) -> State:
-    return "draining" if is_leaving else _STATES[member.phase]
 
 
 def _add(total: list[int], now: Sequence[int], before: Sequence[int]) -> None:

@@ -140,9 +140,9 @@ class Sending:
                     if framing.mapped and not framing.on_device:  # who is to copy it begins first
                         _check_newest(out, stream)  # since it was written
                         checks.append(self._check(out, part, summing))
-                    if lane is None and held:
-                        in_flight.give(link, held.popleft())
                     if lane is None:
+                        if held:
+                            in_flight.give(link, held.popleft())
                         write_s += time.monotonic() - began_s
                 elif packed is None:
                     if out.first_token_id is not None and (out.finished or out.progress.all_taken):
